@@ -1,0 +1,335 @@
+//! The validated configuration: immutable, shared, free of YAML.
+//!
+//! `config` builds it from `models.yaml`; everything else only reads it. A reload builds a new one
+//! and replaces it whole.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, ModelName, Priority};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Catalog {
+    pub models: BTreeMap<ModelName, Arc<ModelSpec>>,
+    /// alias → model
+    pub aliases: BTreeMap<String, ModelName>,
+    pub settings: Settings,
+}
+
+impl Catalog {
+    /// The model behind a name or an alias.
+    pub fn resolve(&self, name: &str) -> Option<&Arc<ModelSpec>> {
+        self.models.get(name).or_else(|| self.models.get(self.aliases.get(name)?))
+    }
+
+    pub fn model(&self, name: &ModelName) -> Option<&Arc<ModelSpec>> {
+        self.models.get(name)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    pub gateway: SocketAddr,
+    pub orchestrator: SocketAddr,
+    pub swap: SwapSettings,
+    pub queue: QueueSettings,
+    pub gpu: GpuSettings,
+    /// Host ports on which engines listen (loopback).
+    pub engine_ports: (u16, u16),
+    /// Path of the store; the state folder lies beside it (extension `.d`).
+    pub store: PathBuf,
+    pub auth: AuthSettings,
+    /// Docker daemon: `None` means DOCKER_HOST or the default socket.
+    pub docker_host: Option<String>,
+    /// Browser origins that may call the APIs.
+    pub cors: Vec<String>,
+    /// Host names beside loopback and the listen addresses that requests may carry in `Host`.
+    pub hosts: Vec<String>,
+    /// How waiting streaming clients are told what happens.
+    pub waiting: WaitingSettings,
+}
+
+impl Settings {
+    /// Folder of the lock, journal, engine logs and learned figures.
+    pub fn state_dir(&self) -> PathBuf {
+        self.store.with_extension("d")
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SwapMode {
+    MultiActive,
+    SingleActive,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SwapSettings {
+    pub mode: SwapMode,
+    /// 0: as many as proven memory holds.
+    pub max_concurrent_models: u32,
+    /// `None`: max(30 s, 3 × the learned move of the model).
+    pub max_wait: Option<Duration>,
+    pub min_residency: Duration,
+    pub drain_timeout: Duration,
+    pub vram_timeout: Duration,
+    /// Ceiling of one start, fetching excluded.
+    pub start_timeout: Duration,
+    pub shutdown_timeout: Duration,
+    pub on_exit: OnExit,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnExit {
+    /// Docker instances stay and are adopted at the next start. Processes stop.
+    Keep,
+    Stop,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QueueSettings {
+    pub limit: u32,
+    pub per_model: u32,
+    pub timeout: Duration,
+    pub body_limit: Bytes,
+    pub total_bodies: Bytes,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GpuSettings {
+    pub provider: GpuProvider,
+    /// Left free on every GPU.
+    pub reserve: Bytes,
+    /// Declared sizes: of the simulated GPUs, or of GPUs whose memory cannot be read.
+    pub memory: Vec<Bytes>,
+    /// Simulated only: how long memory stays taken after its process ended.
+    pub release_lag: Duration,
+    /// Simulated only: memory that a stranger holds, per GPU.
+    pub foreign: Vec<Bytes>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GpuProvider {
+    Auto,
+    Nvml,
+    None,
+    Simulated,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AuthSettings {
+    pub keys: Vec<ApiKey>,
+}
+
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct ApiKey {
+    pub name: String,
+    #[serde(skip_serializing, default)]
+    pub key: String,
+    /// Patterns with `*`.
+    pub models: Vec<String>,
+    pub scopes: Vec<Scope>,
+}
+
+impl std::fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ApiKey({})", self.name)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    Inference,
+    Read,
+    Admin,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingSettings {
+    pub style: WaitingStyle,
+    /// How long the response head is held back before a waiting stream is opened.
+    pub after: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WaitingStyle {
+    Comment,
+    Chunk,
+    Reasoning,
+    Off,
+}
+
+/// One entry of `models:` with templates, macros and defaults applied.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelSpec {
+    pub name: ModelName,
+    pub aliases: Vec<String>,
+    pub display_name: Option<String>,
+    pub description: Option<String>,
+    /// `llm`, `embedding`, `code`, `vision`, …: free text, shown only.
+    pub model_type: String,
+    pub tags: Vec<String>,
+    pub unlisted: bool,
+    pub engine: EngineKind,
+    pub runtime: RuntimeSpec,
+    pub gpus: GpuRequest,
+    pub vram: Vram,
+    pub ram: Option<Bytes>,
+    pub size_gb: Option<f64>,
+    pub priority: Priority,
+    /// Never evicted.
+    pub pinned: bool,
+    /// Loaded at start, restored into free memory, never unloaded by ttl.
+    pub warmup: bool,
+    /// `None`: the model leaves only when room is wanted.
+    pub ttl: Option<Duration>,
+    /// Requests served at once; `None`: unbounded (the engine queues).
+    pub concurrency: Option<u32>,
+    pub health: Health,
+    pub start_timeout: Option<Duration>,
+    pub stop: StopSpec,
+    /// Ask one token before the model is called ready.
+    pub canary: bool,
+    /// The name under which the engine knows the model; `None`: `name`.
+    pub upstream_name: Option<String>,
+    /// Fixed engine port instead of one from `engine_ports`.
+    pub port: Option<u16>,
+    pub waiting: Option<WaitingSettings>,
+    /// vLLM's sleep level; `None`: the engine does not sleep.
+    pub sleep: Option<u8>,
+    /// Where this entry stands in models.yaml (1-based), for messages.
+    pub line: u32,
+}
+
+impl ModelSpec {
+    /// The name that requests to the engine must carry.
+    pub fn served_name(&self) -> &str {
+        self.upstream_name.as_deref().unwrap_or(self.name.as_str())
+    }
+
+    pub fn is_external(&self) -> bool {
+        matches!(self.runtime, RuntimeSpec::External(_))
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    Vllm,
+    Llamacpp,
+    /// Anything that speaks the OpenAI API.
+    Openai,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RuntimeSpec {
+    Docker(DockerSpec),
+    Process(ProcessSpec),
+    External(ExternalSpec),
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DockerSpec {
+    /// An existing container, managed by name. Excludes every other key but `port`.
+    pub container: Option<String>,
+    pub image: Option<String>,
+    pub args: Vec<String>,
+    pub entrypoint: Option<Vec<String>>,
+    pub env: BTreeMap<String, String>,
+    pub volumes: Vec<String>,
+    pub ipc: Option<String>,
+    pub shm_size: Option<Bytes>,
+    /// name → (soft, hard); -1: unlimited
+    pub ulimits: BTreeMap<String, (i64, i64)>,
+    pub labels: BTreeMap<String, String>,
+    pub network: Option<String>,
+    /// Docker runtime, e.g. `nvidia`.
+    pub runtime: Option<String>,
+    /// Use CDI device names instead of device requests.
+    pub cdi: bool,
+    pub init: Option<bool>,
+    pub user: Option<String>,
+    pub pull: PullPolicy,
+    /// Port on which the engine listens inside the container; `None`: the engine's usual one.
+    pub port: Option<u16>,
+    /// Container memory limit.
+    pub memory: Option<Bytes>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PullPolicy {
+    Always,
+    #[default]
+    Missing,
+    Never,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ProcessSpec {
+    /// Program and arguments; `${PORT}` and `${MODEL}` not yet replaced.
+    pub argv: Vec<String>,
+    pub env: BTreeMap<String, String>,
+    pub cwd: Option<PathBuf>,
+}
+
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExternalSpec {
+    /// `http://host:port`, no path.
+    pub url: String,
+    #[serde(skip_serializing, default)]
+    pub api_key: Option<String>,
+}
+
+impl std::fmt::Debug for ExternalSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ExternalSpec({})", self.url)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GpuRequest {
+    /// Runs on the CPU.
+    None,
+    Count(u16),
+    /// Indexes or UUIDs.
+    Explicit(Vec<String>),
+}
+
+/// Declared footprint on each GPU that the model uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vram {
+    /// Alone once, measured, then packed.
+    Unknown,
+    Declared(Bytes),
+    /// What pinned models leave.
+    Rest,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Health {
+    /// `None`: a listening port is enough.
+    pub path: Option<String>,
+    /// Silence (no log line, no change of readiness) after which a start counts as stalled.
+    pub stall: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StopSpec {
+    /// Signal name, e.g. `SIGTERM`.
+    pub signal: String,
+    /// From the stop signal to SIGKILL.
+    pub grace: Duration,
+}

@@ -1,0 +1,19 @@
+//! Wharf: run more models than your GPUs can hold. Modules in reading order.
+
+pub mod units;
+
+pub mod config;
+pub mod scheduler;
+
+pub mod engine;
+pub mod gpu;
+pub mod runtime;
+
+pub mod orchestrator;
+
+pub mod api;
+pub mod gateway;
+pub mod telemetry;
+
+pub mod cli;
+pub mod standin;

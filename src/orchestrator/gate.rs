@@ -1,0 +1,183 @@
+//! The gate of one instance: how the gateway takes a lease without asking the owner.
+//!
+//! One atomic word holds "open" and the number of leases. The gateway takes a lease with one
+//! compare-and-swap; the owner closes the gate and then reads the count, so that after `close`
+//! no lease can appear that the owner did not grant itself.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
+
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use tokio_util::sync::CancellationToken;
+
+use super::handle::{Inbox, Message};
+use crate::runtime::Endpoint;
+use crate::scheduler::event::GateCount;
+use crate::units::{InstanceId, ModelName, Time};
+
+pub type UpstreamBody = http_body_util::Full<bytes::Bytes>;
+pub type UpstreamClient = Client<HttpConnector, UpstreamBody>;
+
+const OPEN: u64 = 1 << 63;
+const COUNT: u64 = OPEN - 1;
+
+/// How the model was when the request came (label `start` of the time-to-first-token metric).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StartKind {
+    Hot,
+    Warm,
+    Cold,
+}
+
+impl StartKind {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            StartKind::Hot => "hot",
+            StartKind::Warm => "warm",
+            StartKind::Cold => "cold",
+        }
+    }
+}
+
+/// A ready instance as the gateway sees it.
+#[derive(Debug)]
+pub struct Gate {
+    pub instance: InstanceId,
+    pub model: ModelName,
+    pub endpoint: Endpoint,
+    /// A connection pool of this instance alone: it goes when the instance goes.
+    pub client: UpstreamClient,
+    /// Cancelled with a reason when leases must end now.
+    pub cancelled: CancellationToken,
+    word: AtomicU64,
+    permits: AtomicU32,
+    granted: AtomicU64,
+    last_used: AtomicU64,
+    ping_every_release: AtomicBool,
+    pinged: AtomicBool,
+    inbox: Inbox,
+    epoch: Instant,
+}
+
+impl Gate {
+    pub(super) fn new(
+        instance: InstanceId,
+        model: ModelName,
+        endpoint: Endpoint,
+        client: UpstreamClient,
+        inbox: Inbox,
+        epoch: Instant,
+    ) -> Gate {
+        Gate {
+            instance,
+            model,
+            endpoint,
+            client,
+            cancelled: CancellationToken::new(),
+            word: AtomicU64::new(0),
+            permits: AtomicU32::new(0),
+            granted: AtomicU64::new(0),
+            last_used: AtomicU64::new(elapsed_ms(epoch)),
+            ping_every_release: AtomicBool::new(false),
+            pinged: AtomicBool::new(false),
+            inbox,
+            epoch,
+        }
+    }
+
+    /// A lease, if the gate is open and has a permit left.
+    pub fn try_lease(self: &Arc<Self>) -> Option<Lease> {
+        let permits = u64::from(self.permits.load(Ordering::Relaxed));
+        self.word
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                (word & OPEN != 0 && (word & COUNT) < permits).then_some(word + 1)
+            })
+            .ok()?;
+        Some(self.leased(StartKind::Hot))
+    }
+
+    /// The owner's own grant: also through a closed gate.
+    pub(super) fn grant(self: &Arc<Self>, start: StartKind) -> Lease {
+        self.word.fetch_add(1, Ordering::AcqRel);
+        self.leased(start)
+    }
+
+    fn leased(self: &Arc<Self>, start: StartKind) -> Lease {
+        self.granted.fetch_add(1, Ordering::Relaxed);
+        self.touch();
+        Lease { gate: Arc::clone(self), start }
+    }
+
+    pub(super) fn open(&self, permits: u32) {
+        self.permits.store(permits, Ordering::Relaxed);
+        self.word.fetch_or(OPEN, Ordering::AcqRel);
+    }
+
+    pub(super) fn close(&self) {
+        self.word.fetch_and(!OPEN, Ordering::AcqRel);
+    }
+
+    pub(super) fn watch(&self, every_release: bool) {
+        self.ping_every_release.store(every_release, Ordering::Release);
+    }
+
+    /// Counters for the scheduler. Re-arms the ping first, so that nothing is missed.
+    pub(super) fn read(&self) -> GateCount {
+        self.pinged.store(false, Ordering::Release);
+        GateCount {
+            in_flight: self.in_flight(),
+            granted: self.granted.load(Ordering::Relaxed),
+            last_used: Time(self.last_used.load(Ordering::Relaxed)),
+        }
+    }
+
+    pub fn in_flight(&self) -> u32 {
+        u32::try_from(self.word.load(Ordering::Acquire) & COUNT).unwrap_or(u32::MAX)
+    }
+
+    pub fn granted(&self) -> u64 {
+        self.granted.load(Ordering::Relaxed)
+    }
+
+    fn touch(&self) {
+        self.last_used.store(elapsed_ms(self.epoch), Ordering::Relaxed);
+    }
+
+    fn release(&self) {
+        self.touch();
+        let before = self.word.fetch_sub(1, Ordering::AcqRel);
+        let drained = before & OPEN == 0 && before & COUNT == 1;
+        if (drained || self.ping_every_release.load(Ordering::Acquire))
+            && !self.pinged.swap(true, Ordering::AcqRel)
+        {
+            self.inbox.send(Message::GatePing(self.instance));
+        }
+    }
+}
+
+fn elapsed_ms(epoch: Instant) -> u64 {
+    u64::try_from(epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Permission for one request to use one instance. Ends when dropped: keep it inside the response
+/// body, so that it lasts until the last byte.
+#[derive(Debug)]
+#[must_use = "a lease ends when it is dropped"]
+pub struct Lease {
+    gate: Arc<Gate>,
+    pub start: StartKind,
+}
+
+impl Lease {
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.gate.release();
+    }
+}

@@ -1,0 +1,226 @@
+//! What the rest of Wharf holds of the orchestrator: a handle to ask, and views to read.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, oneshot};
+
+use super::gate::{Gate, Lease};
+use super::view::View;
+use crate::config::catalog::Catalog;
+use crate::scheduler::action::{Answer, Refusal};
+use crate::scheduler::event::{EnsureKind, Event, Request};
+use crate::units::{AskId, InstanceId, ModelName, Priority, RequestId, Time};
+
+/// What the one owner receives.
+#[derive(Debug)]
+pub enum Message {
+    Request {
+        request: Request,
+        reply: oneshot::Sender<Result<Lease, Refusal>>,
+    },
+    RequestGone(RequestId),
+    GatePing(InstanceId),
+    Ask {
+        event: Event,
+        ask: AskId,
+        reply: oneshot::Sender<Answer>,
+    },
+    /// An effect reports.
+    Effect(Event),
+    /// An instance runs (before it is ready): what is needed to stop it.
+    Started(Box<crate::runtime::Running>),
+    /// A new configuration, already validated.
+    Reload {
+        catalog: Arc<Catalog>,
+        reply: oneshot::Sender<()>,
+    },
+    Shutdown {
+        reply: oneshot::Sender<()>,
+    },
+}
+
+/// Sending side of the owner's inbox. Unbounded by type, bounded by use: every sender is a
+/// connection, an effect or a gate, each with a small constant of messages under way, and a
+/// `Drop` must be able to send.
+#[derive(Clone, Debug)]
+pub struct Inbox(mpsc::UnboundedSender<Message>);
+
+impl Inbox {
+    pub(super) fn new() -> (Inbox, mpsc::UnboundedReceiver<Message>) {
+        let (tx, rx) = mpsc::unbounded_channel();
+        (Inbox(tx), rx)
+    }
+
+    /// After the owner ended nobody needs the message.
+    pub fn send(&self, message: Message) {
+        let _ = self.0.send(message);
+    }
+}
+
+pub type Gates = BTreeMap<ModelName, Arc<Gate>>;
+
+#[derive(Clone, Debug)]
+pub struct Handle {
+    pub(super) inbox: Inbox,
+    pub(super) shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// The owner's time zero.
+    pub epoch: Instant,
+    pub epoch_wall: SystemTime,
+    pub catalog: ArcSwap<Catalog>,
+    /// Gates of ready instances by model; adapters share one instance.
+    pub gates: ArcSwap<Gates>,
+    pub view: ArcSwap<View>,
+    pub next_request: AtomicU64,
+    pub next_ask: AtomicU64,
+}
+
+/// How a request asks for its model.
+#[derive(Clone, Debug)]
+pub struct RequestOptions {
+    pub model: ModelName,
+    pub priority: Priority,
+    pub max_wait: Option<Duration>,
+    pub never_start: bool,
+    /// Set on the one safe retry: the first arrival.
+    pub retry_of: Option<Time>,
+}
+
+impl Handle {
+    pub fn catalog(&self) -> Arc<Catalog> {
+        self.shared.catalog.load_full()
+    }
+
+    /// State of models, queue, swaps and GPUs; a few milliseconds old at most.
+    pub fn view(&self) -> Arc<View> {
+        self.shared.view.load_full()
+    }
+
+    pub fn now(&self) -> Time {
+        Time::ZERO + self.shared.epoch.elapsed()
+    }
+
+    /// Wall-clock time of one of the owner's times.
+    pub fn wall(&self, time: Time) -> SystemTime {
+        self.shared.epoch_wall + Duration::from_millis(time.0)
+    }
+
+    pub fn gates(&self) -> arc_swap::Guard<Arc<Gates>> {
+        self.shared.gates.load()
+    }
+
+    /// The hot path: a lease on a ready model, without asking the owner.
+    pub fn try_lease(&self, model: &ModelName) -> Option<Lease> {
+        self.shared.gates.load().get(model)?.try_lease()
+    }
+
+    /// The waiting path. Dropping the result takes the request out of the queue.
+    pub fn request(&self, options: RequestOptions) -> Waiting {
+        let id = RequestId(self.shared.next_request.fetch_add(1, Ordering::Relaxed));
+        let (reply, answer) = oneshot::channel();
+        let request = Request {
+            id,
+            model: options.model,
+            priority: options.priority,
+            max_wait: options.max_wait,
+            never_start: options.never_start,
+            attempt: if options.retry_of.is_some() { 2 } else { 1 },
+            arrived: options.retry_of.unwrap_or_else(|| self.now()),
+        };
+        self.inbox.send(Message::Request { request, reply });
+        Waiting { id, answer, inbox: self.inbox.clone(), decided: false }
+    }
+
+    /// Makes a model ready (or joins a swap that does).
+    pub async fn ensure(&self, model: ModelName, kind: EnsureKind, timeout: Duration) -> Answer {
+        let deadline = self.now() + timeout;
+        self.ask(|ask| Event::EnsureAsked { ask, model, kind, deadline }).await
+    }
+
+    /// Begins an ensure and does not wait for it.
+    pub fn ensure_detached(&self, model: ModelName, kind: EnsureKind, timeout: Duration) {
+        let deadline = self.now() + timeout;
+        let (ask, reply) = (self.next_ask(), oneshot::channel().0);
+        let event = Event::EnsureAsked { ask, model, kind, deadline };
+        self.inbox.send(Message::Ask { event, ask, reply });
+    }
+
+    pub async fn unload(&self, model: ModelName, force: bool) -> Answer {
+        self.ask(|ask| Event::UnloadAsked { ask, model, force }).await
+    }
+
+    /// Replaces the configuration: unchanged models are not touched.
+    pub async fn reload(&self, catalog: Arc<Catalog>) {
+        let (reply, done) = oneshot::channel();
+        self.inbox.send(Message::Reload { catalog, reply });
+        let _ = done.await;
+    }
+
+    /// Stops taking work, ends what `on_exit` says, and returns when that is done.
+    pub async fn shutdown(&self) {
+        let (reply, done) = oneshot::channel();
+        self.inbox.send(Message::Shutdown { reply });
+        let _ = done.await;
+    }
+
+    async fn ask(&self, event: impl FnOnce(AskId) -> Event) -> Answer {
+        let ask = self.next_ask();
+        let (reply, answer) = oneshot::channel();
+        let mut gone = AskGuard { ask: Some(ask), inbox: &self.inbox };
+        self.inbox.send(Message::Ask { event: event(ask), ask, reply });
+        let answer = answer.await.unwrap_or(Answer::Refused(Refusal::ShuttingDown));
+        gone.ask = None;
+        answer
+    }
+
+    fn next_ask(&self) -> AskId {
+        AskId(self.shared.next_ask.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Tells the owner when a caller goes away before its answer.
+struct AskGuard<'a> {
+    ask: Option<AskId>,
+    inbox: &'a Inbox,
+}
+
+impl Drop for AskGuard<'_> {
+    fn drop(&mut self) {
+        if let Some(ask) = self.ask {
+            self.inbox.send(Message::Effect(Event::AskGone { ask }));
+        }
+    }
+}
+
+/// A request in the queue.
+#[derive(Debug)]
+pub struct Waiting {
+    pub id: RequestId,
+    answer: oneshot::Receiver<Result<Lease, Refusal>>,
+    inbox: Inbox,
+    decided: bool,
+}
+
+impl Waiting {
+    /// Resolves once; cancel-safe, so it can be polled in a `select!` loop.
+    pub async fn decision(&mut self) -> Result<Lease, Refusal> {
+        let decision = (&mut self.answer).await;
+        self.decided = true;
+        decision.unwrap_or(Err(Refusal::ShuttingDown))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if !self.decided {
+            self.inbox.send(Message::RequestGone(self.id));
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! What the orchestrator publishes for everyone to read: one immutable snapshot at a time.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::runtime::{Foreign, ProgressNow};
+use crate::scheduler::event::{Fault, GpuMemory};
+use crate::scheduler::record::{ModelView, SchedulerView, SwapRecord};
+use crate::units::{GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
+
+/// Swaps kept in memory for `/swaps`.
+pub const LEDGER_ROWS_MAX: usize = 1000;
+
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    pub at: Time,
+    pub scheduler: SchedulerView,
+    /// What only the orchestrator knows of each model; every configured model has an entry.
+    pub models: BTreeMap<ModelName, ModelFacts>,
+    /// How far a starting (or pulling) instance is.
+    pub progress: BTreeMap<InstanceId, ProgressNow>,
+    /// Static facts and the last memory reading, per GPU; empty where there is no GPU.
+    pub gpus: Vec<GpuFacts>,
+    pub gpu_health: Health,
+    /// `None`: no model runs in Docker.
+    pub docker_health: Option<Health>,
+    pub foreign: Vec<Foreign>,
+    /// Ended swaps, oldest first.
+    pub ledger: Arc<VecDeque<Arc<SwapRecord>>>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ModelFacts {
+    pub loaded_at: Option<Time>,
+    pub unloaded_at: Option<Time>,
+    /// Summed over finished residencies; add the current one.
+    pub uptime_before: Duration,
+    /// Requests granted before the current instance; add the gate's count.
+    pub requests_before: u64,
+    pub starts: u64,
+    /// Starts after an instance died by itself.
+    pub restarts: u64,
+    pub last_fault: Option<Fault>,
+    /// `http://127.0.0.1:18051` while an instance exists.
+    pub endpoint: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GpuFacts {
+    pub id: GpuId,
+    pub uuid: String,
+    pub name: String,
+    pub memory: Option<GpuMemory>,
+    /// 0.0..=1.0
+    pub utilization: Option<f32>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    pub ok: bool,
+    /// `nvml`, `simulated`, `none`, `Docker Engine 26.1.5 (API 1.45)`, or what is wrong and the fix.
+    pub detail: String,
+}
+
+impl View {
+    pub fn model(&self, name: &ModelName) -> Option<&ModelView> {
+        self.scheduler.models.iter().find(|model| model.name == *name)
+    }
+
+    /// Place in the model's queue, from 1.
+    pub fn place(&self, model: &ModelName, request: RequestId) -> Option<usize> {
+        let place = self.model(model)?.queue.iter().position(|&waiting| waiting == request)?;
+        Some(place + 1)
+    }
+
+    /// A swap under way or ended.
+    pub fn swap(&self, id: SwapId) -> Option<&SwapRecord> {
+        self.scheduler
+            .swaps
+            .iter()
+            .find(|swap| swap.id == id)
+            .or_else(|| self.ledger.iter().rev().find(|swap| swap.id == id).map(|swap| &**swap))
+    }
+
+    /// Progress of the swap that makes `model` ready, if one is under way.
+    pub fn progress_of(&self, model: &ModelName) -> Option<&ProgressNow> {
+        self.progress.get(&self.model(model)?.instance?)
+    }
+}

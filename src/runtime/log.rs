@@ -1,0 +1,107 @@
+//! The last part of an instance's log: bounded history plus a live feed of lines.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::broadcast;
+
+/// History kept per instance, in bytes.
+const HISTORY_BYTES_MAX: usize = 100 * 1024;
+/// A longer line is cut.
+const LINE_BYTES_MAX: usize = 8 * 1024;
+/// Lines a slow reader may fall behind before it skips some.
+const LIVE_LINES_MAX: usize = 1024;
+
+#[derive(Clone, Debug)]
+pub struct LogTail {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    history: Mutex<History>,
+    live: broadcast::Sender<Arc<str>>,
+}
+
+#[derive(Debug, Default)]
+struct History {
+    lines: VecDeque<Arc<str>>,
+    bytes: usize,
+}
+
+impl Default for LogTail {
+    fn default() -> Self {
+        LogTail::new()
+    }
+}
+
+impl LogTail {
+    pub fn new() -> LogTail {
+        let (live, _) = broadcast::channel(LIVE_LINES_MAX);
+        LogTail { shared: Arc::new(Shared { history: Mutex::default(), live }) }
+    }
+
+    /// Adds one line (without its newline).
+    pub fn push(&self, line: &str) {
+        let cut = (0..=LINE_BYTES_MAX.min(line.len()))
+            .rev()
+            .find(|&at| line.is_char_boundary(at))
+            .unwrap_or(0);
+        let line: Arc<str> = Arc::from(line[..cut].trim_end_matches(['\r', '\n']));
+        let mut history = self.shared.history.lock().unwrap_or_else(PoisonError::into_inner);
+        history.bytes += line.len() + 1;
+        history.lines.push_back(Arc::clone(&line));
+        while history.bytes > HISTORY_BYTES_MAX {
+            let Some(old) = history.lines.pop_front() else { break };
+            history.bytes -= old.len() + 1;
+        }
+        // Sent under the lock, so that `follow` misses and repeats nothing. No receiver is fine.
+        let _ = self.shared.live.send(line);
+    }
+
+    /// The last `n` lines, oldest first.
+    pub fn last(&self, n: usize) -> Vec<String> {
+        let history = self.shared.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let skip = history.lines.len().saturating_sub(n);
+        history.lines.iter().skip(skip).map(|line| line.to_string()).collect()
+    }
+
+    /// Everything kept so far, and every line from now on.
+    pub fn follow(&self) -> (Vec<Arc<str>>, broadcast::Receiver<Arc<str>>) {
+        let history = self.shared.history.lock().unwrap_or_else(PoisonError::into_inner);
+        (history.lines.iter().cloned().collect(), self.shared.live.subscribe())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn history_is_bounded_and_keeps_the_newest() {
+        let log = LogTail::new();
+        for n in 0..50_000 {
+            log.push(&format!("line {n}"));
+        }
+        assert_eq!(log.last(1), ["line 49999"]);
+        let bytes: usize = log.last(usize::MAX).iter().map(|line| line.len() + 1).sum();
+        assert!(bytes <= HISTORY_BYTES_MAX, "{bytes}");
+    }
+
+    #[test]
+    fn a_long_line_is_cut_at_a_character() {
+        let log = LogTail::new();
+        log.push(&"é".repeat(LINE_BYTES_MAX));
+        assert!(log.last(1)[0].len() <= LINE_BYTES_MAX);
+    }
+
+    #[tokio::test]
+    async fn follow_repeats_and_misses_nothing() {
+        let log = LogTail::new();
+        log.push("before");
+        let (history, mut live) = log.follow();
+        log.push("after");
+        assert_eq!(history.len(), 1);
+        assert_eq!(&*live.recv().await.expect("a line"), "after");
+    }
+}

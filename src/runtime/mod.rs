@@ -1,0 +1,222 @@
+//! How an engine is run: as a Docker container, as a process, or elsewhere (external).
+//!
+//! A runtime decides nothing. It does what it is told about one instance and reports what
+//! happened. Every instance carries an [`Identity`] by which it is found again after a crash.
+
+pub mod docker;
+pub mod external;
+pub mod log;
+pub mod process;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::config::catalog::{ModelSpec, RuntimeSpec, StopSpec};
+use crate::scheduler::event::Fault;
+use crate::units::{GpuId, InstanceId, ModelName};
+
+pub use log::LogTail;
+
+/// What makes an instance ours: in container labels (`wharf.*`) or in the environment of the
+/// process (`WHARF_*`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub installation: String,
+    pub instance: InstanceId,
+    pub model: ModelName,
+    /// Hash of everything that shapes the running engine; a difference means "changed".
+    pub spec_hash: String,
+    pub gpus: Vec<GpuId>,
+    pub port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuDevice {
+    pub id: GpuId,
+    pub uuid: String,
+}
+
+/// Everything a runtime needs to start one instance.
+#[derive(Clone, Debug)]
+pub struct LaunchSpec {
+    pub identity: Identity,
+    pub model: Arc<ModelSpec>,
+    pub gpus: Vec<GpuDevice>,
+    /// Loopback port on the host under which the engine shall be reached.
+    pub port: u16,
+    /// Port on which the engine listens inside a container.
+    pub container_port: u16,
+    /// Arguments that Wharf derives, appended to the configured ones.
+    pub args: Vec<String>,
+    /// Environment that Wharf derives; configured values win.
+    pub env: BTreeMap<String, String>,
+    /// Folder for the capped log files of processes.
+    pub log_dir: PathBuf,
+}
+
+/// A started instance.
+#[derive(Clone, Debug)]
+pub struct Running {
+    pub identity: Identity,
+    pub endpoint: Endpoint,
+    pub handle: RuntimeHandle,
+    pub log: LogTail,
+    /// `Some` once the instance ended, by itself or stopped.
+    pub exit: watch::Receiver<Option<ExitReport>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RuntimeHandle {
+    Process {
+        /// Leader of the process group.
+        pid: u32,
+        /// Field 22 of /proc/PID/stat: tells a reused pid from ours.
+        start_ticks: u64,
+    },
+    Docker {
+        id: String,
+        name: String,
+        /// Named in the configuration, made by somebody else: stopped, never removed.
+        named: bool,
+    },
+    External,
+}
+
+/// Where an instance is reached. `base` has no path and no trailing slash.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// `http://127.0.0.1:18051`
+    pub base: String,
+    /// Sent as `Authorization: Bearer`, where the engine wants one.
+    pub api_key: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitReport {
+    pub code: Option<i32>,
+    pub signal: Option<i32>,
+    pub oom_killed: bool,
+}
+
+impl std::fmt::Display for ExitReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.oom_killed, self.code, self.signal) {
+            (true, _, _) => write!(f, "killed by the kernel: out of memory (host RAM)"),
+            (_, _, Some(signal)) => write!(f, "ended by signal {signal}"),
+            (_, Some(code), _) => write!(f, "exited with code {code}"),
+            _ => write!(f, "ended"),
+        }
+    }
+}
+
+/// An instance of ours met at start-up (or when a runtime came back).
+#[derive(Clone, Debug)]
+pub struct Found {
+    pub running: Running,
+    /// Containers can be there without running.
+    pub alive: bool,
+}
+
+/// A container or process that holds a GPU and is none of ours.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Foreign {
+    pub name: String,
+    pub image: String,
+    pub pids: Vec<u32>,
+}
+
+/// Where long work (pull, load) reports how far it is.
+#[derive(Clone, Debug)]
+pub struct Progress(Arc<watch::Sender<ProgressNow>>);
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ProgressNow {
+    /// `load_weights`, `pull`, `capture_graphs`, …: the engine's or runtime's own phase.
+    pub stage: String,
+    /// 0.0..=1.0 of that stage, where it can be told.
+    pub fraction: Option<f32>,
+    /// More for people: `1.2 GiB of 9.1 GiB, 85 MiB/s`.
+    pub detail: String,
+}
+
+impl Progress {
+    pub fn new() -> (Progress, watch::Receiver<ProgressNow>) {
+        let (tx, rx) = watch::channel(ProgressNow::default());
+        (Progress(Arc::new(tx)), rx)
+    }
+
+    pub fn set(&self, stage: &str, fraction: Option<f32>, detail: impl Into<String>) {
+        let next = ProgressNow { stage: stage.to_owned(), fraction, detail: detail.into() };
+        self.0.send_if_modified(|now| {
+            let changed = *now != next;
+            if changed {
+                *now = next;
+            }
+            changed
+        });
+    }
+}
+
+/// The runtimes of one installation; each model's own is chosen by its spec.
+#[derive(Clone, Debug)]
+pub struct Runtimes {
+    pub process: process::ProcessRuntime,
+    pub docker: docker::DockerRuntime,
+    pub external: external::ExternalRuntime,
+}
+
+impl Runtimes {
+    /// Checks what can be checked without touching anything: command or image named correctly,
+    /// daemon reachable, ports free. Fast.
+    pub async fn preflight(&self, spec: &LaunchSpec) -> Result<(), Fault> {
+        match &spec.model.runtime {
+            RuntimeSpec::Process(_) => self.process.preflight(spec).await,
+            RuntimeSpec::Docker(_) => self.docker.preflight(spec).await,
+            RuntimeSpec::External(_) => self.external.preflight(spec).await,
+        }
+    }
+
+    /// Brings the image (and weights) here. Cancel by dropping the future.
+    pub async fn fetch(&self, spec: &LaunchSpec, progress: &Progress) -> Result<(), Fault> {
+        match &spec.model.runtime {
+            RuntimeSpec::Docker(_) => self.docker.fetch(spec, progress).await,
+            RuntimeSpec::Process(_) | RuntimeSpec::External(_) => Ok(()),
+        }
+    }
+
+    /// Returns once the process or container runs; readiness is the engine's affair.
+    /// If it fails, or the future is dropped, nothing of the instance is left behind.
+    pub async fn start(&self, spec: &LaunchSpec) -> Result<Running, Fault> {
+        match &spec.model.runtime {
+            RuntimeSpec::Process(_) => self.process.start(spec).await,
+            RuntimeSpec::Docker(_) => self.docker.start(spec).await,
+            RuntimeSpec::External(_) => self.external.start(spec).await,
+        }
+    }
+
+    /// Signal, grace, kill, remove. `Ok` means: it is gone, whole process group or container.
+    pub async fn stop(&self, running: &Running, stop: &StopSpec) -> Result<(), Fault> {
+        match &running.handle {
+            RuntimeHandle::Process { .. } => self.process.stop(running, stop).await,
+            RuntimeHandle::Docker { .. } => self.docker.stop(running, stop).await,
+            RuntimeHandle::External => Ok(()),
+        }
+    }
+
+    /// Host pids of the instance, as far as they can be seen from here.
+    pub async fn pids(&self, running: &Running) -> Vec<u32> {
+        match &running.handle {
+            RuntimeHandle::Process { pid, .. } => self.process.group_pids(*pid),
+            RuntimeHandle::Docker { id, .. } => self.docker.pids(id).await,
+            RuntimeHandle::External => Vec::new(),
+        }
+    }
+}
+
+/// Grace below which an engine's own drain would be cut off.
+pub const MIN_STOP_GRACE: Duration = Duration::from_secs(2);

@@ -1,0 +1,173 @@
+//! What the scheduler wants done. Serialisable; the owner performs each one.
+
+use serde::{Deserialize, Serialize};
+
+use super::event::{Fault, Learned};
+use super::record::SwapRecord;
+use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Action {
+    /// Give the waiting request a lease on this instance (also when its gate is closed).
+    Grant {
+        request: RequestId,
+        instance: InstanceId,
+    },
+    Refuse {
+        request: RequestId,
+        refusal: Refusal,
+    },
+    /// Let the gateway take leases by itself, up to `permits` at once.
+    OpenGate {
+        instance: InstanceId,
+        permits: u32,
+    },
+    /// Stop that. The owner answers at once with `GateSeen`.
+    CloseGate {
+        instance: InstanceId,
+    },
+    /// Send `GateSeen` whenever a lease of this instance ends (true), or stop doing so.
+    WatchGate {
+        instance: InstanceId,
+        every_release: bool,
+    },
+    /// End what still runs on this instance: streams with an error event, the rest requeued once.
+    CancelLeases {
+        instance: InstanceId,
+        why: String,
+    },
+
+    /// Each ends with `MoveDone` carrying the same swap and instance.
+    Preflight {
+        swap: SwapId,
+        instance: InstanceId,
+        model: ModelName,
+        gpus: Vec<GpuId>,
+    },
+    Fetch {
+        swap: SwapId,
+        instance: InstanceId,
+        model: ModelName,
+    },
+    StartInstance {
+        swap: SwapId,
+        instance: InstanceId,
+        model: ModelName,
+        gpus: Vec<GpuId>,
+        /// Promised bytes on each of them; `None`: unknown, the instance has the GPUs alone.
+        footprint: Option<Bytes>,
+        deadline: Time,
+    },
+    /// Also cancels a start, fetch or preflight of this instance that is under way.
+    StopInstance {
+        swap: SwapId,
+        instance: InstanceId,
+    },
+    Sleep {
+        swap: SwapId,
+        instance: InstanceId,
+    },
+    Wake {
+        swap: SwapId,
+        instance: InstanceId,
+        deadline: Time,
+    },
+    /// Read the memory now and again (backoff from 5 ms, at most 250 ms) until unwatched.
+    WatchMemory {
+        swap: SwapId,
+        gpus: Vec<GpuId>,
+    },
+    UnwatchMemory {
+        swap: SwapId,
+    },
+
+    /// The answer to `EnsureAsked` and `UnloadAsked`; each ask gets exactly one.
+    Answer {
+        ask: AskId,
+        answer: Answer,
+    },
+    /// A swap began, changed phase or ended: the ledger's row, whole.
+    Record(SwapRecord),
+    /// Something to remember over restarts.
+    Remember {
+        model: ModelName,
+        learned: Learned,
+    },
+    /// A line for the log that a person should see.
+    Notice {
+        model: Option<ModelName>,
+        text: String,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Answer {
+    /// The model is ready. `swapped`: it was not when asked.
+    Ready {
+        instance: InstanceId,
+        swap: Option<SwapId>,
+        swapped: bool,
+    },
+    /// The model is not loaded any more (or was not).
+    Unloaded {
+        was_loaded: bool,
+    },
+    /// The deadline passed; the swap goes on.
+    TimedOut {
+        swap: Option<SwapId>,
+    },
+    Refused(Refusal),
+}
+
+/// Why a request ends without a lease. The gateway's `reject.rs` turns it into HTTP.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    UnknownModel,
+    /// `X-Wharf-Start: never` and the model is not ready.
+    NotLoaded,
+    QueueFull {
+        limit: u32,
+        per_model: bool,
+    },
+    /// `queue.timeout` passed; `waiting_for` says for what.
+    QueueTimeout {
+        waited_ms: u64,
+        waiting_for: String,
+    },
+    /// Needs more than any GPU set could ever give.
+    CannotFit {
+        need: Bytes,
+        available: Bytes,
+        gpus: u16,
+    },
+    /// The last start failed; the next is tried at `retry_at`.
+    StartFailed {
+        swap: Option<SwapId>,
+        fault: Fault,
+        retry_at: Time,
+    },
+    /// The victim's memory did not come back.
+    VramNeverFreed {
+        swap: SwapId,
+        fault: Fault,
+        retry_at: Time,
+    },
+    /// The GPU cannot be read: no proof, no starts.
+    NoVramProof {
+        message: String,
+    },
+    /// The runtime that holds the model does not answer.
+    RuntimeLost {
+        message: String,
+    },
+    /// Unloaded by an operator while it waited.
+    Unloaded,
+    /// Removed from the configuration while it waited.
+    Removed,
+    /// Died or was stopped under the request, and the one retry was used.
+    InstanceLost {
+        message: String,
+    },
+    ShuttingDown,
+}

@@ -1,0 +1,242 @@
+//! What the scheduler is told. Serialisable: the journal holds every one of them, in order.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::catalog::Catalog;
+use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, Priority, RequestId, SwapId, Time};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Event {
+    /// A request found no open gate and waits.
+    RequestArrived(Request),
+    /// The client of a waiting request left. (A request that holds a lease ends by `GateSeen`.)
+    RequestGone {
+        request: RequestId,
+    },
+    /// Fresh counters of an instance's gate. The owner sends one for every gate that changed,
+    /// before any other event, and at once after `CloseGate` and for a gate that pinged.
+    GateSeen {
+        instance: InstanceId,
+        gate: GateCount,
+    },
+    EnsureAsked {
+        ask: AskId,
+        model: ModelName,
+        kind: EnsureKind,
+        deadline: Time,
+    },
+    /// The caller of an ensure or unload went away; what it began goes on.
+    AskGone {
+        ask: AskId,
+    },
+    UnloadAsked {
+        ask: AskId,
+        model: ModelName,
+        force: bool,
+    },
+    /// An effect ended. `swap` and `instance` are those of the action that began it;
+    /// a completion that fits nothing under way is dropped.
+    MoveDone {
+        swap: SwapId,
+        instance: InstanceId,
+        done: Done,
+    },
+    /// A start reached its last part: the engine answers and is being vouched for.
+    Vouching {
+        swap: SwapId,
+        instance: InstanceId,
+    },
+    /// A memory reading of every GPU (or why there is none).
+    MemorySeen(Result<MemorySample, NoProof>),
+    /// An instance that was starting, ready or sleeping ended by itself.
+    InstanceDied {
+        instance: InstanceId,
+        fault: Fault,
+    },
+    /// A healthy instance found at start-up, unchanged since it was started. It is ready at once.
+    Adopted {
+        instance: InstanceId,
+        model: ModelName,
+        gpus: Vec<GpuId>,
+        footprint: Bytes,
+    },
+    /// Figures of earlier runs, read from the store at start-up.
+    Remembered {
+        model: ModelName,
+        learned: Learned,
+    },
+    CatalogChanged(Arc<Catalog>),
+    /// Docker (say) stopped answering: its instances are `Lost`, their bytes stay promised.
+    RuntimeLost {
+        instances: Vec<InstanceId>,
+    },
+    /// It answers again: these still live; the other lost ones died.
+    RuntimeBack {
+        alive: Vec<InstanceId>,
+        dead: Vec<InstanceId>,
+    },
+    /// Refuse everything that waits and start nothing more.
+    ShuttingDown,
+    /// The time of `next_wake` came.
+    Woke,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    pub id: RequestId,
+    pub model: ModelName,
+    pub priority: Priority,
+    /// Asked for by the caller (bounded by its key); `None`: the configured one.
+    pub max_wait: Option<Duration>,
+    /// `X-Wharf-Start: never`: serve only if ready, else refuse at once, leaving no trace.
+    pub never_start: bool,
+    /// 1, or 2 for the one safe retry.
+    pub attempt: u8,
+    /// First arrival, also on a retry: the age counts from here.
+    pub arrived: Time,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EnsureKind {
+    /// `POST /ensure_model`: holds its model until its first request ends or 30 s pass.
+    Ensure,
+    /// `POST /models/{name}/load`: ensure without the hold.
+    Load,
+    /// A warm-up model at start: never evicts, waits for free memory.
+    Warmup,
+}
+
+/// Counters of one gate, read by the owner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GateCount {
+    /// Leases held now.
+    pub in_flight: u32,
+    /// Leases granted since the instance became ready.
+    pub granted: u64,
+    /// When a lease was last taken or ended.
+    pub last_used: Time,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Done {
+    /// Preflight passed (spec, command, driver, runtime).
+    Preflight(Result<(), Fault>),
+    /// Image and weights are present.
+    Fetch(Result<(), Fault>),
+    /// The engine answers and was vouched for. `footprint`: measured bytes per GPU, where visible.
+    Start(Result<Option<Bytes>, Fault>),
+    /// The instance is gone (its memory perhaps not yet). An error: it may still run.
+    Stop(Result<(), Fault>),
+    /// Asleep, holding this many bytes per GPU, where visible.
+    Sleep(Result<Option<Bytes>, Fault>),
+    Wake(Result<Option<Bytes>, Fault>),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemorySample {
+    pub taken_at: Time,
+    pub gpus: Vec<GpuMemory>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GpuMemory {
+    pub gpu: GpuId,
+    pub uuid: String,
+    pub total: Bytes,
+    pub free: Bytes,
+    pub holders: Vec<Holder>,
+}
+
+/// A process that holds memory on a GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    pub pid: u32,
+    pub bytes: Bytes,
+    /// Command and container where they can be read: `vllm serve (container coder)`.
+    pub label: String,
+    /// Set where the process belongs to an instance of ours.
+    pub instance: Option<InstanceId>,
+}
+
+/// Why there is no memory reading.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NoProof {
+    pub message: String,
+}
+
+/// Why an effect failed. `message` names the thing and the fix and is fit for clients.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fault {
+    pub kind: FaultKind,
+    pub message: String,
+    /// The engine's last log lines.
+    pub log_tail: Vec<String>,
+}
+
+impl Fault {
+    pub fn new(kind: FaultKind, message: impl Into<String>) -> Fault {
+        Fault { kind, message: message.into(), log_tail: Vec::new() }
+    }
+
+    pub fn with_log(mut self, log_tail: Vec<String>) -> Fault {
+        self.log_tail = log_tail;
+        self
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FaultKind {
+    ImageMissing,
+    FetchDenied,
+    FetchFailed,
+    DiskFull,
+    CommandMissing,
+    BadSpec,
+    GpuDriverMissing,
+    PortTaken,
+    NameConflict,
+    RuntimeUnreachable,
+    OutOfMemory,
+    Exited,
+    FatalLogLine,
+    Stalled,
+    TimedOut,
+    NeverHealthy,
+    StrangerOnPort,
+    RunsOnCpu,
+    NoVramProof,
+    VramNeverFreed,
+    StopFailed,
+    SleepFailed,
+    WakeFailed,
+    Cancelled,
+    Internal,
+}
+
+impl FaultKind {
+    /// Worth one immediate retry inside the swap.
+    pub const fn is_transient(self) -> bool {
+        matches!(self, FaultKind::PortTaken | FaultKind::RuntimeUnreachable)
+    }
+}
+
+/// What earlier moves of a model taught.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Learned {
+    /// Awake peak per GPU.
+    pub footprint: Option<Bytes>,
+    /// Residue per GPU while asleep.
+    pub asleep: Option<Bytes>,
+    /// Typical duration of each kind of move.
+    pub start: Option<Duration>,
+    pub stop: Option<Duration>,
+    pub sleep: Option<Duration>,
+    pub wake: Option<Duration>,
+    /// Typical duration of each phase of a start, for progress estimates.
+    pub phases: BTreeMap<String, Duration>,
+}
