@@ -2,6 +2,8 @@
 
 pub mod gate;
 pub mod handle;
+#[doc(hidden)]
+pub mod puppet;
 pub mod view;
 
 pub use gate::{Gate, Lease, StartKind};
