@@ -109,6 +109,11 @@ impl Handle {
         Time::ZERO + self.shared.epoch.elapsed()
     }
 
+    /// The owner runs.
+    pub fn is_alive(&self) -> bool {
+        !self.inbox.0.is_closed()
+    }
+
     /// Wall-clock time of one of the owner's times.
     pub fn wall(&self, time: Time) -> SystemTime {
         self.shared.epoch_wall + Duration::from_millis(time.0)

@@ -11,6 +11,8 @@ mod launch;
 mod memory_watch;
 mod perform;
 mod publish;
+#[doc(hidden)]
+pub mod puppet;
 mod reconcile;
 mod run;
 mod start;
