@@ -1,1 +1,3 @@
-//! See design: filled in by its own files.
+//! One file per subcommand.
+
+pub mod engine;
