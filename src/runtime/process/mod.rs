@@ -9,7 +9,7 @@ mod find;
 mod group;
 mod logfile;
 mod pidfd;
-mod procfs;
+pub(crate) mod procfs;
 mod supervise;
 
 use std::collections::BTreeMap;
