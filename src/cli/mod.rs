@@ -1,1 +1,2 @@
 //! See design: filled in by its own files.
+pub mod check;
