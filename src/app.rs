@@ -13,7 +13,8 @@ use crate::config::Loaded;
 use crate::config::catalog::Catalog;
 use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
-use crate::{api, gateway, orchestrator, runtime};
+use crate::runtime::process::ProcessRuntime;
+use crate::{api, gateway, orchestrator};
 
 /// How long a taken listener port is retried (a predecessor may just be leaving).
 const BIND_WITHIN: Duration = Duration::from_secs(3);
@@ -99,8 +100,11 @@ async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
             Ok(listener) => return Ok(listener),
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
                 if tokio::time::Instant::now() >= until {
-                    let occupant = runtime::process::port_occupant(address.port())
-                        .unwrap_or_else(|| "another program".to_owned());
+                    let listeners = ProcessRuntime::default().listeners(address.port()).await;
+                    let occupant = listeners.first().map_or_else(
+                        || "a process that this user cannot see".to_owned(),
+                        ToString::to_string,
+                    );
                     bail!("{key}: {address} is taken by {occupant}; stop it or choose another port");
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;

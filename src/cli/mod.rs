@@ -1,5 +1,6 @@
 //! One file per subcommand.
 
+pub mod check;
 pub mod demo;
 pub mod engine;
 pub mod serve;
