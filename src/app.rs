@@ -9,7 +9,6 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Loaded;
 use crate::config::catalog::Catalog;
 use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
@@ -25,7 +24,7 @@ const CONTROL_GRACE: Duration = Duration::from_secs(2);
 /// `reload` reads the configuration again, flags applied.
 pub async fn run(
     catalog: Catalog,
-    reload: impl Fn() -> anyhow::Result<Loaded> + Send + 'static,
+    reload: impl Fn() -> anyhow::Result<Catalog> + Send + 'static,
 ) -> anyhow::Result<()> {
     let catalog = Arc::new(catalog);
     let settings = &catalog.settings;
@@ -125,24 +124,21 @@ async fn wait_for_stop() -> anyhow::Result<&'static str> {
 
 /// A bad file changes nothing and says why.
 async fn reload_on_sighup(
-    reload: impl Fn() -> anyhow::Result<Loaded> + Send + 'static,
+    reload: impl Fn() -> anyhow::Result<Catalog> + Send + 'static,
     handle: Handle,
 ) {
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
     while hangup.recv().await.is_some() {
         match reload() {
-            Ok(loaded) => {
-                let old = handle.catalog();
-                if loaded.catalog.settings.gateway != old.settings.gateway
-                    || loaded.catalog.settings.orchestrator != old.settings.orchestrator
-                    || loaded.catalog.settings.store != old.settings.store
+            Ok(catalog) => {
+                let (old, new) = (handle.catalog(), &catalog.settings);
+                let old = &old.settings;
+                if (new.gateway, new.orchestrator, &new.store, &new.gpu)
+                    != (old.gateway, old.orchestrator, &old.store, &old.gpu)
                 {
-                    tracing::warn!("listen and store need a restart; the rest is reloaded");
+                    tracing::warn!("listen, store and gpu need a restart; the rest is reloaded");
                 }
-                for warning in &loaded.warnings {
-                    tracing::warn!("{warning}");
-                }
-                handle.reload(Arc::new(loaded.catalog)).await;
+                handle.reload(Arc::new(catalog)).await;
                 tracing::info!("configuration reloaded");
             }
             Err(errors) => {

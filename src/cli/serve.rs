@@ -10,6 +10,7 @@ use anyhow::Context;
 use clap::Args;
 
 use crate::config::catalog::{ApiKey, Catalog, Scope};
+use crate::config::{Loaded, Report};
 use crate::{app, config};
 
 #[derive(Debug, Args)]
@@ -56,19 +57,26 @@ impl ServeArgs {
 
 pub async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let loaded = config::load(&args.config)?;
-    for warning in &loaded.warnings {
-        tracing::warn!("{warning}");
-    }
+    warn_of(&args.config, &loaded);
     let mut catalog = loaded.catalog;
     args.apply(&mut catalog)?;
     let path = args.config.clone();
     let reload = move || {
         let mut loaded = config::load(&args.config)?;
         args.apply(&mut loaded.catalog)?;
-        Ok(loaded)
+        warn_of(&args.config, &loaded);
+        Ok(loaded.catalog)
     };
     tracing::info!(config = %path.display(), models = catalog.models.len(), "wharf {}", env!("CARGO_PKG_VERSION"));
     app::run(catalog, reload).await
+}
+
+/// What `wharf check` would say beside errors.
+fn warn_of(path: &Path, loaded: &Loaded) {
+    if !loaded.warnings.is_empty() {
+        let file = path.display().to_string();
+        tracing::warn!("{}", Report { file: &file, problems: &loaded.warnings });
+    }
 }
 
 fn read_or_make_key(path: &Path) -> anyhow::Result<String> {
