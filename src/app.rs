@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::catalog::Catalog;
 use crate::orchestrator::Handle;
-use crate::telemetry::metrics::Metrics;
 use crate::runtime::process::ProcessRuntime;
+use crate::telemetry::metrics::Metrics;
 use crate::{api, gateway, orchestrator};
 
 /// How long a taken listener port is retried (a predecessor may just be leaving).
@@ -104,11 +104,15 @@ async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
                         || "a process that this user cannot see".to_owned(),
                         ToString::to_string,
                     );
-                    bail!("{key}: {address} is taken by {occupant}; stop it or choose another port");
+                    bail!(
+                        "{key}: {address} is taken by {occupant}; stop it or choose another port"
+                    );
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
-            Err(error) => return Err(error).with_context(|| format!("{key}: cannot listen on {address}")),
+            Err(error) => {
+                return Err(error).with_context(|| format!("{key}: cannot listen on {address}"));
+            }
         }
     }
 }

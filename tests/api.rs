@@ -240,15 +240,13 @@ async fn ensure_tells_what_the_swap_did() {
     let swap = ended_swap(12, TINY, &[MISTRAL], SwapOutcome::Ready);
     after.ledger = Arc::new([Arc::new(swap)].into());
     Puppet::publish(&puppet.handle, after);
-    let ready =
-        Answer::Ready { instance: InstanceId(12), swap: Some(SwapId(12)), swapped: true };
+    let ready = Answer::Ready { instance: InstanceId(12), swap: Some(SwapId(12)), swapped: true };
     let owner = answer_next(puppet, ready);
     // As the older guide's curl line sends it, but with curl's default content type.
     let mut asked = request(Method::POST, "/ensure_model", r#"{"model":"tiny","timeout":30}"#);
-    asked.headers_mut().insert(
-        "content-type",
-        "application/x-www-form-urlencoded".parse().expect("a value"),
-    );
+    asked
+        .headers_mut()
+        .insert("content-type", "application/x-www-form-urlencoded".parse().expect("a value"));
     let (status, body) = send(&api, asked).await;
     assert_eq!(status, StatusCode::OK, "{body}");
     assert_eq!((&body["model"], &body["state"]), (&json!("tiny"), &json!("ready")));
@@ -269,7 +267,8 @@ async fn ensure_waits_for_the_ledgers_row() {
     let (api, handle) = (api(&puppet), puppet.handle.clone());
     let ready = Answer::Ready { instance: InstanceId(12), swap: Some(SwapId(12)), swapped: true };
     let owner = answer_next(puppet, ready);
-    let asked = tokio::spawn(async move { post(&api, "/ensure_model", r#"{"model":"tiny"}"#).await });
+    let asked =
+        tokio::spawn(async move { post(&api, "/ensure_model", r#"{"model":"tiny"}"#).await });
     owner.await.expect("an ask");
     // The answer is out; the view follows.
     let mut after = view();
@@ -289,7 +288,10 @@ async fn ensure_without_waiting_answers_202_and_goes_on() {
     assert_eq!(status, StatusCode::ACCEPTED);
     assert_eq!((&body["state"], &body["swap_id"]), (&json!("starting"), &json!("s9")));
     let message = puppet.inbox.recv().await.expect("a message");
-    assert!(matches!(message, Message::Ask { event: Event::EnsureAsked { .. }, .. }), "{message:?}");
+    assert!(
+        matches!(message, Message::Ask { event: Event::EnsureAsked { .. }, .. }),
+        "{message:?}"
+    );
 }
 
 #[tokio::test]
@@ -347,7 +349,10 @@ async fn load_and_unload_answer_in_the_swappers_shape() {
     let owner = answer_next(puppet, Answer::Unloaded { was_loaded: true });
     let (status, body) = post(&api, "/models/mistral/unload", r#"{"force": true}"#).await;
     assert_eq!((status, &body["status"]), (StatusCode::OK, &json!("success")));
-    assert_eq!((&body["model"], &body["message"]), (&json!(MISTRAL), &json!("Model mistral unloaded")));
+    assert_eq!(
+        (&body["model"], &body["message"]),
+        (&json!(MISTRAL), &json!("Model mistral unloaded"))
+    );
     let (event, puppet) = owner.await.expect("an ask");
     assert!(matches!(event, Event::UnloadAsked { force: true, .. }), "{event:?}");
 
@@ -365,7 +370,10 @@ async fn metrics_are_text_or_the_swappers_json() {
     let text = api.clone().oneshot(request(Method::GET, "/metrics", "")).await.expect("infallible");
     assert!(text.headers()["content-type"].to_str().expect("text").starts_with("text/plain"));
     let text = text.into_body().collect().await.expect("a body").to_bytes();
-    assert!(String::from_utf8_lossy(&text).contains("\norchestrator_current_model{model=\"mistral\"} 1"));
+    assert!(
+        String::from_utf8_lossy(&text)
+            .contains("\norchestrator_current_model{model=\"mistral\"} 1")
+    );
 
     let mut wanted = request(Method::GET, "/metrics", "");
     wanted.headers_mut().insert("accept", "application/json".parse().expect("a value"));
@@ -432,7 +440,10 @@ async fn bad_requests_get_json_that_names_the_mistake() {
     let (puppet, _leases) = world();
     let api = api(&puppet);
     let (status, body) = post(&api, "/ensure_model", r#"{"model":"mistrel"}"#).await;
-    assert_eq!((status, &body["error"]["code"]), (StatusCode::NOT_FOUND, &json!("model_not_found")));
+    assert_eq!(
+        (status, &body["error"]["code"]),
+        (StatusCode::NOT_FOUND, &json!("model_not_found"))
+    );
     let message = body["error"]["message"].as_str().expect("text");
     for name in [MISTRAL, CODER, TINY] {
         assert!(message.contains(name) || body["available_models"].to_string().contains(name));
@@ -466,8 +477,7 @@ async fn one_address_can_serve_gateway_and_control() {
     let gateway = Router::new()
         .route("/health", axum::routing::get(async || "the gateway's"))
         .route("/v1/models", axum::routing::get(async || axum::Json(json!({"object": "list"}))));
-    let both =
-        wharf::api::router_before(puppet.handle.clone(), Arc::new(Metrics::new()), gateway);
+    let both = wharf::api::router_before(puppet.handle.clone(), Arc::new(Metrics::new()), gateway);
     assert_eq!(read(&both, "/v1/models").await.1["object"], "list");
     assert_eq!(read(&both, "/health").await.1["service"], "wharf");
 }

@@ -8,7 +8,8 @@ use support::serve;
 
 #[tokio::test]
 async fn two_real_llama_servers_take_turns() {
-    let (Ok(server), Ok(gguf)) = (std::env::var("WHARF_TEST_LLAMA"), std::env::var("WHARF_TEST_GGUF"))
+    let (Ok(server), Ok(gguf)) =
+        (std::env::var("WHARF_TEST_LLAMA"), std::env::var("WHARF_TEST_GGUF"))
     else {
         support::skip("real llama-server: WHARF_TEST_LLAMA and WHARF_TEST_GGUF are not set");
         return;

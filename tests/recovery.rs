@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use support::{EXE, World, gpu, serve, standin};
 
 fn models() -> String {
-    standin("ada", "14GiB", "--load 600ms") + &standin("bob", "14GiB", "--load 600ms --shutdown drain:2s")
+    standin("ada", "14GiB", "--load 600ms")
+        + &standin("bob", "14GiB", "--load 600ms --shutdown drain:2s")
 }
 
 async fn world() -> World {
@@ -80,7 +81,11 @@ async fn killed_in_the_middle_of_a_stop_nothing_is_left_behind() {
     world.server.kill().unwrap();
     asked.abort();
     world.server.restart().await.unwrap();
-    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"), "{}", world.log());
+    assert!(
+        world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"),
+        "{}",
+        world.log()
+    );
     world.until("bob is gone", is("bob", "stopped")).await;
     assert_eq!(world.engine_pids().len(), 1);
     world.stop().await;
@@ -106,7 +111,15 @@ async fn an_engine_whose_configuration_changed_is_not_adopted() {
 async fn a_second_wharf_on_the_same_store_is_kept_out() {
     let world = world().await;
     let second = Command::new(EXE)
-        .args(["serve", "--config", "models.yaml", "--gateway", "127.0.0.1:0", "--orchestrator", "127.0.0.1:0"])
+        .args([
+            "serve",
+            "--config",
+            "models.yaml",
+            "--gateway",
+            "127.0.0.1:0",
+            "--orchestrator",
+            "127.0.0.1:0",
+        ])
         .current_dir(world.dir.path())
         .output()
         .unwrap();
@@ -126,7 +139,8 @@ async fn a_bad_reload_changes_nothing_and_a_good_one_only_what_changed() {
     let good = std::fs::read_to_string(&path).unwrap();
     let hangup = || {
         let pid = i32::try_from(world.server.pid()).unwrap();
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGHUP).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGHUP)
+            .unwrap();
     };
     std::fs::write(&path, good.replace("vram: 14GiB", "vrma: 14GiB")).unwrap();
     hangup();

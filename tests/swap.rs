@@ -25,7 +25,10 @@ async fn each_request_is_answered_by_the_model_it_names_and_the_first_is_gone_be
     assert_eq!(ready, 3, "{swaps:#?}");
     let second = swaps.iter().find(|swap| swap["model"] == "bob").unwrap();
     assert_eq!(second["evicted"][0]["model"], "ada");
-    assert!(second["phases"]["prove"].as_f64().unwrap() > 0.1, "the lag is part of the proof: {second}");
+    assert!(
+        second["phases"]["prove"].as_f64().unwrap() > 0.1,
+        "the lag is part of the proof: {second}"
+    );
     world.stop().await;
 }
 
@@ -76,7 +79,11 @@ async fn never_start_serves_only_what_is_ready() {
 #[tokio::test]
 async fn a_model_that_cannot_start_backs_off_and_the_others_serve() {
     let models = standin("ada", "10GiB", "--load 100ms")
-        + &standin("bad", "10GiB", "--load 100ms --fatal-line 'torch.OutOfMemoryError: CUDA out of memory' --exit-code 1");
+        + &standin(
+            "bad",
+            "10GiB",
+            "--load 100ms --fatal-line 'torch.OutOfMemoryError: CUDA out of memory' --exit-code 1",
+        );
     let world = serve(&gpu("24GiB", LAG), &models, &[]).await;
     let talk = &world.server.talk;
     for _ in 0..3 {
@@ -98,7 +105,8 @@ async fn an_engine_that_dies_while_serving_is_started_again() {
     let talk = &world.server.talk;
     assert!(talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
     let pid = i32::try_from(world.engine_pids()[0]).unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)
+        .unwrap();
     world.until("the death is seen", |status| status["models"]["ada"]["state"] != "ready").await;
     let answer = talk.chat("ada", false, &[]).await.unwrap();
     assert!(answer.is_from("ada"), "{answer:?}\n{}", world.log());

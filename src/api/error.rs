@@ -86,8 +86,7 @@ impl IntoResponse for ApiError {
 /// 404 with the names that are known, the nearest first.
 pub fn unknown_model(catalog: &Catalog, wanted: &str) -> ApiError {
     let names: Vec<&ModelName> = catalog.models.keys().collect();
-    let mut error =
-        ApiError::not_found("model_not_found", format!("there is no model `{wanted}`"));
+    let mut error = ApiError::not_found("model_not_found", format!("there is no model `{wanted}`"));
     error.extra.push(("available_models", json!(names)));
     error
 }

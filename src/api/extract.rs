@@ -32,18 +32,21 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let bytes = Bytes::from_request(request, state).await.map_err(|error| match error.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => ApiError::new(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                "body_too_large",
-                format!("the body is larger than {BODY_BYTES_MAX} bytes"),
-            ),
-            _ => ApiError::bad("body", error.body_text()),
-        })?;
+        let bytes =
+            Bytes::from_request(request, state).await.map_err(|error| match error.status() {
+                StatusCode::PAYLOAD_TOO_LARGE => ApiError::new(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    "body_too_large",
+                    format!("the body is larger than {BODY_BYTES_MAX} bytes"),
+                ),
+                _ => ApiError::bad("body", error.body_text()),
+            })?;
         let text = if bytes.trim_ascii().is_empty() { b"{}".as_slice() } else { &bytes };
         match serde_json::from_slice(text) {
             Ok(body) => Ok(Body(body)),
-            Err(error) => Err(ApiError::bad("body", format!("the body is not as expected: {error}"))),
+            Err(error) => {
+                Err(ApiError::bad("body", format!("the body is not as expected: {error}")))
+            }
         }
     }
 }

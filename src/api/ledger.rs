@@ -63,9 +63,8 @@ fn fields(at: &Snapshot<'_>, swap: &SwapRecord) -> Map<String, Value> {
 
 /// Finished phases: name → seconds.
 pub fn phases(swap: &SwapRecord) -> Value {
-    let phases = swap.phases.iter().map(|(phase, took)| {
-        (phase.as_str().to_owned(), json!(seconds(*took)))
-    });
+    let phases =
+        swap.phases.iter().map(|(phase, took)| (phase.as_str().to_owned(), json!(seconds(*took))));
     Value::Object(phases.collect())
 }
 

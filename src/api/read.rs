@@ -1,10 +1,10 @@
 //! Handlers that only read.
 
-use axum::extract::{Query, State};
-use axum::http::header::{ACCEPT, CONTENT_TYPE};
-use axum::http::HeaderMap;
-use axum::response::{IntoResponse, Response};
 use axum::Json;
+use axum::extract::{Query, State};
+use axum::http::HeaderMap;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -36,7 +36,10 @@ pub async fn models(State(api): State<Api>) -> Json<Value> {
     Json(json!({ "models": rows.collect::<Vec<_>>() }))
 }
 
-pub async fn model(State(api): State<Api>, PathText(path): PathText) -> Result<Json<Value>, ApiError> {
+pub async fn model(
+    State(api): State<Api>,
+    PathText(path): PathText,
+) -> Result<Json<Value>, ApiError> {
     let at = Snapshot::of(&api.handle);
     match name::split(&path, |name| at.catalog.resolve(name)) {
         Some((spec, "")) => Ok(Json(render::model(&at, spec))),

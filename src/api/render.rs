@@ -26,12 +26,7 @@ pub struct Snapshot<'a> {
 
 impl Snapshot<'_> {
     pub fn of(handle: &Handle) -> Snapshot<'_> {
-        Snapshot {
-            handle,
-            catalog: handle.catalog(),
-            view: handle.view(),
-            now: handle.now(),
-        }
+        Snapshot { handle, catalog: handle.catalog(), view: handle.view(), now: handle.now() }
     }
 
     /// RFC 3339 of one of the owner's times.

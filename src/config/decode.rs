@@ -96,7 +96,11 @@ impl<'n> At<'n> {
 
     fn wrong(&self, sink: &mut Sink, expected: &str) {
         let found = self.found();
-        sink.error(&self.spot, format!("{} is not {}", found, article(expected)), expected_text(expected));
+        sink.error(
+            &self.spot,
+            format!("{} is not {}", found, article(expected)),
+            expected_text(expected),
+        );
     }
 
     /// The value as a message may show it: what the file says, cut short.
@@ -213,7 +217,11 @@ impl<'n> At<'n> {
             Ok(value) => Some(value),
             Err(hint) => {
                 let expected = if hint.is_empty() { expected_text(what) } else { hint };
-                sink.error(&self.spot, format!("{} is not {}", self.found(), article(what)), expected);
+                sink.error(
+                    &self.spot,
+                    format!("{} is not {}", self.found(), article(what)),
+                    expected,
+                );
                 None
             }
         }
@@ -313,9 +321,7 @@ impl<'n> At<'n> {
 
     pub(super) fn table(&self, sink: &mut Sink, what: &str) -> Option<Table<'n>> {
         match &self.node.kind {
-            Kind::Map(entries) => {
-                Some(Table { at: self.clone(), entries, taken: Vec::new() })
-            }
+            Kind::Map(entries) => Some(Table { at: self.clone(), entries, taken: Vec::new() }),
             Kind::Null | Kind::Scalar(_) | Kind::List(_) => {
                 self.wrong(sink, &format!("a mapping with {what}"));
                 None

@@ -93,8 +93,24 @@ pub(super) fn read(
 
 /// Keys whose place later checks may want.
 const KEYS: [&str; 18] = [
-    "engine", "docker", "process", "external", "env", "pull", "gpus", "vram", "pinned", "warmup",
-    "ttl", "port", "stop", "sleep", "aliases", "upstream_name", "canary", "start_timeout",
+    "engine",
+    "docker",
+    "process",
+    "external",
+    "env",
+    "pull",
+    "gpus",
+    "vram",
+    "pinned",
+    "warmup",
+    "ttl",
+    "port",
+    "stop",
+    "sleep",
+    "aliases",
+    "upstream_name",
+    "canary",
+    "start_timeout",
 ];
 
 const UNREAD: &[(&str, Unread)] = &[
@@ -159,8 +175,7 @@ fn run(table: &mut Table<'_>, fields: &mut Fields, env: Env<'_>, sink: &mut Sink
     fields.docker = table.take("docker").and_then(|at| launch::docker(&at, env, sink));
     fields.process = table.take("process").and_then(|at| launch::process(&at, env, sink));
     fields.external = table.take("external").and_then(|at| launch::external(&at, env, sink));
-    fields.env =
-        table.take("env").and_then(|at| at.pairs(sink, Some(env))).unwrap_or_default();
+    fields.env = table.take("env").and_then(|at| at.pairs(sink, Some(env))).unwrap_or_default();
     fields.pull = table.take("pull").and_then(|at| launch::pull(&at, sink));
     fields.port = table.take("port").and_then(|at| at.int(sink, 1..=u16::MAX));
     if let Some(mut stop) = table.take("stop").and_then(|at| at.table(sink, "`signal`, `grace`")) {
@@ -221,11 +236,10 @@ fn place(table: &mut Table<'_>, fields: &mut Fields, sink: &mut Sink) {
     });
     fields.ram = table.take("ram").and_then(|at| at.size(sink));
     fields.priority = table.take("priority").and_then(|at| {
-        at.choice(sink, &[
-            ("high", Priority::High),
-            ("normal", Priority::Normal),
-            ("low", Priority::Low),
-        ])
+        at.choice(
+            sink,
+            &[("high", Priority::High), ("normal", Priority::Normal), ("low", Priority::Low)],
+        )
     });
     fields.pinned = flag(table, "pinned", sink);
     fields.warmup = flag(table, "warmup", sink);
@@ -302,7 +316,11 @@ fn serve(table: &mut Table<'_>, fields: &mut Fields, base: WaitingSettings, sink
     if let Some(mut inner) = table.take("timeouts").and_then(|at| at.table(sink, "`start`")) {
         let nested = inner.take("start");
         if let (Some(nested), true) = (&nested, start.is_some()) {
-            sink.error(&nested.spot, "`timeouts.start` and `start_timeout` are the same", "keep one");
+            sink.error(
+                &nested.spot,
+                "`timeouts.start` and `start_timeout` are the same",
+                "keep one",
+            );
         }
         fields.start_timeout = nested.and_then(|at| at.some_duration(sink));
         inner.finish(sink, &[]);

@@ -45,7 +45,10 @@ pub(super) fn docker(at: &At<'_>, env: Env<'_>, sink: &mut Sink) -> Option<Docke
             ("environment", ENV_HINT),
             ("container_name", Unread::Hint("did you mean `container` (one that exists already)?")),
             ("name", Unread::Hint("Wharf names the containers it makes; remove it")),
-            ("ports", Unread::Hint("Wharf publishes the engine's port itself; did you mean `port`?")),
+            (
+                "ports",
+                Unread::Hint("Wharf publishes the engine's port itself; did you mean `port`?"),
+            ),
             ("restart", Unread::Hint("Wharf decides what runs; remove it")),
             ("gpus", MODEL_HINT),
             ("vram", MODEL_HINT),
@@ -64,8 +67,22 @@ fn check_docker(table: &Table<'_>, spec: &DockerSpec, sink: &mut Sink) {
     if let Some(name) = &spec.container {
         // A container that exists has all of this already; setting it here would have no effect.
         const OTHERS: [&str; 16] = [
-            "image", "args", "entrypoint", "env", "volumes", "ipc", "shm_size", "ulimits",
-            "labels", "network", "runtime", "cdi", "init", "user", "pull", "memory",
+            "image",
+            "args",
+            "entrypoint",
+            "env",
+            "volumes",
+            "ipc",
+            "shm_size",
+            "ulimits",
+            "labels",
+            "network",
+            "runtime",
+            "cdi",
+            "init",
+            "user",
+            "pull",
+            "memory",
         ];
         for key in OTHERS {
             let Some(spot) = table.key_spot(key) else { continue };
@@ -141,7 +158,11 @@ fn ulimits(at: &At<'_>, sink: &mut Sink) -> BTreeMap<String, (i64, i64)> {
             let soft = table.take("soft").and_then(|at| at.int(sink, -1..=i64::MAX));
             let hard = table.take("hard").and_then(|at| at.int(sink, -1..=i64::MAX));
             if table.key_spot("soft").is_none() || table.key_spot("hard").is_none() {
-                sink.error(&entry.spot, "a limit has `soft` and `hard`", "expected both, or one number");
+                sink.error(
+                    &entry.spot,
+                    "a limit has `soft` and `hard`",
+                    "expected both, or one number",
+                );
             }
             table.finish(sink, &[]);
             soft.zip(hard)
@@ -261,7 +282,8 @@ fn url(text: &str) -> Result<String, String> {
 pub(super) fn argument_spot(model: &Node, path: &str, argument: &str) -> Option<Spot> {
     for (part, key) in [("docker", "args"), ("process", "cmd")] {
         let Some(node) = model.get(part).and_then(|node| node.get(key)) else { continue };
-        let at = At { node, spot: Spot { place: node.place, path: format!("{path}.{part}.{key}") } };
+        let at =
+            At { node, spot: Spot { place: node.place, path: format!("{path}.{part}.{key}") } };
         let super::tree::Kind::List(items) = &node.kind else { return Some(at.spot) };
         let flag = argument.split(['=', ' ']).next().unwrap_or(argument);
         let stands = |text: &str| text == flag || text.starts_with(&format!("{flag}="));

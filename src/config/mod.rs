@@ -50,8 +50,10 @@ pub struct Override {
 
 /// Where the configuration is: the flag, else SWAPPER_CONFIG_PATH, else `models.yaml`.
 pub fn path(flag: Option<PathBuf>) -> PathBuf {
-    flag.or_else(|| std::env::var_os("SWAPPER_CONFIG_PATH").filter(|v| !v.is_empty()).map(Into::into))
-        .unwrap_or_else(|| PathBuf::from("models.yaml"))
+    flag.or_else(|| {
+        std::env::var_os("SWAPPER_CONFIG_PATH").filter(|v| !v.is_empty()).map(Into::into)
+    })
+    .unwrap_or_else(|| PathBuf::from("models.yaml"))
 }
 
 /// Reads and checks a file, with Wharf's own environment.
@@ -215,7 +217,9 @@ fn collect_secrets(node: &Node, secrets: &mut Vec<String>) {
         Kind::List(items) => {
             for pair in items.windows(2) {
                 let flag = pair[0].text().filter(|t| t.starts_with('-'));
-                if let (true, Some(value)) = (flag.is_some_and(secrets::is_secret_name), pair[1].text()) {
+                if let (true, Some(value)) =
+                    (flag.is_some_and(secrets::is_secret_name), pair[1].text())
+                {
                     keep(value);
                 }
             }

@@ -61,8 +61,7 @@ pub(super) fn read(
     let map = |at: &Option<At<'_>>, what: &str, sink: &mut Sink| {
         at.as_ref().is_some_and(|at| at.table(sink, what).is_some())
     };
-    let mut reader =
-        Reader { macros, env, settings, templates: BTreeMap::new(), defaults: None };
+    let mut reader = Reader { macros, env, settings, templates: BTreeMap::new(), defaults: None };
     if let Some(at) = &sources.defaults
         && map(&sources.defaults, "keys that every model shall have", sink)
     {
@@ -192,8 +191,7 @@ impl Reader<'_> {
         };
         let gpu = &self.settings.settings.gpu;
         let no_gpus = gpu.provider == GpuProvider::None && gpu.memory.is_empty();
-        let gpus =
-            if external || no_gpus { GpuRequest::None } else { GpuRequest::Count(1) };
+        let gpus = if external || no_gpus { GpuRequest::None } else { GpuRequest::Count(1) };
         Some(ModelSpec {
             name: ModelName::new(name),
             aliases: fields.aliases.into_iter().map(|(alias, _)| alias).collect(),
@@ -243,12 +241,7 @@ impl Reader<'_> {
 }
 
 /// Exactly one of `docker`, `process`, `external`, with the model's own `env` and `pull` in it.
-fn runtime(
-    name: &str,
-    spot: &Spot,
-    fields: &mut Fields,
-    sink: &mut Sink,
-) -> Option<RuntimeSpec> {
+fn runtime(name: &str, spot: &Spot, fields: &mut Fields, sink: &mut Sink) -> Option<RuntimeSpec> {
     let given: Vec<(&str, Spot)> = ["docker", "process", "external"]
         .into_iter()
         .filter_map(|key| Some((key, fields.spot(key)?.clone())))

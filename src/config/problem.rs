@@ -88,11 +88,8 @@ impl Problem {
         let end = shown.column_of((column + width) as usize - 1);
         let (text, start, end) = window(&shown.text, start, end);
         let carets = "^".repeat(end.saturating_sub(start).max(1));
-        let expected = if self.expected.is_empty() {
-            String::new()
-        } else {
-            format!(" {}", self.expected)
-        };
+        let expected =
+            if self.expected.is_empty() { String::new() } else { format!(" {}", self.expected) };
         writeln!(out, "{:margin$} |", "")?;
         writeln!(out, "{line} | {text}")?;
         writeln!(out, "{:margin$} | {:start$}{carets}{expected}", "", "")
@@ -147,17 +144,14 @@ impl fmt::Display for Report<'_> {
             problem.render(self.file, f)?;
             writeln!(f)?;
         }
-        let count =
-            |severity| self.problems.iter().filter(|p| p.severity == severity).count();
+        let count = |severity| self.problems.iter().filter(|p| p.severity == severity).count();
         let plural = |n: usize, word: &str| format!("{n} {word}{}", if n == 1 { "" } else { "s" });
-        let parts: Vec<String> = [
-            (count(Severity::Error), "error"),
-            (count(Severity::Warning), "warning"),
-        ]
-        .into_iter()
-        .filter(|(n, _)| *n > 0)
-        .map(|(n, word)| plural(n, word))
-        .collect();
+        let parts: Vec<String> =
+            [(count(Severity::Error), "error"), (count(Severity::Warning), "warning")]
+                .into_iter()
+                .filter(|(n, _)| *n > 0)
+                .map(|(n, word)| plural(n, word))
+                .collect();
         write!(f, "{} in {}", parts.join(", "), self.file)
     }
 }

@@ -103,17 +103,27 @@ mod tests {
 
     #[test]
     fn values_of_secrets_disappear() {
-        assert_eq!(masked("    - { name: a, key: s3cret, models: [x] }"),
-            "    - { name: a, key: ***, models: [x] }");
+        assert_eq!(
+            masked("    - { name: a, key: s3cret, models: [x] }"),
+            "    - { name: a, key: ***, models: [x] }"
+        );
         assert_eq!(masked("api_key: \"two words\" # note"), "api_key: \"***\" # note");
         assert_eq!(masked("- HF_TOKEN=hf_abc"), "- HF_TOKEN=***");
-        assert_eq!(masked("args: [--api-key, abc, --port, 1]"), "args: [--api-key, ***, --port, 1]");
-        assert_eq!(masked("cmd: serve --api-key abc --port 1"), "cmd: serve --api-key *** --port 1");
+        assert_eq!(
+            masked("args: [--api-key, abc, --port, 1]"),
+            "args: [--api-key, ***, --port, 1]"
+        );
+        assert_eq!(
+            masked("cmd: serve --api-key abc --port 1"),
+            "cmd: serve --api-key *** --port 1"
+        );
     }
 
     #[test]
     fn other_lines_stay_as_they_are() {
-        for line in ["key: ${env.WHARF_KEY}", "max_tokens: 5", "  imgae: x", "keys:", "tokenizer: a"] {
+        for line in
+            ["key: ${env.WHARF_KEY}", "max_tokens: 5", "  imgae: x", "keys:", "tokenizer: a"]
+        {
             assert_eq!(masked(line), line);
         }
     }

@@ -120,13 +120,7 @@ impl<'e> Macros<'e> {
     }
 
     /// `None`: the placeholder stays.
-    fn value(
-        &self,
-        name: &str,
-        spot: &Spot,
-        scope: Scope<'_>,
-        sink: &mut Sink,
-    ) -> Option<String> {
+    fn value(&self, name: &str, spot: &Spot, scope: Scope<'_>, sink: &mut Sink) -> Option<String> {
         if let Some(variable) = name.strip_prefix("env.") {
             return self.env_value(variable, spot, sink);
         }

@@ -274,6 +274,14 @@ impl Effects {
         held(&self.read_memory().await?, instance, gpus)
     }
 
+    /// GPUs on which the instance is seen to hold memory.
+    pub async fn gpus_held_by(&self, instance: InstanceId) -> Vec<GpuId> {
+        let memory = self.read_memory().await.unwrap_or_default();
+        let holds =
+            |gpu: &&GpuMemory| gpu.holders.iter().any(|holder| holder.instance == Some(instance));
+        memory.iter().filter(holds).map(|gpu| gpu.gpu).collect()
+    }
+
     /// An engine that declared VRAM and holds none runs on the CPU: not what was promised.
     async fn vouch_memory(
         &self,

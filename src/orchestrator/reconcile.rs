@@ -8,11 +8,12 @@ use futures_util::future::join_all;
 
 use super::effects::Effects;
 use super::launch::spec_hash;
-use crate::config::catalog::{Catalog, ModelSpec, RuntimeSpec, StopSpec};
+use crate::config::catalog::{Catalog, DockerSpec, GpuRequest, ModelSpec, RuntimeSpec, StopSpec};
 use crate::engine;
-use crate::runtime::{Found, Progress, Running};
+use crate::gpu::Gpus;
+use crate::runtime::{Found, Identity, Progress, Running};
 use crate::scheduler::event::Fault;
-use crate::units::Bytes;
+use crate::units::{Bytes, GpuId, InstanceId};
 
 /// An adopted engine answers at once; one that was still starting is not worth the wait.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
@@ -25,7 +26,12 @@ pub struct Adopted {
 }
 
 /// Looks through every runtime that the catalog (or an earlier one) uses.
-pub async fn reconcile(effects: &Effects, catalog: &Catalog, installation: &str) -> Vec<Adopted> {
+pub async fn reconcile(
+    effects: &Effects,
+    catalog: &Catalog,
+    installation: &str,
+    last_id: u64,
+) -> Vec<Adopted> {
     let uses_docker =
         catalog.models.values().any(|spec| matches!(spec.runtime, RuntimeSpec::Docker(_)));
     let mut found = listed("process", effects.runtimes.process.find(installation).await);
@@ -33,7 +39,77 @@ pub async fn reconcile(effects: &Effects, catalog: &Catalog, installation: &str)
         found.extend(listed("docker", effects.runtimes.docker.find(installation).await));
     }
     let checked = found.into_iter().map(|found| adopt_or_reap(effects, catalog, found));
-    join_all(checked).await.into_iter().flatten().collect()
+    let mut adopted: Vec<Adopted> = join_all(checked).await.into_iter().flatten().collect();
+    let mut next =
+        adopted.iter().map(|adopted| adopted.running.identity.instance.0).fold(last_id, u64::max);
+    for spec in catalog.models.values() {
+        let RuntimeSpec::Docker(DockerSpec { container: Some(name), .. }) = &spec.runtime else {
+            continue;
+        };
+        next += 1;
+        let named = adopt_named(effects, spec, name, installation, InstanceId(next)).await;
+        adopted.extend(named);
+    }
+    adopted
+}
+
+/// A container that compose (say) made and that runs already. If it does not answer it is left as
+/// it is: starting the model will restart it.
+async fn adopt_named(
+    effects: &Effects,
+    spec: &Arc<ModelSpec>,
+    name: &str,
+    installation: &str,
+    instance: InstanceId,
+) -> Option<Adopted> {
+    let mut identity = Identity {
+        installation: installation.to_owned(),
+        instance,
+        model: spec.name.clone(),
+        spec_hash: spec_hash(spec),
+        gpus: all_wanted(spec, &effects.gpus),
+        port: 0,
+    };
+    let container_port = engine::derive(spec, 0, identity.gpus.len(), None, None).container_port;
+    let docker = &effects.runtimes.docker;
+    let mut running = match docker.adopt_named(name, identity.clone(), container_port).await {
+        Ok(running) => running?,
+        Err(fault) => {
+            tracing::warn!(model = %spec.name, "{}", fault.message);
+            return None;
+        }
+    };
+    if let Err(fault) = answers(spec, &running).await {
+        tracing::warn!(model = %spec.name, container = name, "runs, but is not adopted: {}", fault.message);
+        return None;
+    }
+    effects.holders.register(&running);
+    let held = effects.gpus_held_by(instance).await;
+    if !held.is_empty() {
+        identity.gpus = held;
+    }
+    running.identity.gpus.clone_from(&identity.gpus);
+    let footprint = effects.held_by(instance, &identity.gpus).await;
+    tracing::info!(model = %spec.name, container = name, "adopted a named container");
+    Some(Adopted { spec: Arc::clone(spec), running, footprint: footprint.unwrap_or(Bytes::ZERO) })
+}
+
+/// The GPUs that the model would take if all were free: what is known before memory was read.
+fn all_wanted(spec: &ModelSpec, gpus: &Gpus) -> Vec<GpuId> {
+    let known = gpus.gpus();
+    match &spec.gpus {
+        GpuRequest::None => Vec::new(),
+        GpuRequest::Count(count) => {
+            known.iter().take(usize::from(*count)).map(|gpu| gpu.id).collect()
+        }
+        GpuRequest::Explicit(wanted) => known
+            .iter()
+            .filter(|gpu| {
+                wanted.iter().any(|name| *name == gpu.uuid || *name == gpu.id.to_string())
+            })
+            .map(|gpu| gpu.id)
+            .collect(),
+    }
 }
 
 fn listed(runtime: &str, found: Result<Vec<Found>, Fault>) -> Vec<Found> {

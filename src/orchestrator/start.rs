@@ -69,7 +69,7 @@ pub async fn start(
     if uses_docker {
         docker.connect();
     }
-    let adopted = reconcile(&effects, &catalog, &state.installation).await;
+    let adopted = reconcile(&effects, &catalog, &state.installation, state.last_id()).await;
     let last_id = adopted
         .iter()
         .map(|adopted| adopted.running.identity.instance.0)

@@ -236,9 +236,8 @@ impl Metrics {
     }
 
     fn build_info(&self) {
-        let opts =
-            Opts::new("orchestrator_build_info", "1; the version of Wharf is in the label.")
-                .const_label("version", env!("CARGO_PKG_VERSION"));
+        let opts = Opts::new("orchestrator_build_info", "1; the version of Wharf is in the label.")
+            .const_label("version", env!("CARGO_PKG_VERSION"));
         registered(&self.registry, Gauge::with_opts(opts)).set(1.0);
     }
 

@@ -27,13 +27,8 @@ const STATES: [&str; 10] = [
     "failed",
     "lost",
 ];
-const LOAD_CAUSES: [SwapCause; 5] = [
-    SwapCause::Request,
-    SwapCause::Ensure,
-    SwapCause::Load,
-    SwapCause::Warmup,
-    SwapCause::Restore,
-];
+const LOAD_CAUSES: [SwapCause; 5] =
+    [SwapCause::Request, SwapCause::Ensure, SwapCause::Load, SwapCause::Warmup, SwapCause::Restore];
 /// Causes of a swap that may evict another model.
 const EVICTING_CAUSES: [SwapCause; 3] = [SwapCause::Request, SwapCause::Ensure, SwapCause::Load];
 

@@ -47,7 +47,9 @@ pub fn standin(name: &str, vram: &str, flags: &str) -> String {
 
 /// One simulated GPU.
 pub fn gpu(memory: &str, release_lag: &str) -> String {
-    format!("gpu: {{ provider: simulated, memory: [{memory}], release_lag: {release_lag}, reserve: 256MiB }}")
+    format!(
+        "gpu: {{ provider: simulated, memory: [{memory}], release_lag: {release_lag}, reserve: 256MiB }}"
+    )
 }
 
 impl World {
@@ -72,7 +74,10 @@ impl World {
             if wanted(&status) {
                 return status;
             }
-            assert!(began.elapsed() < Duration::from_secs(60), "{what} never came true: {status:#}");
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "{what} never came true: {status:#}"
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -110,7 +115,8 @@ pub fn skip(why: &str) {
     eprintln!("SKIPPED: {why}");
     if let Ok(path) = std::env::var("WHARF_SKIP_FILE") {
         use std::io::Write;
-        let mut file = std::fs::File::options().create(true).append(true).open(path).expect("skip file");
+        let mut file =
+            std::fs::File::options().create(true).append(true).open(path).expect("skip file");
         writeln!(file, "{why}").expect("skip file");
     }
 }

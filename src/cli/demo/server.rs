@@ -34,7 +34,10 @@ impl Server {
     ) -> anyhow::Result<Server> {
         let (gateway, orchestrator) = (free_port(usual.0)?, free_port(usual.1)?);
         fs::write(dir.join("models.yaml"), yaml(gateway, orchestrator))?;
-        let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect::<Vec<_>>();
+        let env = env
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect::<Vec<_>>();
         let mut server = Server {
             child: spawn(exe, dir, &env)?,
             dir: dir.to_owned(),

@@ -238,10 +238,8 @@ fn facts() -> BTreeMap<ModelName, ModelFacts> {
         endpoint: Some("http://127.0.0.1:18051".to_owned()),
         ..ModelFacts::default()
     };
-    let coder = ModelFacts {
-        endpoint: Some("http://127.0.0.1:18052".to_owned()),
-        ..ModelFacts::default()
-    };
+    let coder =
+        ModelFacts { endpoint: Some("http://127.0.0.1:18052".to_owned()), ..ModelFacts::default() };
     let tiny = ModelFacts {
         loaded_at: Some(Time(100_000)),
         unloaded_at: Some(Time(400_000)),
