@@ -1,10 +1,17 @@
 //! One file per subcommand.
 
 pub mod check;
+pub mod client;
 pub mod demo;
 pub mod engine;
+pub mod ensure;
+pub mod load;
 pub mod serve;
+pub mod status;
+pub mod swaps;
+pub mod unload;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -27,7 +34,22 @@ enum Command {
     Serve(serve::ServeArgs),
     /// See it work: stand-in engines on simulated GPUs
     Demo(demo::DemoArgs),
-    /// Run the stand-in engine
+    /// Check a configuration: every mistake at once, with line and fix
+    #[command(after_help = "Example:\n  wharf check --config models.yaml\n\n\
+        Exit codes: 0 it can be used, 1 it cannot, 2 the file cannot be read.")]
+    Check {
+        /// The configuration
+        #[arg(long, short, env = "WHARF_CONFIG", default_value = "models.yaml")]
+        config: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    Status(status::Args),
+    Ensure(ensure::Args),
+    Load(load::Args),
+    Unload(unload::Args),
+    Swaps(swaps::Args),
     Engine(engine::Args),
 }
 
@@ -42,17 +64,25 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let ran = runtime.block_on(async {
-        match cli.command {
-            Command::Serve(args) => serve::run(args).await.map(|()| ExitCode::SUCCESS),
-            Command::Demo(args) => demo::run(args).await.map(|()| ExitCode::SUCCESS),
-            Command::Engine(args) => engine::run(args).await,
-        }
-    });
+    let ran = runtime.block_on(run(cli.command));
     // Blocking work under way (a file read, a hung driver call) must not hold the exit back.
     runtime.shutdown_background();
     ran.unwrap_or_else(|error| {
         eprintln!("wharf: {error:#}");
         ExitCode::FAILURE
+    })
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    Ok(match command {
+        Command::Serve(args) => serve::run(args).await.map(|()| ExitCode::SUCCESS)?,
+        Command::Demo(args) => demo::run(args).await.map(|()| ExitCode::SUCCESS)?,
+        Command::Check { config, json } => check::run(&config, json),
+        Command::Status(args) => status::run(args).await,
+        Command::Ensure(args) => ensure::run(args).await,
+        Command::Load(args) => load::run(args).await,
+        Command::Unload(args) => unload::run(args).await,
+        Command::Swaps(args) => swaps::run(args).await,
+        Command::Engine(args) => engine::run(args).await?,
     })
 }
