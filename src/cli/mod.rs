@@ -45,11 +45,17 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Models, queue, swaps under way and GPUs at a glance
     Status(status::Args),
+    /// Make a model ready and wait for it
     Ensure(ensure::Args),
+    /// Load a model without holding it
     Load(load::Args),
+    /// Unload a model
     Unload(unload::Args),
+    /// The ledger of swaps
     Swaps(swaps::Args),
+    /// Run the stand-in engine
     Engine(engine::Args),
 }
 
