@@ -78,7 +78,9 @@ impl World {
             .machine
             .insts
             .iter()
-            .filter(|(_, inst)| inst.is_docker() && !matches!(inst.real, Real::Gone | Real::Preparing))
+            .filter(|(_, inst)| {
+                inst.is_docker() && !matches!(inst.real, Real::Gone | Real::Preparing)
+            })
             .map(|(&id, _)| id)
             .collect();
         let instances = self.lost.clone();

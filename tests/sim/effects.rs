@@ -1,7 +1,7 @@
 //! Performing actions: what the orchestrator's effects do to the machine, and how they fail.
 
 use wharf::config::catalog::Vram;
-use wharf::scheduler::action::{Action, Answer, Refusal};
+use wharf::scheduler::action::Action;
 use wharf::scheduler::event::{Done, Event, Fault, FaultKind, NoProof};
 use wharf::units::{Bytes, GpuId, InstanceId, ModelName, SwapId, Time};
 
@@ -125,13 +125,7 @@ impl World {
         self.end_after(effect, ms, bad);
     }
 
-    pub fn instance(
-        &mut self,
-        id: InstanceId,
-        model: &ModelName,
-        gpus: Vec<GpuId>,
-        real: Real,
-    ) {
+    pub fn instance(&mut self, id: InstanceId, model: &ModelName, gpus: Vec<GpuId>, real: Real) {
         let Some(spec) = self.catalog.model(model).cloned() else { return };
         let truth = &self.truth[model];
         let inst = Inst {
@@ -377,7 +371,8 @@ impl World {
         inst.real = Real::Gone;
         let truth = &self.truth[&inst.model];
         let mut ms = self.rng.within(truth.release_ms);
-        inst.stuck = truth.never_frees || (self.scenario.proof && self.rng.chance(self.faults.stuck_release));
+        inst.stuck = truth.never_frees
+            || (self.scenario.proof && self.rng.chance(self.faults.stuck_release));
         if self.scenario.proof && self.rng.chance(self.faults.late_release) {
             ms = self.rng.range(0, 30_000);
         }
@@ -440,33 +435,5 @@ impl World {
         if self.scenario.proof {
             self.tell(Event::MemorySeen(seen));
         }
-    }
-}
-
-/// Shown in traces and used by the traps.
-pub fn refusal_name(refusal: &Refusal) -> &'static str {
-    match refusal {
-        Refusal::UnknownModel => "unknown_model",
-        Refusal::NotLoaded => "not_loaded",
-        Refusal::QueueFull { .. } => "queue_full",
-        Refusal::QueueTimeout { .. } => "queue_timeout",
-        Refusal::CannotFit { .. } => "cannot_fit",
-        Refusal::StartFailed { .. } => "start_failed",
-        Refusal::VramNeverFreed { .. } => "vram_never_freed",
-        Refusal::NoVramProof { .. } => "no_vram_proof",
-        Refusal::RuntimeLost { .. } => "runtime_lost",
-        Refusal::Unloaded => "unloaded",
-        Refusal::Removed => "removed",
-        Refusal::InstanceLost { .. } => "instance_lost",
-        Refusal::ShuttingDown => "shutting_down",
-    }
-}
-
-pub fn answer_name(answer: &Answer) -> &'static str {
-    match answer {
-        Answer::Ready { .. } => "ready",
-        Answer::Unloaded { .. } => "unloaded",
-        Answer::TimedOut { .. } => "timed_out",
-        Answer::Refused(refusal) => refusal_name(refusal),
     }
 }

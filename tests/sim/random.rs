@@ -13,9 +13,7 @@ use wharf::units::{Bytes, GpuId, ModelName, Priority};
 
 use crate::machine::Gpu;
 use crate::rng::Rng;
-use crate::scenario::{
-    Faults, Loop, Plan, Scenario, Step, Truth, catalog, fits, settings, spec,
-};
+use crate::scenario::{Faults, Loop, Plan, Scenario, Step, Truth, catalog, fits, settings, spec};
 
 /// Long enough for every back-off and deadline to have passed after the faults stopped.
 pub const SETTLE_MS: u64 = 40 * 60_000;
@@ -104,7 +102,8 @@ impl Models<'_> {
         let mut spec = spec(&format!("m{n}"), request, vram);
         self.runtime(&mut spec);
         let rng = &mut *self.rng;
-        spec.priority = *rng.pick(&[Priority::Normal, Priority::Normal, Priority::High, Priority::Low]);
+        spec.priority =
+            *rng.pick(&[Priority::Normal, Priority::Normal, Priority::High, Priority::Low]);
         spec.concurrency = rng.chance(500).then(|| *rng.pick(&[1, 2, 4, 8]));
         spec.ttl = rng.chance(250).then(|| Duration::from_secs(*rng.pick(&[2, 10, 60])));
         spec.sleep = (rng.chance(300) && spec.gpus != GpuRequest::None).then_some(1);
@@ -155,8 +154,7 @@ impl Models<'_> {
     /// Bytes a model may take on each GPU of the best set for `request`.
     fn room(&self, request: &GpuRequest) -> Bytes {
         // A sample must show the reserve free beside what the driver took already.
-        let usable =
-            |gpu: &Gpu| gpu.total - gpu.base - self.settings.gpu.reserve;
+        let usable = |gpu: &Gpu| gpu.total - gpu.base - self.settings.gpu.reserve;
         let mut rooms: Vec<Bytes> = match request {
             GpuRequest::None => return Bytes::ZERO,
             GpuRequest::Count(_) => self.gpus.iter().map(usable).collect(),
@@ -197,7 +195,11 @@ impl Models<'_> {
             fetch_ms: if fetched { (0, 20) } else { (0, 20_000) },
             start_ms: (least, least * 3 / 2),
             stop_ms: *rng.pick(&[(1, 5), (50, 300), (200, 3000)]),
-            release_ms: if self.proof { *rng.pick(&[(0, 0), (0, 300), (100, 1500)]) } else { (0, 0) },
+            release_ms: if self.proof {
+                *rng.pick(&[(0, 0), (0, 300), (100, 1500)])
+            } else {
+                (0, 0)
+            },
             sleep_ms: (100, 1000),
             wake_ms: (100, 1500),
             broken: !self.calm && rng.chance(40),
@@ -328,8 +330,7 @@ fn disturb(rng: &mut Rng, scenario: &mut Scenario) {
 }
 
 fn ensure(rng: &mut Rng, names: &[ModelName]) -> Step {
-    let model =
-        if rng.chance(50) { ModelName::new("nobody") } else { rng.pick(names).clone() };
+    let model = if rng.chance(50) { ModelName::new("nobody") } else { rng.pick(names).clone() };
     Step::Ensure {
         model,
         kind: *rng.pick(&[EnsureKind::Ensure, EnsureKind::Load, EnsureKind::Warmup]),
@@ -409,9 +410,7 @@ fn probes(scenario: &Scenario) -> Vec<ModelName> {
     let on_gpu = |spec: &ModelSpec| spec.gpus != GpuRequest::None;
     let pinned = last.models.values().any(|spec| spec.pinned && on_gpu(spec));
     let able = |spec: &&Arc<ModelSpec>| {
-        !shut
-            && (!pinned || !on_gpu(spec))
-            && fits(last, &scenario.gpus, spec) == Some(true)
+        !shut && (!pinned || !on_gpu(spec)) && fits(last, &scenario.gpus, spec) == Some(true)
     };
     last.models.values().filter(able).map(|spec| spec.name.clone()).collect()
 }

@@ -16,7 +16,7 @@ const FAILURES_SHOWN: usize = 3;
 /// Seeds that once found something: always run first.
 const REGRESSIONS: &str = include_str!("regressions.txt");
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Totals {
     events: u64,
     virtual_ms: u64,
@@ -32,7 +32,9 @@ impl Totals {
         self.calm += other.calm;
         self.tightest = self.tightest.max(other.tightest);
         self.counts.grants += other.counts.grants;
-        self.counts.refusals += other.counts.refusals;
+        for (reason, count) in &other.counts.refusals {
+            *self.counts.refusals.entry(reason).or_default() += count;
+        }
         self.counts.starts += other.counts.starts;
         self.counts.stops += other.counts.stops;
         self.counts.sleeps += other.counts.sleeps;
@@ -51,7 +53,7 @@ fn run(seed: u64) -> Result<Totals, String> {
                 virtual_ms: world.now,
                 calm: u64::from(world.scenario.calm),
                 tightest: world.checker.tightest,
-                counts: world.checker.counts,
+                counts: world.checker.counts.clone(),
             }),
         }
     };
@@ -138,7 +140,8 @@ fn random_scenarios_keep_every_promise() {
         return;
     }
     let began = Instant::now();
-    let first: Vec<u64> = std::env::var("WHARF_SIM_FROM").ok().and_then(|n| n.parse().ok()).into_iter().collect();
+    let first: Vec<u64> =
+        std::env::var("WHARF_SIM_FROM").ok().and_then(|n| n.parse().ok()).into_iter().collect();
     let from = first.first().copied().unwrap_or(0);
     let list: Vec<u64> = regressions().into_iter().chain(from..from + seeds()).collect();
     let next = AtomicU64::new(0);
@@ -172,11 +175,11 @@ fn random_scenarios_keep_every_promise() {
 
 fn report(seeds: usize, began: Instant, totals: &Totals) {
     let seconds = began.elapsed().as_secs_f64();
-    let counts = totals.counts;
+    let counts = &totals.counts;
     println!(
         "simulated {seeds} seeds ({} calm) in {seconds:.1} s ({:.0} seeds/s, {:.0} events/s): {} \
-         events, {:.0} h virtual, {} starts, {} stops, {} sleeps, {} wakes, {} queued grants, {} \
-         refusals; longest wait {} ‰ of its bound",
+         events, {:.0} h virtual, {} starts, {} stops, {} sleeps, {} wakes, {} queued grants, \
+         refusals {:?}; longest wait {} ‰ of its bound",
         totals.calm,
         seeds as f64 / seconds,
         totals.events as f64 / seconds,

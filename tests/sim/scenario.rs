@@ -118,14 +118,32 @@ pub struct Loop {
 pub enum Step {
     Arrive(Plan),
     Loop(Loop),
-    Ensure { model: ModelName, kind: EnsureKind, timeout_ms: u64, gone_after: Option<u64> },
-    Unload { model: ModelName, force: bool },
+    Ensure {
+        model: ModelName,
+        kind: EnsureKind,
+        timeout_ms: u64,
+        gone_after: Option<u64>,
+    },
+    Unload {
+        model: ModelName,
+        force: bool,
+    },
     Reload(Arc<Catalog>, BTreeMap<ModelName, Truth>),
     /// A stranger takes memory and gives it back.
-    Foreign { gpu: GpuId, bytes: Bytes, for_ms: u64 },
-    NoProof { for_ms: u64 },
-    RuntimeDown { for_ms: u64 },
-    Crash { model: ModelName },
+    Foreign {
+        gpu: GpuId,
+        bytes: Bytes,
+        for_ms: u64,
+    },
+    NoProof {
+        for_ms: u64,
+    },
+    RuntimeDown {
+        for_ms: u64,
+    },
+    Crash {
+        model: ModelName,
+    },
     FaultsOff,
     Shutdown,
 }

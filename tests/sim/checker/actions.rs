@@ -91,7 +91,8 @@ impl Checker {
     }
 
     fn concurrency(&self, known: &Known) -> u32 {
-        let now = self.catalog.model(&known.model).map_or(known.spec.concurrency, |s| s.concurrency);
+        let now =
+            self.catalog.model(&known.model).map_or(known.spec.concurrency, |s| s.concurrency);
         let limit = |limit: Option<u32>| limit.unwrap_or(u32::MAX);
         // A reload may have changed it: the larger one is in force at worst.
         limit(now).max(limit(known.spec.concurrency))
@@ -101,8 +102,7 @@ impl Checker {
         let Some(known) = self.existing(instance, "OpenGate") else { return };
         known.open = true;
         let known = known.clone();
-        let fine =
-            known.told == Told::Ready && !known.lost && really_ready(machine, instance);
+        let fine = known.told == Told::Ready && !known.lost && really_ready(machine, instance);
         self.require(fine, || format!("the gate of {instance} opens: told {:?}", known.told));
         let limit = self.concurrency(&known);
         self.require(permits <= limit, || {
@@ -125,13 +125,7 @@ impl Checker {
         });
     }
 
-    fn preflight(
-        &mut self,
-        swap: SwapId,
-        instance: InstanceId,
-        model: &ModelName,
-        gpus: &[GpuId],
-    ) {
+    fn preflight(&mut self, swap: SwapId, instance: InstanceId, model: &ModelName, gpus: &[GpuId]) {
         let Some(spec) = self.catalog.model(model).cloned() else {
             return self.fail(format!("preflight of {model}, which is not configured"));
         };
@@ -335,7 +329,7 @@ impl Checker {
     }
 
     fn refuse(&mut self, now: u64, request: RequestId, refusal: &Refusal) {
-        self.counts.refusals += 1;
+        *self.counts.refusals.entry(refusal_name(refusal)).or_default() += 1;
         let before = self.waiting.len();
         let of_model = |checker: &Checker, model: &ModelName| {
             checker.waiting.values().filter(|other| other.model == *model).count()
@@ -410,4 +404,22 @@ fn really_ready(machine: &Machine, instance: InstanceId) -> bool {
         .insts
         .get(&instance)
         .is_some_and(|inst| matches!(inst.real, Real::Ready | Real::Gone | Real::Dying))
+}
+
+fn refusal_name(refusal: &Refusal) -> &'static str {
+    match refusal {
+        Refusal::UnknownModel => "unknown_model",
+        Refusal::NotLoaded => "not_loaded",
+        Refusal::QueueFull { .. } => "queue_full",
+        Refusal::QueueTimeout { .. } => "queue_timeout",
+        Refusal::CannotFit { .. } => "cannot_fit",
+        Refusal::StartFailed { .. } => "start_failed",
+        Refusal::VramNeverFreed { .. } => "vram_never_freed",
+        Refusal::NoVramProof { .. } => "no_vram_proof",
+        Refusal::RuntimeLost { .. } => "runtime_lost",
+        Refusal::Unloaded => "unloaded",
+        Refusal::Removed => "removed",
+        Refusal::InstanceLost { .. } => "instance_lost",
+        Refusal::ShuttingDown => "shutting_down",
+    }
 }

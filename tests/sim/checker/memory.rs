@@ -77,7 +77,8 @@ impl Checker {
             let beside = machine.on(gpu).find(|(id, inst)| {
                 let told = self.insts.get(id).map_or(Told::Gone, |known| known.told);
                 let there = !matches!(inst.real, Real::Gone | Real::Preparing);
-                **id != instance && (there || (self.proof && inst.held > Bytes::ZERO))
+                **id != instance
+                    && (there || (self.proof && inst.held > Bytes::ZERO))
                     && told != Told::Preparing
             });
             let beside = beside.map(|(id, _)| *id);

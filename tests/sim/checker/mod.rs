@@ -125,10 +125,10 @@ pub struct Checker {
     pub counts: Counts,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Counts {
     pub grants: u64,
-    pub refusals: u64,
+    pub refusals: BTreeMap<&'static str, u64>,
     pub starts: u64,
     pub stops: u64,
     pub sleeps: u64,
