@@ -8,7 +8,7 @@ use wharf::config::catalog::{
     Catalog, DockerSpec, EngineKind, ExternalSpec, GpuRequest, ModelSpec, RuntimeSpec, Settings,
     SwapMode, Vram,
 };
-use wharf::scheduler::event::EnsureKind;
+use wharf::scheduler::event::{EnsureKind, Learned};
 use wharf::units::{Bytes, GpuId, ModelName, Priority};
 
 use crate::machine::Gpu;
@@ -39,6 +39,7 @@ pub fn scenario(seed: u64) -> Scenario {
         sample_every: *rng.pick(&[1000, 2000, 5000]),
         steps: vec![(quiet_from, Step::FaultsOff)],
         adopted: Vec::new(),
+        remembered: Vec::new(),
         quiet_from,
         probes: Vec::new(),
         calm,
@@ -46,6 +47,7 @@ pub fn scenario(seed: u64) -> Scenario {
         gpus,
     };
     load(rng, &mut scenario);
+    remember(rng, &mut scenario);
     if !calm {
         disturb(rng, &mut scenario);
     }
@@ -413,4 +415,22 @@ fn probes(scenario: &Scenario) -> Vec<ModelName> {
         !shut && (!pinned || !on_gpu(spec)) && fits(last, &scenario.gpus, spec) == Some(true)
     };
     last.models.values().filter(able).map(|spec| spec.name.clone()).collect()
+}
+
+/// Some models were run before.
+fn remember(rng: &mut Rng, scenario: &mut Scenario) {
+    if !rng.chance(300) {
+        return;
+    }
+    for spec in scenario.catalog.models.values() {
+        let truth = &scenario.truth[&spec.name];
+        let measured = spec.vram == Vram::Unknown && rng.chance(500);
+        let learned = Learned {
+            footprint: measured.then_some(truth.awake),
+            start: rng.chance(500).then(|| Duration::from_millis(truth.start_ms.1)),
+            stop: rng.chance(500).then(|| Duration::from_millis(truth.stop_ms.1)),
+            ..Learned::default()
+        };
+        scenario.remembered.push((spec.name.clone(), learned));
+    }
 }

@@ -11,7 +11,7 @@ use wharf::config::catalog::{
     OnExit, ProcessSpec, QueueSettings, RuntimeSpec, Settings, StopSpec, SwapMode, SwapSettings,
     Vram, WaitingSettings, WaitingStyle,
 };
-use wharf::scheduler::event::EnsureKind;
+use wharf::scheduler::event::{EnsureKind, Learned};
 use wharf::units::{Bytes, GpuId, ModelName, Priority};
 
 use crate::machine::Gpu;
@@ -161,6 +161,8 @@ pub struct Scenario {
     pub steps: Vec<(u64, Step)>,
     /// Ready when the scheduler begins.
     pub adopted: Vec<(ModelName, Vec<GpuId>)>,
+    /// What earlier runs taught.
+    pub remembered: Vec<(ModelName, Learned)>,
     /// From here on nothing is asked any more and nothing goes wrong.
     pub quiet_from: u64,
     /// Models that must be served once all is quiet, one after the other.

@@ -39,6 +39,7 @@ impl Trap {
             sample_every: 1000,
             steps: Vec::new(),
             adopted: Vec::new(),
+            remembered: Vec::new(),
             quiet_from: u64::MAX / 2,
             probes: Vec::new(),
             calm: false,

@@ -128,21 +128,22 @@ impl World {
         for (model, gpus) in self.scenario.adopted.clone() {
             self.adopt(model, gpus);
         }
+        for (model, learned) in self.scenario.remembered.clone() {
+            self.after(0, Next::Tell(Event::Remembered { model, learned }));
+        }
         if self.scenario.proof {
             let sample = self.machine.sample(0);
             self.after(0, Next::Tell(Event::MemorySeen(Ok(sample))));
             self.after(self.scenario.sample_every, Next::Background);
         }
-        for spec in self.catalog.models.values().filter(|spec| spec.warmup) {
+        for spec in Arc::clone(&self.catalog).models.values().filter(|spec| spec.warmup) {
             let step = Step::Ensure {
                 model: spec.name.clone(),
                 kind: EnsureKind::Warmup,
                 timeout_ms: 600_000,
                 gone_after: None,
             };
-            let key = (0, self.sequence);
-            self.sequence += 1;
-            self.next.insert(key, Next::Step(step));
+            self.after(0, Next::Step(step));
         }
         for (at, step) in std::mem::take(&mut self.scenario.steps) {
             self.after(at, Next::Step(step));

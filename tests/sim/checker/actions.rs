@@ -374,7 +374,8 @@ impl Checker {
         let holds = match refusal {
             Refusal::UnknownModel => spec.is_none(),
             Refusal::Removed => spec.is_none(),
-            Refusal::NotLoaded => self.ready(model).is_none(),
+            // Under notice it takes no one new.
+            Refusal::NotLoaded => self.ready(model).is_none_or(|id| !self.insts[&id].open),
             Refusal::CannotFit { .. } => self.may_never_fit(spec.as_deref()),
             Refusal::StartFailed { retry_at, .. } => {
                 self.failed_models.contains(model) && *retry_at >= Time(now)
