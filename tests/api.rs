@@ -316,7 +316,7 @@ async fn an_ensure_that_fails_says_why_with_the_engines_last_lines() {
     let body: Value = serde_json::from_slice(&bytes).expect("JSON");
     assert!(body["error"]["message"].as_str().expect("text").contains("CUDA out of memory"));
     assert_eq!((&body["model"], &body["swap_id"]), (&json!("tiny"), &json!("s8")));
-    assert_eq!(body["log"], json!(["loading", "CUDA out of memory"]));
+    assert_eq!(body["cause"]["log"], json!(["loading", "CUDA out of memory"]));
     owner.await.expect("an ask");
 }
 

@@ -44,7 +44,8 @@ impl FakeNvml {
     /// `lag_ms`: how long memory stays taken after its process died; -1: for ever.
     fn say(&self, lag_ms: i64, more: &str) {
         let ledger = self.path("ledger");
-        let text = format!("count 1\ngpu 0 total 24576\nledger {} {lag_ms}\n{more}", ledger.display());
+        let text =
+            format!("count 1\ngpu 0 total 24576\nledger {} {lag_ms}\n{more}", ledger.display());
         fs::write(self.path("new"), text).unwrap();
         fs::rename(self.path("new"), self.path("state")).unwrap();
     }
@@ -88,7 +89,8 @@ async fn the_next_model_starts_only_after_the_memory_is_really_free() {
 #[tokio::test]
 async fn memory_that_never_comes_back_is_refused_by_name_and_others_still_serve() {
     let Some(nvml) = FakeNvml::build() else { return };
-    let models = nvml.model("ada", "14GiB") + &nvml.model("bob", "14GiB") + &nvml.model("cyd", "3GiB");
+    let models =
+        nvml.model("ada", "14GiB") + &nvml.model("bob", "14GiB") + &nvml.model("cyd", "3GiB");
     let world = nvml.serve(&models).await;
     let talk = &world.server.talk;
     assert!(talk.chat("ada", false, &[]).await.unwrap().is_from("ada"), "{}", world.log());

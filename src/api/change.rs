@@ -10,11 +10,12 @@ use http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{ApiError, unknown_model};
+use super::error::{bad, internal, not_found, refused, unknown_model};
 use super::extract::{Body, PathText};
 use super::render::{self, Snapshot, seconds};
 use super::{Api, ledger, name};
 use crate::config::catalog::{Catalog, ModelSpec};
+use crate::gateway::reject::Reject;
 use crate::scheduler::action::Answer;
 use crate::scheduler::event::EnsureKind;
 use crate::units::{ModelName, SwapId, Time};
@@ -58,10 +59,10 @@ pub struct UnloadBody {
 pub async fn ensure_model(
     State(api): State<Api>,
     Body(body): Body<EnsureBody>,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Reject> {
     let catalog = api.handle.catalog();
     let Some(wanted) = body.model.filter(|model| !model.is_empty()) else {
-        return Err(ApiError::bad("model", "the body must name a model: {\"model\":\"…\"}"));
+        return Err(bad("model", "the body must name a model: {\"model\":\"…\"}"));
     };
     let spec = catalog.resolve(&wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
     let timeout = timeout_of(body.wait.timeout.as_ref(), &catalog)?;
@@ -79,13 +80,13 @@ pub async fn verb(
     State(api): State<Api>,
     PathText(path): PathText,
     Body(body): Body<Value>,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Reject> {
     let catalog = api.handle.catalog();
     let found = name::split(&path, |name| catalog.resolve(name));
     match found {
         Some((spec, "load")) => load(&api, spec, parse(body)?, &catalog).await,
         Some((spec, "unload")) => unload(&api, spec, parse(body)?, &catalog).await,
-        Some((spec, verb)) => Err(ApiError::not_found(
+        Some((spec, verb)) => Err(not_found(
             "not_found",
             format!("POST /models/{}/{verb} does not exist: load and unload do", spec.name),
         )),
@@ -96,9 +97,9 @@ pub async fn verb(
     }
 }
 
-fn parse<T: serde::de::DeserializeOwned>(body: Value) -> Result<T, ApiError> {
+fn parse<T: serde::de::DeserializeOwned>(body: Value) -> Result<T, Reject> {
     serde_json::from_value(body)
-        .map_err(|error| ApiError::bad("body", format!("the body is not as expected: {error}")))
+        .map_err(|error| bad("body", format!("the body is not as expected: {error}")))
 }
 
 async fn load(
@@ -106,7 +107,7 @@ async fn load(
     spec: &ModelSpec,
     body: WaitBody,
     catalog: &Catalog,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Reject> {
     let timeout = timeout_of(body.timeout.as_ref(), catalog)?;
     if body.wait == Some(false) {
         return Ok(begun(api, spec, EnsureKind::Load, timeout));
@@ -128,17 +129,17 @@ async fn unload(
     spec: &ModelSpec,
     body: UnloadBody,
     catalog: &Catalog,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Reject> {
     let name = &spec.name;
     let swap = &catalog.settings.swap;
     let limit = swap.drain_timeout + swap.vram_timeout + spec.stop.grace + UNLOAD_MARGIN;
     let answer = tokio::time::timeout(limit, api.handle.unload(name.clone(), body.force)).await;
     let was_loaded = match answer {
         Ok(Answer::Unloaded { was_loaded }) => was_loaded,
-        Ok(Answer::Refused(refusal)) => return Err(ApiError::refused(&refusal, name, api)),
+        Ok(Answer::Refused(refusal)) => return Err(refused(&refusal, name, api)),
         Ok(Answer::TimedOut { swap }) => return Err(not_yet(api, name, limit, swap, "unloaded")),
         Err(_) => return Err(not_yet(api, name, limit, None, "unloaded")),
-        Ok(Answer::Ready { .. }) => return Err(ApiError::internal("unload answered as a load")),
+        Ok(Answer::Ready { .. }) => return Err(internal("unload answered as a load")),
     };
     let message = match was_loaded {
         true => format!("Model {name} unloaded"),
@@ -198,7 +199,7 @@ async fn ready(
     answer: Answer,
     timeout: Duration,
     asked: Time,
-) -> Result<Ready, ApiError> {
+) -> Result<Ready, Reject> {
     let waited = api.handle.now().since(asked);
     match answer {
         Answer::Ready { swap, swapped, .. } => {
@@ -209,8 +210,8 @@ async fn ready(
             Ok(Ready { model: model.clone(), swapped, swap, row, waited })
         }
         Answer::TimedOut { swap } => Err(not_yet(api, model, timeout, swap, "ready")),
-        Answer::Refused(refusal) => Err(ApiError::refused(&refusal, model, api)),
-        Answer::Unloaded { .. } => Err(ApiError::internal("a load answered as an unload")),
+        Answer::Refused(refusal) => Err(refused(&refusal, model, api)),
+        Answer::Unloaded { .. } => Err(internal("a load answered as an unload")),
     }
 }
 
@@ -241,7 +242,7 @@ fn not_yet(
     limit: Duration,
     swap: Option<SwapId>,
     wanted: &str,
-) -> ApiError {
+) -> Reject {
     let at = Snapshot::of(&api.handle);
     let swap = swap.or_else(|| at.view.model(model)?.swap);
     let limit = humantime::format_duration(limit);
@@ -256,20 +257,22 @@ fn not_yet(
             message.push_str(&format!(" ({})", progress.stage));
         }
     }
-    let waiting_for = at.view.model(model).map(|model| model.waiting_for.clone());
-    ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
-        .of_model(model)
-        .with_swap(swap)
-        .with_cause(waiting_for.filter(|text| !text.is_empty()))
+    let reject =
+        Reject::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message).model(model).swap(swap);
+    let waiting_for = at.view.model(model).map(|model| model.waiting_for.as_str());
+    match waiting_for.filter(|text| !text.is_empty()) {
+        Some(text) => reject.because(text),
+        None => reject,
+    }
 }
 
-fn timeout_of(asked: Option<&Timeout>, catalog: &Catalog) -> Result<Duration, ApiError> {
+fn timeout_of(asked: Option<&Timeout>, catalog: &Catalog) -> Result<Duration, Reject> {
     let parsed = match asked {
         None => return Ok(catalog.settings.queue.timeout),
         Some(Timeout::Seconds(seconds)) => Duration::try_from_secs_f64(*seconds).ok(),
         Some(Timeout::Text(text)) => humantime::parse_duration(text).ok(),
     };
     parsed.filter(|timeout| *timeout <= TIMEOUT_MAX).ok_or_else(|| {
-        ApiError::bad("timeout", "timeout must be seconds or a text like \"90s\", at most one hour")
+        bad("timeout", "timeout must be seconds or a text like \"90s\", at most one hour")
     })
 }

@@ -1,102 +1,60 @@
-//! Errors of the control API: `{"error":{message, type, param, code}}` plus `model`, `swap_id`,
-//! `cause` and `log` where they apply.
+//! Errors of the control API: the gateway's own [`Reject`], with what only this API says.
 
-use axum::Json;
-use axum::response::{IntoResponse, Response};
-use http::StatusCode;
-use serde_json::{Value, json};
+use http::{Method, StatusCode, Uri};
 
 use super::Api;
 use crate::config::catalog::Catalog;
+use crate::gateway::nearest::nearest;
+use crate::gateway::reject::{Reject, Viewer};
 use crate::scheduler::action::Refusal;
-use crate::units::{ModelName, SwapId};
+use crate::units::ModelName;
 
-#[derive(Debug)]
-pub struct ApiError {
-    status: StatusCode,
-    code: String,
-    message: String,
-    param: Option<&'static str>,
-    model: Option<ModelName>,
-    swap: Option<SwapId>,
-    cause: Option<String>,
-    extra: Vec<(&'static str, Value)>,
+/// Names listed in an answer to an unknown one.
+const NAMES_MAX: usize = 50;
+
+/// 400 for one part of the request.
+pub fn bad(param: &'static str, message: impl Into<String>) -> Reject {
+    Reject::bad_request("invalid_request", message).param(param)
 }
 
-impl ApiError {
-    pub fn new(status: StatusCode, code: &str, message: impl Into<String>) -> ApiError {
-        ApiError {
-            status,
-            code: code.to_owned(),
-            message: message.into(),
-            param: None,
-            model: None,
-            swap: None,
-            cause: None,
-            extra: Vec::new(),
-        }
-    }
-
-    /// 400 for one part of the request.
-    pub fn bad(param: &'static str, message: impl Into<String>) -> ApiError {
-        let mut error = ApiError::new(StatusCode::BAD_REQUEST, "invalid_request", message);
-        error.param = Some(param);
-        error
-    }
-
-    pub fn not_found(code: &str, message: impl Into<String>) -> ApiError {
-        ApiError::new(StatusCode::NOT_FOUND, code, message)
-    }
-
-    pub fn internal(message: &str) -> ApiError {
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
-    }
-
-    pub fn of_model(mut self, model: &ModelName) -> ApiError {
-        self.model = Some(model.clone());
-        self
-    }
-
-    pub fn with_swap(mut self, swap: Option<SwapId>) -> ApiError {
-        self.swap = swap;
-        self
-    }
-
-    pub fn with_cause(mut self, cause: Option<String>) -> ApiError {
-        self.cause = cause;
-        self
-    }
-
-    pub fn refused(refusal: &Refusal, model: &ModelName, _api: &Api) -> ApiError {
-        let _ = refusal;
-        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "SEAM", "SEAM").of_model(model)
-    }
+pub fn not_found(code: &'static str, message: impl Into<String>) -> Reject {
+    Reject::new(StatusCode::NOT_FOUND, code, message)
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let mut body = json!({"error": {
-            "message": self.message, "type": "SEAM", "param": self.param, "code": self.code,
-        }});
-        body["model"] = json!(self.model);
-        (self.status, Json(body)).into_response()
+/// An answer that the orchestrator never gives to what was asked.
+pub fn internal(message: &str) -> Reject {
+    Reject::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+}
+
+/// Callers of this API administer Wharf: they see the engine's last log lines.
+pub fn refused(refusal: &Refusal, model: &ModelName, api: &Api) -> Reject {
+    let viewer = Viewer { sees_logs: true };
+    Reject::refusal(refusal, model, &api.handle.view(), api.handle.now(), viewer)
+}
+
+/// 404 with the nearest names, and all that are known.
+pub fn unknown_model(catalog: &Catalog, wanted: &str) -> Reject {
+    let known = catalog.models.keys().map(ModelName::as_str);
+    let aliases = catalog.aliases.keys().map(String::as_str);
+    let near = nearest(wanted, known.clone().chain(aliases));
+    let mut message = format!("model \"{wanted}\" is not configured");
+    if !near.is_empty() {
+        message.push_str(&format!("; did you mean {}?", near.join(" or ")));
     }
+    let listed: Vec<&str> = known.take(NAMES_MAX).collect();
+    message.push_str(&format!(" Configured: {}", listed.join(", ")));
+    if catalog.models.len() > NAMES_MAX {
+        message.push_str(&format!(" and {} more", catalog.models.len() - NAMES_MAX));
+    }
+    not_found("model_not_found", message).param("model")
 }
 
-/// 404 with the names that are known, the nearest first.
-pub fn unknown_model(catalog: &Catalog, wanted: &str) -> ApiError {
-    let names: Vec<&ModelName> = catalog.models.keys().collect();
-    let mut error = ApiError::not_found("model_not_found", format!("there is no model `{wanted}`"));
-    error.extra.push(("available_models", json!(names)));
-    error
+pub async fn no_such_path(uri: Uri) -> Reject {
+    not_found("not_found", format!("there is nothing at {}", uri.path()))
 }
 
-pub async fn not_found(uri: http::Uri) -> ApiError {
-    ApiError::not_found("not_found", format!("there is nothing at {}", uri.path()))
-}
-
-pub async fn method_not_allowed(method: http::Method, uri: http::Uri) -> ApiError {
-    ApiError::new(
+pub async fn method_not_allowed(method: Method, uri: Uri) -> Reject {
+    Reject::new(
         StatusCode::METHOD_NOT_ALLOWED,
         "method_not_allowed",
         format!("{} does not take {method}", uri.path()),

@@ -6,7 +6,8 @@ use http::StatusCode;
 use http::request::Parts;
 use serde::de::DeserializeOwned;
 
-use super::error::ApiError;
+use super::error::bad;
+use crate::gateway::reject::Reject;
 
 /// Control bodies are a few fields.
 pub const BODY_BYTES_MAX: usize = 64 * 1024;
@@ -15,12 +16,12 @@ pub const BODY_BYTES_MAX: usize = 64 * 1024;
 pub struct PathText(pub String);
 
 impl<S: Send + Sync> FromRequestParts<S> for PathText {
-    type Rejection = ApiError;
+    type Rejection = Reject;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Reject> {
         match Path::from_request_parts(parts, state).await {
             Ok(Path(text)) => Ok(PathText(text)),
-            Err(error) => Err(ApiError::bad("path", error.body_text())),
+            Err(error) => Err(bad("path", error.body_text())),
         }
     }
 }
@@ -29,24 +30,22 @@ impl<S: Send + Sync> FromRequestParts<S> for PathText {
 pub struct Body<T>(pub T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
-    type Rejection = ApiError;
+    type Rejection = Reject;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+    async fn from_request(request: Request, state: &S) -> Result<Self, Reject> {
         let bytes =
             Bytes::from_request(request, state).await.map_err(|error| match error.status() {
-                StatusCode::PAYLOAD_TOO_LARGE => ApiError::new(
+                StatusCode::PAYLOAD_TOO_LARGE => Reject::new(
                     StatusCode::PAYLOAD_TOO_LARGE,
                     "body_too_large",
                     format!("the body is larger than {BODY_BYTES_MAX} bytes"),
                 ),
-                _ => ApiError::bad("body", error.body_text()),
+                _ => bad("body", error.body_text()),
             })?;
         let text = if bytes.trim_ascii().is_empty() { b"{}".as_slice() } else { &bytes };
         match serde_json::from_slice(text) {
             Ok(body) => Ok(Body(body)),
-            Err(error) => {
-                Err(ApiError::bad("body", format!("the body is not as expected: {error}")))
-            }
+            Err(error) => Err(bad("body", format!("the body is not as expected: {error}"))),
         }
     }
 }

@@ -34,7 +34,7 @@ pub struct Api {
 
 /// The control API alone; every other path is a JSON 404.
 pub fn router(handle: Handle, metrics: Arc<Metrics>) -> Router {
-    routes::router(Api { handle, metrics }).fallback(error::not_found)
+    routes::router(Api { handle, metrics }).fallback(error::no_such_path)
 }
 
 /// The control API in front of the gateway, for one address that serves both: paths that both

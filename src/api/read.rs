@@ -8,10 +8,11 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{ApiError, unknown_model};
+use super::error::{bad, not_found, unknown_model};
 use super::extract::PathText;
 use super::render::{self, Snapshot};
 use super::{Api, health, ledger, machine, name};
+use crate::gateway::reject::Reject;
 use crate::orchestrator::view::LEDGER_ROWS_MAX;
 use crate::scheduler::record::SwapRecord;
 
@@ -39,7 +40,7 @@ pub async fn models(State(api): State<Api>) -> Json<Value> {
 pub async fn model(
     State(api): State<Api>,
     PathText(path): PathText,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>, Reject> {
     let at = Snapshot::of(&api.handle);
     match name::split(&path, |name| at.catalog.resolve(name)) {
         Some((spec, "")) => Ok(Json(render::model(&at, spec))),
@@ -74,7 +75,7 @@ fn prefers_json(accept: &str) -> bool {
 pub async fn model_metrics(
     State(api): State<Api>,
     PathText(path): PathText,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>, Reject> {
     let at = Snapshot::of(&api.handle);
     match name::split(&path, |name| at.catalog.resolve(name)) {
         Some((spec, "")) => Ok(Json(render::metrics(&at, &spec.name))),
@@ -92,8 +93,8 @@ pub struct SwapsWanted {
 pub async fn swaps(
     State(api): State<Api>,
     wanted: Result<Query<SwapsWanted>, axum::extract::rejection::QueryRejection>,
-) -> Result<Json<Value>, ApiError> {
-    let Query(wanted) = wanted.map_err(|error| ApiError::bad("limit", error.body_text()))?;
+) -> Result<Json<Value>, Reject> {
+    let Query(wanted) = wanted.map_err(|error| bad("limit", error.body_text()))?;
     let at = Snapshot::of(&api.handle);
     let model = match &wanted.model {
         None => None,
@@ -109,12 +110,12 @@ pub async fn swaps(
     Ok(Json(json!({ "swaps": rows.collect::<Vec<_>>() })))
 }
 
-pub async fn swap(State(api): State<Api>, PathText(id): PathText) -> Result<Json<Value>, ApiError> {
+pub async fn swap(State(api): State<Api>, PathText(id): PathText) -> Result<Json<Value>, Reject> {
     let at = Snapshot::of(&api.handle);
     let swap = ledger::parse_id(&id).and_then(|id| at.view.swap(id));
     match swap {
         Some(swap) => Ok(Json(ledger::detail(&at, swap))),
-        None => Err(ApiError::not_found(
+        None => Err(not_found(
             "swap_not_found",
             format!("there is no swap `{id}`: GET /swaps lists the last {LEDGER_ROWS_MAX}"),
         )),

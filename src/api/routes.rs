@@ -8,6 +8,7 @@ use axum::routing::{MethodRouter, get, post};
 use super::extract::BODY_BYTES_MAX;
 use super::guard::{Guard, Needs, guard};
 use super::{Api, change, error, read};
+use crate::gateway::browser;
 
 /// One row: path, who may call it, and the handler.
 type Route = (&'static str, Needs, MethodRouter<Api>);
@@ -38,6 +39,7 @@ pub fn router(api: Api) -> Router {
     }
     router
         .method_not_allowed_fallback(error::method_not_allowed)
+        .layer(from_fn_with_state(api.handle.clone(), browser::guard))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(api)
 }

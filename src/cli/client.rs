@@ -189,12 +189,17 @@ pub fn encode(name: &str) -> String {
     })
 }
 
+/// An answer on stdout: as JSON if asked, else as `describe` puts it for people.
+pub fn show(answer: &Value, json: bool, describe: impl FnOnce(&Value) -> String) {
+    say(&if json { pretty(answer) } else { describe(answer) });
+}
+
 /// A line to stdout; a reader that left (`| head`) is no error.
-pub fn say(line: &str) {
+fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-pub fn pretty(body: &Value) -> String {
+fn pretty(body: &Value) -> String {
     format!("{body:#}")
 }
 
@@ -243,14 +248,16 @@ mod tests {
 
     #[test]
     fn columns_line_up() {
-        let rows = [vec!["a".to_owned(), "ready".to_owned()], vec!["long".to_owned(), "-".to_owned()]];
+        let rows =
+            [vec!["a".to_owned(), "ready".to_owned()], vec!["long".to_owned(), "-".to_owned()]];
         assert_eq!(table(&["MODEL", "STATE"], &rows), "MODEL  STATE\na      ready\nlong   -");
     }
 
     #[test]
     fn only_plain_http_urls_are_taken() {
         let client = |url: &str| {
-            Client::new(&Connection { url: url.to_owned(), json: false }).map(|c| c.base().to_owned())
+            Client::new(&Connection { url: url.to_owned(), json: false })
+                .map(|c| c.base().to_owned())
         };
         assert_eq!(client("http://127.0.0.1:8888/").expect("a URL"), "http://127.0.0.1:8888");
         for bad in ["https://example.org", "localhost:8888", "not a url", ""] {

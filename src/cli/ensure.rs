@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
-use super::client::{self, Client, Connection, Failure, say, text};
+use super::client::{self, Client, Connection, Failure, text};
 use crate::scheduler::record::Phase;
 
 #[derive(Debug, clap::Args)]
@@ -51,32 +51,31 @@ async fn ensure(args: &Args) -> Result<(), Failure> {
     body["model"] = json!(args.model);
     let client = Client::new(&args.connection)?;
     let answer = client.post("/ensure_model", &body, client::WAIT_TIMEOUT).await?;
-    show(&answer, args.connection.json);
+    client::show(&answer, args.connection.json, describe);
     Ok(())
 }
 
 /// The answer of ensure or load, for people.
-pub fn show(answer: &Value, json: bool) {
-    if json {
-        return say(&client::pretty(answer));
-    }
+pub fn describe(answer: &Value) -> String {
     let model = text(&answer["model"]);
     if answer["status"] == "accepted" {
-        return say(&format!("{model}: {}, swap {}", text(&answer["state"]), text(&answer["swap_id"])));
+        let (state, swap) = (text(&answer["state"]), text(&answer["swap_id"]));
+        return format!("{model}: asked for; now {state}, swap {swap}");
     }
     if answer["swapped"] != true {
-        return say(&format!("{model} is ready (it was already)"));
+        return format!("{model} is ready (it was already)");
     }
-    say(&format!(
+    let mut told = format!(
         "{model} is ready after {} (swap {}){}",
         client::seconds(&answer["seconds"]),
         text(&answer["swap_id"]),
         evicted(&answer["evicted"]),
-    ));
+    );
     let phases = phases(&answer["phases"]);
     if !phases.is_empty() {
-        say(&format!("  {phases}"));
+        told.push_str(&format!("\n  {phases}"));
     }
+    told
 }
 
 /// `drain 0.5 s, prove 1.2 s, start 7.0 s`, in the order of a swap.

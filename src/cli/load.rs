@@ -24,6 +24,6 @@ async fn load(args: &Args) -> Result<(), Failure> {
     let client = Client::new(&args.connection)?;
     let path = format!("/models/{}/load", client::encode(&args.model));
     let answer = client.post(&path, &args.wait.body(), client::WAIT_TIMEOUT).await?;
-    ensure::show(&answer, args.connection.json);
+    client::show(&answer, args.connection.json, ensure::describe);
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 
-use super::client::{self, Client, Connection, Failure, say, seconds, table, text};
+use super::client::{self, Client, Connection, Failure, seconds, table, text};
 
 /// Cells of a memory bar.
 const BAR_CELLS: u64 = 24;
@@ -23,35 +23,36 @@ pub async fn run(args: Args) -> ExitCode {
 async fn status(args: &Args) -> Result<(), Failure> {
     let client = Client::new(&args.connection)?;
     let status = client.get("/status").await?;
-    if args.connection.json {
-        say(&client::pretty(&status));
-        return Ok(());
-    }
-    let gpus = client.get("/gpus").await?;
-    say(&format!(
-        "Wharf at {}: {}, {}; {} of {} models ready, {} in flight, {} waiting",
-        client.base(),
+    let gpus = match args.connection.json {
+        true => Value::Null,
+        false => client.get("/gpus").await?,
+    };
+    client::show(&status, args.connection.json, |status| describe(client.base(), status, &gpus));
+    Ok(())
+}
+
+/// The answers of `/status` and `/gpus`, for people.
+pub fn describe(base: &str, status: &Value, gpus: &Value) -> String {
+    let mut told = format!(
+        "Wharf at {base}: {}, {}; {} of {} models ready, {} in flight, {} waiting",
         text(&status["status"]),
         text(&status["mode"]),
         status["loaded_models"].as_array().map_or(0, Vec::len),
         text(&status["total_models"]),
         text(&status["in_flight"]),
         text(&status["queued"]),
-    ));
+    );
     if let Some(why) = status["no_proof"].as_str() {
-        say(&format!("nothing starts: {why}"));
+        told.push_str(&format!("\nnothing starts: {why}"));
     }
-    say("");
-    say(&models(&status));
     let swaps: Vec<String> = status["swaps"].as_array().into_iter().flatten().map(swap).collect();
-    if !swaps.is_empty() {
-        say(&format!("\n{}", swaps.join("\n")));
-    }
     let bars: Vec<String> = gpus["gpus"].as_array().into_iter().flatten().map(gpu).collect();
-    if !bars.is_empty() {
-        say(&format!("\n{}", bars.join("\n")));
+    for block in [models(status), swaps.join("\n"), bars.join("\n")] {
+        if !block.is_empty() {
+            told.push_str(&format!("\n\n{block}"));
+        }
     }
-    Ok(())
+    told
 }
 
 fn models(status: &Value) -> String {

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 
-use super::client::{self, Client, Connection, Failure, say, seconds, table, text};
+use super::client::{self, Client, Connection, Failure, seconds, table, text};
 use super::ensure::phases;
 
 #[derive(Debug, clap::Args)]
@@ -36,15 +36,13 @@ async fn swaps(args: &Args) -> Result<(), Failure> {
         (None, None) => format!("/swaps?limit={}", args.limit),
     };
     let answer = client.get(&path).await?;
-    match (args.connection.json, &args.id) {
-        (true, _) => say(&client::pretty(&answer)),
-        (false, Some(_)) => one(&answer),
-        (false, None) => list(&answer),
-    }
+    let describe = if args.id.is_some() { one } else { list };
+    client::show(&answer, args.connection.json, describe);
     Ok(())
 }
 
-fn list(answer: &Value) {
+/// The answer of `/swaps`, for people.
+pub fn list(answer: &Value) -> String {
     let rows: Vec<Vec<String>> = answer["swaps"]
         .as_array()
         .into_iter()
@@ -63,32 +61,36 @@ fn list(answer: &Value) {
         })
         .collect();
     if rows.is_empty() {
-        return say("no swaps yet");
+        return "no swaps yet".to_owned();
     }
-    say(&table(&["ID", "BEGAN", "MODEL", "CAUSE", "RESULT", "TOOK", "EVICTED", "PHASES"], &rows));
+    table(&["ID", "BEGAN", "MODEL", "CAUSE", "RESULT", "TOOK", "EVICTED", "PHASES"], &rows)
 }
 
-fn one(swap: &Value) {
-    say(&format!(
-        "{} {} {}: {} after {}",
-        text(&swap["id"]),
-        text(&swap["kind"]),
-        text(&swap["model"]),
-        result(swap),
-        seconds(&swap["seconds"]),
-    ));
-    say(&format!("began    {} (cause: {})", text(&swap["began"]), text(&swap["cause"])));
-    say(&format!("decision {}", text(&swap["decision"])));
+/// The answer of `/swaps/{id}`, for people.
+pub fn one(swap: &Value) -> String {
+    let mut lines = vec![
+        format!(
+            "{} {} {}: {} after {}",
+            text(&swap["id"]),
+            text(&swap["kind"]),
+            text(&swap["model"]),
+            result(swap),
+            seconds(&swap["seconds"]),
+        ),
+        format!("began    {} (cause: {})", text(&swap["began"]), text(&swap["cause"])),
+        format!("decision {}", text(&swap["decision"])),
+    ];
     for victim in swap["evicted"].as_array().into_iter().flatten() {
-        say(&format!("evicted  {}: {}", text(&victim["model"]), text(&victim["why"])));
+        lines.push(format!("evicted  {}: {}", text(&victim["model"]), text(&victim["why"])));
     }
-    say(&format!("phases   {}", phases(&swap["phases"])));
+    lines.push(format!("phases   {}", phases(&swap["phases"])));
     if swap["message"].is_string() {
-        say(&format!("why      {}", text(&swap["message"])));
+        lines.push(format!("why      {}", text(&swap["message"])));
     }
     for line in swap["log"].as_array().into_iter().flatten() {
-        say(&format!("  | {}", text(line)));
+        lines.push(format!("  | {}", text(line)));
     }
+    lines.join("\n")
 }
 
 /// `ready`, `failed`, …; of a swap under way its phase.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::client::{self, Client, Connection, Failure, say, text};
+use super::client::{self, Client, Connection, Failure, text};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = format!("Example: wharf unload mistral --force\n\n{}", client::EXIT_CODES))]
@@ -26,9 +26,6 @@ async fn unload(args: &Args) -> Result<(), Failure> {
     let client = Client::new(&args.connection)?;
     let path = format!("/models/{}/unload", client::encode(&args.model));
     let answer = client.post(&path, &json!({ "force": args.force }), client::WAIT_TIMEOUT).await?;
-    match args.connection.json {
-        true => say(&client::pretty(&answer)),
-        false => say(&text(&answer["message"])),
-    }
+    client::show(&answer, args.connection.json, |answer| text(&answer["message"]));
     Ok(())
 }
