@@ -72,7 +72,8 @@ fn check_settings(read: &mut ReadSettings, sink: &mut Sink) {
         let message = format!("{} sizes for {} GPUs", gpu.foreign.len(), gpu.memory.len());
         sink.error(&spot("gpu.foreign"), message, "expected one size per GPU at most");
     }
-    let open = [("listen.gateway", settings.gateway), ("listen.orchestrator", settings.orchestrator)];
+    let open =
+        [("listen.gateway", settings.gateway), ("listen.orchestrator", settings.orchestrator)];
     for (path, address) in open {
         if !address.ip().is_loopback() && settings.auth.keys.is_empty() {
             let message = format!("{address} can be reached from outside, and no key is required");
@@ -128,7 +129,8 @@ fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
         [("listen.gateway", settings.gateway), ("listen.orchestrator", settings.orchestrator)]
     {
         if engines.contains(&address.port()) {
-            let message = format!("port {} lies in `engine_ports` ({first}-{last})", address.port());
+            let message =
+                format!("port {} lies in `engine_ports` ({first}-{last})", address.port());
             sink.error(&read.spot(path), message, "expected a port outside that range");
         }
     }
@@ -136,16 +138,17 @@ fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
         let message = format!("{low}-{high} overlaps `engine_ports` ({first}-{last})");
         sink.error(&read.spot("ports"), message, "expected two separate ranges");
     }
-    let one_at_a_time = settings.swap.mode == SwapMode::SingleActive
-        || settings.swap.max_concurrent_models == 1;
+    let one_at_a_time =
+        settings.swap.mode == SwapMode::SingleActive || settings.swap.max_concurrent_models == 1;
     let mut taken: BTreeMap<u16, &ModelName> = BTreeMap::new();
     for model in models {
         let Some(port) = model.spec.port else { continue };
         let spot = model.spot_of("port");
         if engines.contains(&port) {
             let message = format!("port {port} lies in `engine_ports` ({first}-{last})");
-            sink.error(spot, message, "expected a port outside that range")
-                .help("ports of that range are handed out to any model; without `port` it gets one");
+            sink.error(spot, message, "expected a port outside that range").help(
+                "ports of that range are handed out to any model; without `port` it gets one",
+            );
         }
         let listeners = [("gateway", settings.gateway), ("orchestrator", settings.orchestrator)];
         if let Some((who, _)) = listeners.iter().find(|(_, address)| address.port() == port) {
@@ -154,7 +157,8 @@ fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
         }
         match taken.get(&port) {
             Some(other) if !one_at_a_time => {
-                let message = format!("port {port} is also the port of `{other}`");
+                let message =
+                    format!("`{}` and `{other}` have the same fixed port {port}", model.spec.name);
                 sink.error(spot, message, "expected another port, or none")
                     .help("models may share a port only with `swap.mode: single-active`");
             }
@@ -313,7 +317,7 @@ pub(super) fn groups(at: &At<'_>, models: &[ReadModel], read: &ReadSettings, sin
         return;
     }
     for (key, node) in at.node.entries() {
-        let group = at.child(&key.text, node);
+        let group = at.entry(key, node);
         let Some(mut table) = group.table(sink, "`models` and `together`") else { continue };
         let mut members = Vec::new();
         let mut all_known = true;

@@ -65,10 +65,7 @@ pub(super) fn defaults() -> Settings {
         docker_host: None,
         cors: Vec::new(),
         hosts: Vec::new(),
-        waiting: WaitingSettings {
-            style: WaitingStyle::Comment,
-            after: Duration::from_secs(10),
-        },
+        waiting: WaitingSettings { style: WaitingStyle::Comment, after: Duration::from_secs(10) },
     }
 }
 
@@ -123,12 +120,9 @@ fn listen(top: &mut Table<'_>, read: &mut ReadSettings, sink: &mut Sink) {
     let Some(mut table) = at.and_then(|at| at.table(sink, "`gateway` and `orchestrator`")) else {
         return;
     };
-    for (key, path) in
-        [("gateway", "listen.gateway"), ("orchestrator", "listen.orchestrator")]
-    {
+    for (key, path) in [("gateway", "listen.gateway"), ("orchestrator", "listen.orchestrator")] {
         let Some(at) = table.take(key) else { continue };
-        let address =
-            at.parsed(sink, "an address such as 127.0.0.1:8080", values::address);
+        let address = at.parsed(sink, "an address such as 127.0.0.1:8080", values::address);
         let target = match key {
             "gateway" => &mut read.settings.gateway,
             _ => &mut read.settings.orchestrator,
@@ -244,7 +238,11 @@ fn ports(top: &mut Table<'_>, read: &mut ReadSettings, sink: &mut Sink) {
     }
     if let Some(at) = top.take("ports") {
         read.ports = at.parsed(sink, what, values::port_range);
-        sink.warning(&at.spot, "front doors (`ports`) are not supported yet", "checked, not opened");
+        sink.warning(
+            &at.spot,
+            "front doors (`ports`) are not supported yet",
+            "checked, not opened",
+        );
         read.spots.insert("ports", at.spot);
     }
 }
@@ -259,12 +257,12 @@ fn keys(at: &At<'_>, sink: &mut Sink) -> Vec<ApiKey> {
         let named = name.as_ref().and_then(|at| at.string(sink, "the key's name"));
         let secret = table.take("key");
         let key = secret.as_ref().and_then(|at| at.string(sink, "the key itself"));
-        let models = table.take("models").map_or_else(|| vec!["*".to_owned()], |at| {
-            at.strings(sink, "a list of model names, `*` allowed").unwrap_or_default()
-        });
-        let scopes = table.take("scopes").map_or_else(|| vec![Scope::Inference], |at| {
-            scopes(&at, sink)
-        });
+        let models = table.take("models").map_or_else(
+            || vec!["*".to_owned()],
+            |at| at.strings(sink, "a list of model names, `*` allowed").unwrap_or_default(),
+        );
+        let scopes =
+            table.take("scopes").map_or_else(|| vec![Scope::Inference], |at| scopes(&at, sink));
         table.finish(
             sink,
             &[
@@ -295,8 +293,7 @@ fn keys(at: &At<'_>, sink: &mut Sink) -> Vec<ApiKey> {
 }
 
 fn scopes(at: &At<'_>, sink: &mut Sink) -> Vec<Scope> {
-    let choices =
-        [("inference", Scope::Inference), ("read", Scope::Read), ("admin", Scope::Admin)];
+    let choices = [("inference", Scope::Inference), ("read", Scope::Read), ("admin", Scope::Admin)];
     let items = at.list(sink, "a list of scopes such as [inference]").unwrap_or_default();
     items.iter().filter_map(|item| item.choice(sink, &choices)).collect()
 }

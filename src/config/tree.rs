@@ -79,7 +79,6 @@ pub(super) struct Flaw {
 
 /// Reads one document. The flaws do not stop the reading, except for broken syntax.
 pub(super) fn parse(text: &str) -> (Node, Vec<Flaw>) {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut options = granit_parser::options! { flow_nesting_limit: 64, block_nesting_limit: 64 };
     options.set_emit_comments(false);
     let mut builder = Builder {
@@ -294,10 +293,12 @@ fn flaw(place: Place, message: &str, expected: &str) -> Stop {
 fn syntax(error: &ScanError) -> Stop {
     use granit_parser::ErrorKind as E;
     let (message, help) = match error.kind() {
-        E::TabNotAllowed | E::TabInBlockIndentation | E::TabInIndentation => (
-            "a tab is used for indentation".to_owned(),
-            Some("YAML allows only spaces there; two per level is usual"),
-        ),
+        E::TabNotAllowed | E::TabInBlockIndentation | E::TabInIndentation | E::TabInPlainScalar => {
+            (
+                "a tab is used for indentation".to_owned(),
+                Some("YAML allows only spaces there; two per level is usual"),
+            )
+        }
         E::UnclosedFlowCollection { open } => (
             format!("this `{open}` is never closed"),
             Some("add the closing bracket, or write the block form, one entry per line"),
