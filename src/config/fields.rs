@@ -333,8 +333,7 @@ fn serve(table: &mut Table<'_>, fields: &mut Fields, base: WaitingSettings, sink
         fields.start_timeout = at.some_duration(sink);
     }
     fields.canary = flag(table, "canary", sink);
-    fields.upstream_name =
-        table.take("upstream_name").and_then(|at| at.string(sink, "the engine's name for it"));
+    fields.upstream_name = table.take("upstream_name").and_then(|at| at.string(sink, "a name"));
     fields.waiting = table.take("waiting").and_then(|at| settings::waiting(&at, base, sink));
 }
 

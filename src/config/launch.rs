@@ -245,7 +245,7 @@ pub(super) fn external(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Op
     }
     let spec = ExternalSpec {
         url: url.unwrap_or_default(),
-        api_key: text(&mut table, "api_key", "the endpoint's key", sink),
+        api_key: text(&mut table, "api_key", "a text such as ${env.NAME}", sink),
     };
     table.finish(sink, &[("key", Unread::Hint("did you mean `api_key`?"))]);
     Some(spec)
@@ -313,5 +313,19 @@ mod tests {
         for bad in ["", "http://", "https://a:1", "ftp://a", "http://a:99999", "http://a b"] {
             assert!(url(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn an_argument_is_found_where_it_stands() {
+        let (root, _) =
+            super::super::tree::parse("docker:\n  args:\n    - --model\n    - x\n    - --port=9\n");
+        let place = |argument: &str| {
+            let spot = argument_spot(&root, "models.m", argument).expect("docker.args");
+            (spot.place.line, spot.path)
+        };
+        assert_eq!(place("--port"), (5, "models.m.docker.args[2]".to_owned()));
+        assert_eq!(place("--port=9"), (5, "models.m.docker.args[2]".to_owned()));
+        assert_eq!(place("--port 9"), (5, "models.m.docker.args[2]".to_owned()));
+        assert_eq!(place("--other"), (3, "models.m.docker.args".to_owned()));
     }
 }
