@@ -1,1 +1,7 @@
-fn main() {}
+//! Flags → subcommand → exit code.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    wharf::cli::main()
+}

@@ -141,6 +141,11 @@ impl Gate {
         self.granted.load(Ordering::Relaxed)
     }
 
+    /// When a lease was last taken or ended; before the first, when the gate was made.
+    pub fn last_used(&self) -> Time {
+        Time(self.last_used.load(Ordering::Relaxed))
+    }
+
     fn touch(&self) {
         self.last_used.store(elapsed_ms(self.epoch), Ordering::Relaxed);
     }

@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
 
 use super::gate::{Gate, Lease};
-use super::view::View;
+use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, Request};
@@ -31,8 +31,10 @@ pub enum Message {
     },
     /// An effect reports.
     Effect(Event),
-    /// An instance runs (before it is ready): what is needed to stop it.
-    Started(Box<crate::runtime::Running>),
+    /// What an instance that died by itself had left behind is gone too.
+    Cleared(InstanceId),
+    /// A runtime went away or came back.
+    DockerHealth(Health),
     /// A new configuration, already validated.
     Reload {
         catalog: Arc<Catalog>,
@@ -105,6 +107,11 @@ impl Handle {
 
     pub fn now(&self) -> Time {
         Time::ZERO + self.shared.epoch.elapsed()
+    }
+
+    /// The owner runs.
+    pub fn is_alive(&self) -> bool {
+        !self.inbox.0.is_closed()
     }
 
     /// Wall-clock time of one of the owner's times.

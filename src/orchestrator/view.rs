@@ -25,6 +25,8 @@ pub struct View {
     /// Static facts and the last memory reading, per GPU; empty where there is no GPU.
     pub gpus: Vec<GpuFacts>,
     pub gpu_health: Health,
+    /// Memory is read (NVML or simulated), so that releases are proven.
+    pub gpu_measured: bool,
     /// `None`: no model runs in Docker.
     pub docker_health: Option<Health>,
     pub foreign: Vec<Foreign>,
@@ -46,6 +48,18 @@ pub struct ModelFacts {
     pub last_fault: Option<Fault>,
     /// `http://127.0.0.1:18051` while an instance exists.
     pub endpoint: Option<String>,
+}
+
+impl ModelFacts {
+    /// Time loaded, summed over all residencies.
+    pub fn uptime(&self, now: Time) -> Duration {
+        let current = match (self.loaded_at, self.unloaded_at) {
+            (Some(loaded), None) => now.since(loaded),
+            (Some(loaded), Some(unloaded)) if unloaded < loaded => now.since(loaded),
+            _ => Duration::ZERO,
+        };
+        self.uptime_before + current
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

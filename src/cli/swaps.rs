@@ -1,0 +1,106 @@
+//! `wharf swaps [ID]`: the ledger of swaps, or all of one.
+
+use std::process::ExitCode;
+
+use serde_json::Value;
+
+use super::client::{self, Client, Connection, Failure, say, seconds, table, text};
+use super::ensure::phases;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = format!("Examples: wharf swaps --model mistral --limit 5\n          wharf swaps s12\n\n{}", client::EXIT_CODES))]
+pub struct Args {
+    /// One swap, with its decision, phases, and what went wrong
+    pub id: Option<String>,
+    /// Only swaps of this model
+    #[arg(long, conflicts_with = "id")]
+    pub model: Option<String>,
+    /// Show at most this many, the newest first
+    #[arg(long, default_value_t = 20, conflicts_with = "id")]
+    pub limit: usize,
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+pub async fn run(args: Args) -> ExitCode {
+    client::finish(swaps(&args).await, args.connection.json)
+}
+
+async fn swaps(args: &Args) -> Result<(), Failure> {
+    let client = Client::new(&args.connection)?;
+    let path = match (&args.id, &args.model) {
+        (Some(id), _) => format!("/swaps/{}", client::encode(id)),
+        (None, Some(model)) => {
+            format!("/swaps?limit={}&model={}", args.limit, client::encode(model))
+        }
+        (None, None) => format!("/swaps?limit={}", args.limit),
+    };
+    let answer = client.get(&path).await?;
+    match (args.connection.json, &args.id) {
+        (true, _) => say(&client::pretty(&answer)),
+        (false, Some(_)) => one(&answer),
+        (false, None) => list(&answer),
+    }
+    Ok(())
+}
+
+fn list(answer: &Value) {
+    let rows: Vec<Vec<String>> = answer["swaps"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|swap| {
+            vec![
+                text(&swap["id"]),
+                text(&swap["began"]),
+                text(&swap["model"]),
+                text(&swap["cause"]),
+                result(swap),
+                seconds(&swap["seconds"]),
+                victims(swap),
+                phases(&swap["phases"]),
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        return say("no swaps yet");
+    }
+    say(&table(&["ID", "BEGAN", "MODEL", "CAUSE", "RESULT", "TOOK", "EVICTED", "PHASES"], &rows));
+}
+
+fn one(swap: &Value) {
+    say(&format!(
+        "{} {} {}: {} after {}",
+        text(&swap["id"]),
+        text(&swap["kind"]),
+        text(&swap["model"]),
+        result(swap),
+        seconds(&swap["seconds"]),
+    ));
+    say(&format!("began    {} (cause: {})", text(&swap["began"]), text(&swap["cause"])));
+    say(&format!("decision {}", text(&swap["decision"])));
+    for victim in swap["evicted"].as_array().into_iter().flatten() {
+        say(&format!("evicted  {}: {}", text(&victim["model"]), text(&victim["why"])));
+    }
+    say(&format!("phases   {}", phases(&swap["phases"])));
+    if swap["message"].is_string() {
+        say(&format!("why      {}", text(&swap["message"])));
+    }
+    for line in swap["log"].as_array().into_iter().flatten() {
+        say(&format!("  | {}", text(line)));
+    }
+}
+
+/// `ready`, `failed`, …; of a swap under way its phase.
+fn result(swap: &Value) -> String {
+    match swap["result"].as_str() {
+        Some(result) => result.to_owned(),
+        None => format!("{} …", text(&swap["phase"])),
+    }
+}
+
+fn victims(swap: &Value) -> String {
+    let evicted = swap["evicted"].as_array().into_iter().flatten();
+    let names: Vec<String> = evicted.map(|victim| text(&victim["model"])).collect();
+    if names.is_empty() { "-".to_owned() } else { names.join(",") }
+}

@@ -1,0 +1,147 @@
+//! All processes of one instance, and how they are ended.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+use tokio::time::Instant;
+
+use super::command::{INSTALLATION, INSTANCE};
+use super::procfs::{self, Stat};
+use crate::runtime::Identity;
+
+/// Between two looks at /proc, growing from the first to the second.
+const LOOK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+
+/// The processes of one instance: its group, whoever carries its identity, and their descendants.
+#[derive(Clone, Debug)]
+pub struct Group {
+    leader: u32,
+    start_ticks: u64,
+    installation: String,
+    instance: String,
+}
+
+impl Group {
+    pub fn new(leader: u32, start_ticks: u64, identity: &Identity) -> Group {
+        Group {
+            leader,
+            start_ticks,
+            installation: identity.installation.clone(),
+            instance: identity.instance.to_string(),
+        }
+    }
+
+    /// Those that still live.
+    pub fn members(&self) -> Vec<Stat> {
+        let all = procfs::all();
+        // While the leader exists, be it as a zombie, its pid and so the group's number cannot
+        // have passed to strangers. Without it, only the environment tells.
+        let group_is_ours =
+            all.iter().any(|stat| stat.pid == self.leader && stat.start_ticks == self.start_ticks);
+        let roots = all
+            .iter()
+            .filter(|stat| stat.start_ticks >= self.start_ticks && stat.pid != std::process::id())
+            .filter(|stat| (group_is_ours && stat.group == self.leader) || self.is_named_by(stat))
+            .map(|stat| stat.pid);
+        let pids = procfs::with_descendants(&all, roots);
+        all.into_iter().filter(|stat| pids.contains(&stat.pid) && !stat.is_gone()).collect()
+    }
+
+    fn is_named_by(&self, stat: &Stat) -> bool {
+        let env = procfs::wharf_environ(stat.pid);
+        env.get(INSTALLATION) == Some(&self.installation)
+            && env.get(INSTANCE) == Some(&self.instance)
+    }
+
+    /// `members`, off the async threads: a machine may run thousands of processes.
+    async fn members_now(&self) -> Vec<Stat> {
+        let group = self.clone();
+        tokio::task::spawn_blocking(move || group.members()).await.unwrap_or_default()
+    }
+
+    /// Signals every member. Returns how many there were.
+    pub async fn signal(&self, signal: Signal) -> usize {
+        let members = self.members_now().await;
+        let in_group = members.iter().any(|stat| stat.group == self.leader);
+        if in_group && let Ok(group) = i32::try_from(self.leader) {
+            // One call, so that no fork slips through between two.
+            let _ = killpg(Pid::from_raw(group), signal);
+        }
+        for stat in members.iter().filter(|stat| stat.group != self.leader) {
+            if let Ok(pid) = i32::try_from(stat.pid) {
+                // It may have ended by itself since it was seen.
+                let _ = kill(Pid::from_raw(pid), signal);
+            }
+        }
+        members.len()
+    }
+
+    /// Waits until no member is left; `false` at the deadline.
+    pub async fn gone_by(&self, deadline: Instant) -> bool {
+        let mut pause = LOOK.0;
+        loop {
+            if self.members_now().await.is_empty() {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            tokio::time::sleep_until(deadline.min(Instant::now() + pause)).await;
+            pause = (pause * 2).min(LOOK.1);
+        }
+    }
+
+    /// SIGKILL again and again, since members may fork meanwhile. What is left after `limit` (stuck
+    /// in the kernel) comes back as an error, readable.
+    pub async fn kill(&self, limit: Duration) -> Result<(), String> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if self.signal(Signal::SIGKILL).await == 0 {
+                return Ok(());
+            }
+            let round = deadline.min(Instant::now() + LOOK.1);
+            if self.gone_by(round).await {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(self.survivors().await);
+            }
+        }
+    }
+
+    /// Takes away dead workers that fell to us when their leader died: to Wharf as the first
+    /// process of a container. Everywhere else init does it.
+    pub fn reap_orphans(&self) {
+        let dead = |stat: &Stat| stat.is_gone() && stat.group == self.leader;
+        let ours = |stat: &Stat| stat.parent == std::process::id() && stat.pid != self.leader;
+        for stat in procfs::all().iter().filter(|stat| dead(stat) && ours(stat)) {
+            if let Ok(pid) = i32::try_from(stat.pid) {
+                let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
+            }
+        }
+    }
+
+    async fn survivors(&self) -> String {
+        let names: Vec<String> = self
+            .members_now()
+            .await
+            .iter()
+            .map(|stat| {
+                let command = procfs::command_line(stat.pid);
+                format!("pid {} ({command}, state {})", stat.pid, stat.state)
+            })
+            .collect();
+        names.join(", ")
+    }
+}
+
+/// Every living process of the group that `leader` leads, and their descendants.
+pub fn pids_of(leader: u32) -> Vec<u32> {
+    let all = procfs::all();
+    let roots = all.iter().filter(|stat| stat.group == leader).map(|stat| stat.pid);
+    let pids: BTreeSet<u32> = procfs::with_descendants(&all, roots);
+    all.iter().filter(|stat| pids.contains(&stat.pid) && !stat.is_gone()).map(|s| s.pid).collect()
+}

@@ -1,0 +1,205 @@
+//! What /proc tells about processes: identity, groups, environments, listeners.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+/// The columns of /proc/PID/stat that tell one process from another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stat {
+    pub pid: u32,
+    pub state: char,
+    pub parent: u32,
+    pub group: u32,
+    pub threads: u32,
+    /// Field 22, clock ticks since boot: tells a reused pid from the one meant.
+    pub start_ticks: u64,
+}
+
+impl Stat {
+    /// Dead, though perhaps not yet reaped. A leader whose other threads still run is not.
+    pub fn is_gone(&self) -> bool {
+        matches!(self.state, 'Z' | 'X') && self.threads <= 1
+    }
+}
+
+pub fn stat(pid: u32) -> Option<Stat> {
+    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn parse_stat(text: &str) -> Option<Stat> {
+    // The command stands in parentheses and may hold spaces and parentheses itself.
+    let (pid, rest) = text.split_once(" (")?;
+    let (_, rest) = rest.rsplit_once(") ")?;
+    let fields: Vec<&str> = rest.split(' ').collect();
+    let number = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
+    Some(Stat {
+        pid: pid.parse().ok()?,
+        state: fields.first()?.chars().next()?,
+        parent: u32::try_from(number(1)?).ok()?,
+        group: u32::try_from(number(2)?).ok()?,
+        threads: u32::try_from(number(17)?).ok()?,
+        start_ticks: number(19)?,
+    })
+}
+
+/// Every process that can be seen, zombies included.
+pub fn all() -> Vec<Stat> {
+    pids().filter_map(stat).collect()
+}
+
+fn pids() -> impl Iterator<Item = u32> {
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}
+
+/// The `WHARF_*` part of a process's first environment; empty where it may not be read.
+pub fn wharf_environ(pid: u32) -> BTreeMap<String, String> {
+    let bytes = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    bytes
+        .split(|byte| *byte == 0)
+        .filter(|entry| entry.starts_with(b"WHARF_"))
+        .filter_map(|entry| {
+            let (key, value) = std::str::from_utf8(entry).ok()?.split_once('=')?;
+            Some((key.to_owned(), value.to_owned()))
+        })
+        .collect()
+}
+
+/// Command line for messages, cut to a readable length.
+pub fn command_line(pid: u32) -> String {
+    const CHARS_MAX: usize = 120;
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let line = String::from_utf8_lossy(&bytes).replace('\0', " ");
+    let line = match line.trim() {
+        "" => fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default(),
+        line => line.to_owned(),
+    };
+    line.trim().chars().take(CHARS_MAX).collect()
+}
+
+/// `roots` and everything that descends from them, as far as `all` shows it.
+pub fn with_descendants(all: &[Stat], roots: impl Iterator<Item = u32>) -> BTreeSet<u32> {
+    let mut found: BTreeSet<u32> = roots.collect();
+    loop {
+        let before = found.len();
+        found.extend(
+            all.iter()
+                .filter(|stat| found.contains(&stat.parent))
+                .map(|stat| stat.pid)
+                .collect::<Vec<_>>(),
+        );
+        if found.len() == before {
+            return found;
+        }
+    }
+}
+
+/// The process that listens on a TCP port of this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Occupant {
+    pub pid: u32,
+    pub command: String,
+}
+
+impl std::fmt::Display for Occupant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "pid {} ({})", self.pid, self.command)
+    }
+}
+
+/// Who listens on `port`, on any address. Empty where nobody does or where the owner may not be
+/// seen (another user's process). Several, where a socket is shared.
+pub fn listeners(port: u16) -> Vec<Occupant> {
+    let mut inodes = BTreeSet::new();
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        inodes.extend(listening_inodes(&fs::read_to_string(table).unwrap_or_default(), port));
+    }
+    if inodes.is_empty() {
+        return Vec::new();
+    }
+    let links: BTreeSet<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
+    pids()
+        .filter(|pid| {
+            let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
+            fds.flatten().any(|fd| {
+                fs::read_link(fd.path())
+                    .is_ok_and(|link| link.to_str().is_some_and(|link| links.contains(link)))
+            })
+        })
+        .map(|pid| Occupant { pid, command: command_line(pid) })
+        .collect()
+}
+
+fn listening_inodes(table: &str, port: u16) -> Vec<u64> {
+    const LISTEN: &str = "0A";
+    table
+        .lines()
+        .skip(1)
+        .filter_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
+            let listens =
+                *fields.get(3)? == LISTEN && u16::from_str_radix(local_port, 16).ok()? == port;
+            listens.then(|| fields.get(9)?.parse().ok())?
+        })
+        .collect()
+}
+
+/// Processes that the kernel killed for want of memory since boot, anywhere on the machine.
+pub fn oom_kills() -> Option<u64> {
+    let text = fs::read_to_string("/proc/vmstat").ok()?;
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_with_spaces_and_parentheses_is_no_obstacle() {
+        let line = "4711 (a (b) c) S 1 4711 4711 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 3 0 998877 1 2";
+        let stat = parse_stat(line).expect("a stat line");
+        assert_eq!(
+            stat,
+            Stat {
+                pid: 4711,
+                state: 'S',
+                parent: 1,
+                group: 4711,
+                threads: 3,
+                start_ticks: 998_877
+            }
+        );
+        assert!(!stat.is_gone());
+    }
+
+    #[test]
+    fn a_dead_leader_with_living_threads_is_not_gone() {
+        let mut stat = stat(std::process::id()).expect("own stat");
+        stat.state = 'Z';
+        stat.threads = 2;
+        assert!(!stat.is_gone());
+        stat.threads = 1;
+        assert!(stat.is_gone());
+    }
+
+    #[test]
+    fn own_listener_is_found() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        assert!(listeners(port).iter().any(|occupant| occupant.pid == std::process::id()));
+        drop(listener);
+        assert!(!listeners(port).iter().any(|occupant| occupant.pid == std::process::id()));
+    }
+
+    #[test]
+    fn only_listening_sockets_count() {
+        let table = "  sl  local_address rem_address   st\n\
+            0: 0100007F:4653 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 77 1\n\
+            1: 0100007F:4653 0100007F:D3C2 01 00000000:00000000 00:00000000 00000000     0        0 78 1";
+        assert_eq!(listening_inodes(table, 0x4653), [77]);
+        assert_eq!(listening_inodes(table, 0x4654), Vec::<u64>::new());
+    }
+}
