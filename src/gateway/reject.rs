@@ -84,7 +84,8 @@ impl Reject {
         self
     }
 
-    fn swap(mut self, swap: Option<SwapId>) -> Reject {
+    #[must_use]
+    pub fn swap(mut self, swap: Option<SwapId>) -> Reject {
         self.0.swap = swap;
         self
     }
