@@ -90,6 +90,13 @@ impl Reject {
         self
     }
 
+    /// Why, in words, where there is no fault to tell.
+    #[must_use]
+    pub fn because(mut self, why: &str) -> Reject {
+        self.0.cause = Some(json!({ "message": why }));
+        self
+    }
+
     fn cause(mut self, fault: &Fault, viewer: Viewer) -> Reject {
         let mut cause = json!({ "kind": fault.kind, "message": fault.message });
         if viewer.sees_logs && !fault.log_tail.is_empty() {
