@@ -237,3 +237,51 @@ async fn shutdown_lets_requests_end_and_then_cuts_them() {
     second.closed().await;
     assert!(tokio::net::TcpStream::connect(world.address).await.is_err());
 }
+
+#[tokio::test]
+async fn many_clients_that_leave_at_any_point_leak_nothing() {
+    const CLIENTS: usize = 120;
+    let world = World::new().await;
+    let gate = world.gate(1, world.engine.endpoint(), 1000);
+    let mut clients = Vec::new();
+    for n in 0..CLIENTS {
+        clients.push((n, world.spawn(world.post(CHAT, STREAM))));
+    }
+    let World { mut engine, handle: _handle, .. } = world;
+    let serving = tokio::spawn(async move {
+        loop {
+            let mut exchange = engine.request().await;
+            tokio::spawn(async move {
+                exchange.stream().await;
+                for _ in 0..5 {
+                    // Some clients are gone by now.
+                    if !exchange.try_chunk(&event("a")).await {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                if exchange.try_chunk(DONE).await {
+                    exchange.end().await;
+                }
+            });
+        }
+    });
+    let mut whole = 0;
+    for (n, client) in clients {
+        match n % 4 {
+            0 => client.abort(),
+            1 => drop(client.await.unwrap()),
+            2 => {
+                let mut reply = client.await.unwrap();
+                reply.part().await.unwrap();
+            }
+            _ => {
+                assert_eq!(client.await.unwrap().text().await, event("a").repeat(5) + DONE);
+                whole += 1;
+            }
+        }
+    }
+    assert_eq!(whole, CLIENTS / 4);
+    until("every lease ended", || gate.in_flight() == 0).await;
+    serving.abort();
+}

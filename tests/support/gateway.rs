@@ -378,8 +378,14 @@ impl Exchange {
         self.write(format!("{:x}\r\n{data}\r\n", data.len())).await;
     }
 
+    /// False if the gateway has closed the connection.
+    pub async fn try_chunk(&mut self, data: &str) -> bool {
+        let chunk = format!("{:x}\r\n{data}\r\n", data.len());
+        timely(self.stream.write_all(chunk.as_bytes())).await.is_ok()
+    }
+
     pub async fn end(mut self) {
-        self.write("0\r\n\r\n").await;
+        let _ = timely(self.stream.write_all(b"0\r\n\r\n")).await;
         tokio::spawn(read_request(self.stream, self.connection, self.again));
     }
 
