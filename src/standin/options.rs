@@ -10,7 +10,9 @@ use crate::units::Bytes;
 
 const LLAMA_WAIT: Duration = Duration::from_secs(30);
 
+// Of a flag given twice (in the configuration and again by Wharf) the last counts, as for vLLM.
 #[derive(Args, Clone, Debug)]
+#[command(args_override_self = true)]
 pub struct Options {
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1")]
@@ -301,6 +303,13 @@ mod tests {
         assert_eq!(options.served_as("org/coder"), Some("org/coder"));
         assert_eq!(options.served_as("other"), None);
         assert_eq!(options.shutdown(), Shutdown::Drain(Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn of_a_flag_given_twice_the_last_counts() {
+        let options = parse(&["--port", "1", "--name", "a", "--port", "2", "--name", "b"]);
+        assert_eq!(options.port, 2);
+        assert_eq!(options.names, ["a", "b"], "names add up");
     }
 
     #[test]

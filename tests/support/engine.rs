@@ -1,6 +1,7 @@
 //! Small tools for tests that run real engine processes.
 
 use std::net::TcpListener;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -10,9 +11,19 @@ use tokio::time::Instant;
 /// Every wait in these tests ends here; none is meant to take nearly so long.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
+/// Below the ports that the kernel gives to outgoing connections, so that none of those takes it
+/// before the engine does; the process id keeps test programs apart that run side by side.
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("its address").port()
+    const PORTS: std::ops::Range<u32> = 20_000..32_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        let offset = std::process::id().wrapping_mul(97).wrapping_add(step);
+        let port = (PORTS.start + offset % PORTS.len() as u32) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Polls `check` until it gives a value.

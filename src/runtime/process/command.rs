@@ -17,7 +17,8 @@ const MODEL: &str = "WHARF_MODEL";
 const SPEC: &str = "WHARF_SPEC";
 const GPUS: &str = "WHARF_GPUS";
 const PORT: &str = "WHARF_PORT";
-pub const LOG: &str = "WHARF_LOG";
+/// Not `WHARF_LOG`: that sets the log filter of Wharf itself, which an engine may be too.
+pub const LOG_FILE: &str = "WHARF_LOG_FILE";
 
 /// A command with everything replaced and looked up.
 #[derive(Debug)]
@@ -98,7 +99,7 @@ fn identity_env(identity: &Identity, log: &Path) -> [(String, String); 7] {
         (SPEC, identity.spec_hash.clone()),
         (GPUS, gpus.join(",")),
         (PORT, identity.port.to_string()),
-        (LOG, log.display().to_string()),
+        (LOG_FILE, log.display().to_string()),
     ]
     .map(|(key, value)| (key.to_owned(), value))
 }

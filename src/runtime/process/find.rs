@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::command::{INSTALLATION, LOG, identity_of};
+use super::command::{INSTALLATION, LOG_FILE, identity_of};
 use super::procfs::{self, Stat};
 use crate::runtime::Identity;
 use crate::units::InstanceId;
@@ -34,7 +34,7 @@ pub fn scan(installation: &str) -> Vec<Remains> {
             continue;
         }
         let Some(identity) = identity_of(&env) else { continue };
-        let log = env.get(LOG).map(PathBuf::from);
+        let log = env.get(LOG_FILE).map(PathBuf::from);
         instances.entry(identity.instance).or_default().push(Member { stat, identity, log });
     }
     instances.into_values().filter_map(remains).collect()

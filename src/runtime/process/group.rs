@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use tokio::time::Instant;
 
@@ -107,6 +108,18 @@ impl Group {
             }
             if Instant::now() >= deadline {
                 return Err(self.survivors().await);
+            }
+        }
+    }
+
+    /// Takes away dead workers that fell to us when their leader died: to Wharf as the first
+    /// process of a container. Everywhere else init does it.
+    pub fn reap_orphans(&self) {
+        let dead = |stat: &Stat| stat.is_gone() && stat.group == self.leader;
+        let ours = |stat: &Stat| stat.parent == std::process::id() && stat.pid != self.leader;
+        for stat in procfs::all().iter().filter(|stat| dead(stat) && ours(stat)) {
+            if let Ok(pid) = i32::try_from(stat.pid) {
+                let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
             }
         }
     }

@@ -137,7 +137,7 @@ impl ProcessRuntime {
             return Err(Fault::new(FaultKind::Internal, "not a process"));
         };
         let live = self.live().get(&running.identity.instance).cloned();
-        let _stopping = live.map(Stopping::begin);
+        let stopping = live.map(Stopping::begin);
         let group = Group::new(pid, start_ticks, &running.identity);
         let deadline = Instant::now() + stop.grace;
         if group.signal(stop_signal(&stop.signal)).await > 0 {
@@ -155,9 +155,11 @@ impl ProcessRuntime {
                 })?;
             }
         }
-        // The report follows the reaping: no zombie is left either.
-        let mut exit = running.exit.clone();
-        let _ = tokio::time::timeout(REPORT_LIMIT, exit.wait_for(Option::is_some)).await;
+        if stopping.is_some() {
+            // The report follows the reaping: no zombie is left either.
+            let mut exit = running.exit.clone();
+            let _ = tokio::time::timeout(REPORT_LIMIT, exit.wait_for(Option::is_some)).await;
+        }
         Ok(())
     }
 

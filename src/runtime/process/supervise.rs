@@ -40,6 +40,8 @@ impl Supervised {
         let oom_kills_before = self.until_exit().await;
         // The leader is a zombie now and still holds its pid, by which its group is known.
         self.clear_stragglers().await;
+        let group = self.group.clone();
+        let _ = tokio::task::spawn_blocking(move || group.reap_orphans()).await;
         if let Some(mut tail) = self.tail.take() {
             let _ = tokio::task::spawn_blocking(move || tail.finish()).await;
         }
