@@ -128,7 +128,8 @@ fn contradictions_name_argument_and_fix() {
         change(&mut spec);
         contradictions(&spec)
     };
-    let cases: [(&str, fn(&mut ModelSpec), &str, &str); 7] = [
+    type Change = fn(&mut ModelSpec);
+    let cases: [(&str, Change, &str, &str); 7] = [
         ("--served-model-name a b", |_| {}, "--served-model-name", "upstream_name: a"),
         (
             "--gpu-memory-utilization 0.9",
