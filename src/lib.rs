@@ -15,5 +15,6 @@ pub mod api;
 pub mod gateway;
 pub mod telemetry;
 
+pub mod app;
 pub mod cli;
 pub mod standin;

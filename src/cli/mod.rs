@@ -1,3 +1,94 @@
 //! One file per subcommand.
 
+pub mod check;
+pub mod client;
+pub mod demo;
 pub mod engine;
+pub mod ensure;
+pub mod load;
+pub mod serve;
+pub mod status;
+pub mod swaps;
+pub mod unload;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "wharf",
+    version,
+    about = "Run more models than your GPUs can hold",
+    after_help = "Start with `wharf demo`, then `wharf check` and `wharf serve`."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the gateway and the orchestrator
+    Serve(serve::ServeArgs),
+    /// See it work: stand-in engines on simulated GPUs
+    Demo(demo::DemoArgs),
+    /// Check a configuration: every mistake at once, with line and fix
+    #[command(after_help = "Example:\n  wharf check --config models.yaml\n\n\
+        Exit codes: 0 it can be used, 1 it cannot, 2 the file cannot be read.")]
+    Check {
+        /// The configuration
+        #[arg(long, short, env = "WHARF_CONFIG")]
+        config: Option<PathBuf>,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Models, queue, swaps under way and GPUs at a glance
+    Status(status::Args),
+    /// Make a model ready and wait for it
+    Ensure(ensure::Args),
+    /// Load a model without holding it
+    Load(load::Args),
+    /// Unload a model
+    Unload(unload::Args),
+    /// The ledger of swaps
+    Swaps(swaps::Args),
+    /// Run the stand-in engine
+    Engine(engine::Args),
+}
+
+/// Flags → subcommand → exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    crate::telemetry::log::init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("wharf: failed to start its threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let ran = runtime.block_on(run(cli.command));
+    // Blocking work under way (a file read, a hung driver call) must not hold the exit back.
+    runtime.shutdown_background();
+    ran.unwrap_or_else(|error| {
+        eprintln!("wharf: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    Ok(match command {
+        Command::Serve(args) => serve::run(args).await.map(|()| ExitCode::SUCCESS)?,
+        Command::Demo(args) => demo::run(args).await.map(|()| ExitCode::SUCCESS)?,
+        Command::Check { config, json } => check::run(&crate::config::path(config), json),
+        Command::Status(args) => status::run(args).await,
+        Command::Ensure(args) => ensure::run(args).await,
+        Command::Load(args) => load::run(args).await,
+        Command::Unload(args) => unload::run(args).await,
+        Command::Swaps(args) => swaps::run(args).await,
+        Command::Engine(args) => engine::run(args).await?,
+    })
+}

@@ -1,3 +1,244 @@
 //! models.yaml → a validated [`catalog::Catalog`], or every error at once with line and column.
+//!
+//! The way of the file: `tree` (YAML with places) → `subst` (`${…}`) → `settings`, `models` →
+//! `fields`, `launch` (typed keys) → `rules` (what must hold between them).
 
 pub mod catalog;
+mod decode;
+mod fields;
+mod fit;
+mod launch;
+mod models;
+mod overrides;
+mod problem;
+mod rules;
+mod secrets;
+mod settings;
+mod subst;
+mod tree;
+mod values;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use catalog::Catalog;
+use decode::{At, Sink, Unread};
+pub use problem::{ConfigErrors, Place, Problem, Report, Severity, nearest};
+use tree::{Kind, Node};
+
+/// The largest models.yaml that is read.
+const MAX_FILE: u64 = 4 << 20;
+
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    pub catalog: Catalog,
+    pub warnings: Vec<Problem>,
+    /// What came from the environment instead of the file.
+    pub overrides: Vec<Override>,
+}
+
+/// An environment variable of the swapper service that outranks the file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Override {
+    pub variable: &'static str,
+    /// The key that it stands for.
+    pub key: &'static str,
+    pub value: String,
+}
+
+/// Where the configuration is: the flag, else SWAPPER_CONFIG_PATH, else `models.yaml`.
+pub fn path(flag: Option<PathBuf>) -> PathBuf {
+    flag.or_else(|| {
+        std::env::var_os("SWAPPER_CONFIG_PATH").filter(|v| !v.is_empty()).map(Into::into)
+    })
+    .unwrap_or_else(|| PathBuf::from("models.yaml"))
+}
+
+/// Reads and checks a file, with Wharf's own environment.
+///
+/// # Errors
+/// The file cannot be read, or everything that is wrong with it.
+pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
+    let file = path.display().to_string();
+    let unreadable = |reason: String| ConfigErrors::Unreadable { file: file.clone(), reason };
+    let size = std::fs::metadata(path).map_err(|e| unreadable(e.to_string()))?.len();
+    if size > MAX_FILE {
+        return Err(unreadable(format!("it has {size} bytes, more than {MAX_FILE}")));
+    }
+    let bytes = std::fs::read(path).map_err(|e| unreadable(e.to_string()))?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        unreadable(format!("it is not UTF-8 text (byte {})", e.utf8_error().valid_up_to()))
+    })?;
+    parse(&text, &file, &|name| std::env::var(name).ok())
+}
+
+/// Checks the text of a configuration. `env` gives environment variables.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn parse(
+    text: &str,
+    file: &str,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Loaded, ConfigErrors> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut sink = Sink::default();
+    let (root, flaws) = tree::parse(text);
+    collect_secrets(&root, &mut sink.secrets);
+    let broken = !flaws.is_empty() && matches!(root.kind, Kind::Null);
+    for flaw in flaws {
+        sink.flaw(flaw);
+    }
+    let read = if broken { None } else { read(root, env, &mut sink) };
+    let problems = finished(sink, text);
+    let failed = problems.iter().any(|p| p.severity == Severity::Error);
+    match read {
+        Some((catalog, overrides)) if !failed => {
+            Ok(Loaded { catalog, warnings: problems, overrides })
+        }
+        _ => Err(ConfigErrors::Invalid { file: file.to_owned(), problems }),
+    }
+}
+
+fn read(
+    mut root: Node,
+    env: &dyn Fn(&str) -> Option<String>,
+    sink: &mut Sink,
+) -> Option<(Catalog, Vec<Override>)> {
+    if matches!(root.kind, Kind::Null) {
+        sink.error(&At::root(&root).spot, "the file is empty", "expected `models:`").help(EXAMPLE);
+        return None;
+    }
+    let macros_node = root.get("macros").cloned();
+    let macros_at = macros_node.as_ref().map(|node| At {
+        spot: decode::Spot { place: node.place, path: "macros".to_owned() },
+        ..At::root(node)
+    });
+    let macros = subst::Macros::read(macros_at.as_ref(), env, sink);
+    if let Kind::Map(entries) = &mut root.kind {
+        // Models and what they are made of are expanded one by one: `${model}` differs.
+        let later = ["macros", "models", "templates", "defaults"];
+        for (key, node) in entries.iter_mut().filter(|(k, _)| !later.contains(&&*k.text)) {
+            macros.apply(node, &key.text, None, sink);
+        }
+    }
+    let at = At::root(&root);
+    let mut top = at.table(sink, "`models:` and other keys")?;
+    let mut settings = settings::read(&mut top, sink);
+    let overrides = overrides::apply(&mut settings, env, sink);
+    let models_at = top.take("models");
+    if models_at.as_ref().is_none_or(|at| at.is_map() && at.node.entries().is_empty()) {
+        let spot = models_at.as_ref().map_or(&at.spot, |at| &at.spot);
+        sink.error(spot, "no models are configured", "expected `models:`").help(EXAMPLE);
+    }
+    let sources = models::Sources {
+        models: models_at,
+        templates: top.take("templates"),
+        defaults: top.take("defaults"),
+    };
+    let models = models::read(&sources, &settings, &macros, env, sink);
+    let aliases = rules::check(&models, &mut settings, sink);
+    if let Some(at) = top.take("groups") {
+        rules::groups(&at, &models, &settings, sink);
+    }
+    overrides::warn_unused(&models, env, sink);
+    top.take("macros");
+    top.finish(sink, UNREAD);
+    let models: BTreeMap<_, _> =
+        models.into_iter().map(|m| (m.spec.name.clone(), m.spec)).collect();
+    Some((Catalog { models, aliases, settings: settings.settings }, overrides))
+}
+
+const EXAMPLE: &str = "the least that works:\n\
+    \n  models:\n    mistral:\n      engine: vllm\n      docker: \
+    { image: \"vllm/vllm-openai:v0.31.0\", args: [--model, mistralai/Mistral-7B-Instruct-v0.3] }\n";
+
+const IMPORT: Unread = Unread::Hint("a key of another tool: `wharf import` converts its file");
+
+const UNREAD: &[(&str, Unread)] = &[
+    ("captures", Unread::Later),
+    ("retention", Unread::Later),
+    ("rate_limits", Unread::LaterError),
+    ("check_interval", Unread::Later),
+    ("announce", Unread::Later),
+    ("profiles", Unread::Hint("did you mean `groups`?")),
+    ("keys", Unread::Hint("write `auth: { keys: … }`")),
+    ("mode", Unread::Hint("write `swap: { mode: … }`")),
+    ("swapper", IMPORT),
+    ("healthCheckTimeout", IMPORT),
+    ("logLevel", IMPORT),
+    ("startPort", IMPORT),
+    ("hooks", IMPORT),
+    ("peers", IMPORT),
+    ("default_ttl_minutes", IMPORT),
+    ("warmup_models", IMPORT),
+];
+
+/// In the order of the file, each told once, with its source line, without secrets.
+fn finished(sink: Sink, text: &str) -> Vec<Problem> {
+    let Sink { mut problems, secrets } = sink;
+    let lines: Vec<&str> = text.lines().collect();
+    for problem in &mut problems {
+        problem.finish(&lines, &secrets);
+    }
+    // Stable: problems of one place stay in the order in which they were found.
+    problems.sort_by_key(|p| (p.place.line == 0, p.place.line, p.place.column));
+    let mut told = std::collections::BTreeSet::new();
+    // A template's error shows up once for every model that uses it.
+    problems.retain(|p| p.place.line == 0 || told.insert((p.place, p.message.clone())));
+    problems
+}
+
+fn texts(node: &Node, keep: &mut dyn FnMut(&str)) {
+    match &node.kind {
+        Kind::Null => {}
+        Kind::Scalar(scalar) => keep(&scalar.text),
+        Kind::List(items) => items.iter().for_each(|item| texts(item, keep)),
+        Kind::Map(entries) => entries.iter().for_each(|(_, value)| texts(value, keep)),
+    }
+}
+
+/// Literal secrets in the file: values under secret names, after secret flags, in URLs.
+fn collect_secrets(node: &Node, secrets: &mut Vec<String>) {
+    let mut keep = |text: &str| {
+        if !text.contains("${") {
+            secrets.extend(text.lines().map(|line| line.trim().to_owned()));
+        }
+    };
+    match &node.kind {
+        Kind::Null => {}
+        Kind::Scalar(scalar) => {
+            if let Some((_, rest)) = scalar.text.split_once("://")
+                && let Some((user, _)) = rest.split_once('@')
+            {
+                keep(user);
+            }
+            if let Some((name, value)) = scalar.text.split_once('=')
+                && secrets::is_secret_name(name)
+            {
+                keep(value);
+            }
+        }
+        Kind::List(items) => {
+            for pair in items.windows(2) {
+                let flag = pair[0].text().filter(|t| t.starts_with('-'));
+                if let (true, Some(value)) =
+                    (flag.is_some_and(secrets::is_secret_name), pair[1].text())
+                {
+                    keep(value);
+                }
+            }
+            items.iter().for_each(|item| collect_secrets(item, secrets));
+        }
+        Kind::Map(entries) => {
+            for (key, value) in entries {
+                if secrets::is_secret_name(&key.text) {
+                    texts(value, &mut keep);
+                }
+            }
+            entries.iter().for_each(|(_, value)| collect_secrets(value, secrets));
+        }
+    }
+}

@@ -98,6 +98,21 @@ impl Gate {
         Some(self.leased(StartKind::Hot))
     }
 
+    /// As [`Gate::try_lease`], but it leaves no trace in `last_used`: for `X-Wharf-Start: never`,
+    /// so that health probes do not keep an idle model loaded.
+    pub fn try_lease_quietly(self: &Arc<Self>) -> Option<Lease> {
+        let before = self.last_used.load(Ordering::Relaxed);
+        let mut lease = self.try_lease()?;
+        self.last_used.store(before, Ordering::Relaxed);
+        lease.quiet = true;
+        Some(lease)
+    }
+
+    /// Closed means: under notice, stopping, or full by the owner's decision.
+    pub fn is_open(&self) -> bool {
+        self.word.load(Ordering::Acquire) & OPEN != 0
+    }
+
     /// The owner's own grant: also through a closed gate.
     pub(super) fn grant(self: &Arc<Self>, start: StartKind) -> Lease {
         self.word.fetch_add(1, Ordering::AcqRel);
@@ -107,7 +122,7 @@ impl Gate {
     fn leased(self: &Arc<Self>, start: StartKind) -> Lease {
         self.granted.fetch_add(1, Ordering::Relaxed);
         self.touch();
-        Lease { gate: Arc::clone(self), start }
+        Lease { gate: Arc::clone(self), start, quiet: false }
     }
 
     pub(super) fn open(&self, permits: u32) {
@@ -141,12 +156,19 @@ impl Gate {
         self.granted.load(Ordering::Relaxed)
     }
 
+    /// When a lease was last taken or ended; before the first, when the gate was made.
+    pub fn last_used(&self) -> Time {
+        Time(self.last_used.load(Ordering::Relaxed))
+    }
+
     fn touch(&self) {
         self.last_used.store(elapsed_ms(self.epoch), Ordering::Relaxed);
     }
 
-    fn release(&self) {
-        self.touch();
+    fn release(&self, quiet: bool) {
+        if !quiet {
+            self.touch();
+        }
         let before = self.word.fetch_sub(1, Ordering::AcqRel);
         let drained = before & OPEN == 0 && before & COUNT == 1;
         if (drained || self.ping_every_release.load(Ordering::Acquire))
@@ -168,6 +190,7 @@ fn elapsed_ms(epoch: Instant) -> u64 {
 pub struct Lease {
     gate: Arc<Gate>,
     pub start: StartKind,
+    quiet: bool,
 }
 
 impl Lease {
@@ -178,6 +201,6 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.gate.release();
+        self.gate.release(self.quiet);
     }
 }

@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
 
 use super::gate::{Gate, Lease};
-use super::view::View;
+use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, Request};
@@ -31,8 +31,10 @@ pub enum Message {
     },
     /// An effect reports.
     Effect(Event),
-    /// An instance runs (before it is ready): what is needed to stop it.
-    Started(Box<crate::runtime::Running>),
+    /// What an instance that died by itself had left behind is gone too.
+    Cleared(InstanceId),
+    /// A runtime went away or came back.
+    DockerHealth(Health),
     /// A new configuration, already validated.
     Reload {
         catalog: Arc<Catalog>,
@@ -105,6 +107,11 @@ impl Handle {
 
     pub fn now(&self) -> Time {
         Time::ZERO + self.shared.epoch.elapsed()
+    }
+
+    /// The owner runs.
+    pub fn is_alive(&self) -> bool {
+        !self.inbox.0.is_closed()
     }
 
     /// Wall-clock time of one of the owner's times.
@@ -222,5 +229,66 @@ impl Drop for Waiting {
         if !self.decided {
             self.inbox.send(Message::RequestGone(self.id));
         }
+    }
+}
+
+/// For tests of the gateway and the API, which play the owner themselves: nothing here runs in the
+/// product.
+#[doc(hidden)]
+impl Handle {
+    /// A handle whose messages arrive at the returned receiver.
+    pub fn for_tests(catalog: Arc<Catalog>) -> (Handle, mpsc::UnboundedReceiver<Message>) {
+        let (inbox, messages) = Inbox::new();
+        let shared = Shared {
+            epoch: Instant::now(),
+            epoch_wall: SystemTime::now(),
+            catalog: ArcSwap::from(catalog),
+            gates: ArcSwap::default(),
+            view: ArcSwap::default(),
+            next_request: AtomicU64::new(1),
+            next_ask: AtomicU64::new(1),
+        };
+        (Handle { inbox, shared: Arc::new(shared) }, messages)
+    }
+
+    pub fn publish_for_tests(&self, view: View) {
+        self.shared.view.store(Arc::new(view));
+    }
+
+    /// A gate of one instance, published; open if `permits` is not zero.
+    pub fn gate_for_tests(
+        &self,
+        instance: InstanceId,
+        model: &ModelName,
+        endpoint: crate::runtime::Endpoint,
+        permits: u32,
+    ) -> Arc<Gate> {
+        let client =
+            hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+                .build_http();
+        let gate = Arc::new(Gate::new(
+            instance,
+            model.clone(),
+            endpoint,
+            client,
+            self.inbox.clone(),
+            self.shared.epoch,
+        ));
+        if permits > 0 {
+            gate.open(permits);
+        }
+        let mut gates = Gates::clone(&self.shared.gates.load());
+        gates.insert(model.clone(), Arc::clone(&gate));
+        self.shared.gates.store(Arc::new(gates));
+        gate
+    }
+
+    /// The owner's grant, also through a closed gate.
+    pub fn grant_for_tests(gate: &Arc<Gate>) -> Lease {
+        gate.grant(super::gate::StartKind::Cold)
+    }
+
+    pub fn close_for_tests(gate: &Gate) {
+        gate.close();
     }
 }

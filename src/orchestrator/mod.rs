@@ -1,9 +1,25 @@
 //! The one owner of the scheduler, and what it hands to everyone else.
+//!
+//! `run` is the loop, `perform` what it does with each action, `effects` the work that happens
+//! outside it, `handle` and `gate` what the gateway holds, `view` what everyone may read.
 
+mod effects;
 pub mod gate;
 pub mod handle;
+mod journal;
+mod launch;
+mod memory_watch;
+mod perform;
+mod publish;
+#[doc(hidden)]
+pub mod puppet;
+mod reconcile;
+mod run;
+mod start;
+mod state_dir;
 pub mod view;
 
 pub use gate::{Gate, Lease, StartKind};
 pub use handle::{Handle, RequestOptions, Waiting};
+pub use start::{StartError, start};
 pub use view::View;

@@ -48,6 +48,18 @@ pub struct ModelFacts {
     pub endpoint: Option<String>,
 }
 
+impl ModelFacts {
+    /// Time loaded, summed over all residencies.
+    pub fn uptime(&self, now: Time) -> Duration {
+        let current = match (self.loaded_at, self.unloaded_at) {
+            (Some(loaded), None) => now.since(loaded),
+            (Some(loaded), Some(unloaded)) if unloaded < loaded => now.since(loaded),
+            _ => Duration::ZERO,
+        };
+        self.uptime_before + current
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GpuFacts {
     pub id: GpuId,

@@ -1,0 +1,24 @@
+# make demo [WORLD=laptop|homelab|team|agents] [EXERCISE=1] [ENGINE=llama [GGUF=a.gguf,b.gguf]]
+# make test      everything; make quick: without Docker, llama-server and Prometheus
+
+WORLD ?= laptop
+demo_flags = --world $(WORLD) $(if $(EXERCISE),--exercise) $(if $(ONCE),--once)
+
+.PHONY: demo test quick build
+build:
+	cargo build --locked --bin wharf
+
+demo: build
+ifeq ($(ENGINE),llama)
+	@server=$$(tests/support/setup.sh llama mistral coder llava) && \
+	target/debug/wharf demo $(demo_flags) --llama-server "$$server" \
+	  $(if $(GGUF),--gguf $(GGUF),--gguf-names-itself --gguf .cache/gguf/mistral.gguf,.cache/gguf/coder.gguf,.cache/gguf/llava.gguf)
+else
+	@target/debug/wharf demo $(demo_flags)
+endif
+
+test:
+	tests/run.sh
+
+quick:
+	tests/run.sh quick

@@ -1,0 +1,51 @@
+//! What handlers read from a request, with errors in our own shape.
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use http::StatusCode;
+use http::request::Parts;
+use serde::de::DeserializeOwned;
+
+use super::error::bad;
+use crate::gateway::reject::Reject;
+
+/// Control bodies are a few fields.
+pub const BODY_BYTES_MAX: usize = 64 * 1024;
+
+/// The percent-decoded wildcard of a path.
+pub struct PathText(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for PathText {
+    type Rejection = Reject;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Reject> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(text)) => Ok(PathText(text)),
+            Err(error) => Err(bad("path", error.body_text())),
+        }
+    }
+}
+
+/// A JSON body, whatever its content type says; an empty one means `{}`.
+pub struct Body<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Reject;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Reject> {
+        let bytes =
+            Bytes::from_request(request, state).await.map_err(|error| match error.status() {
+                StatusCode::PAYLOAD_TOO_LARGE => Reject::new(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    "body_too_large",
+                    format!("the body is larger than {BODY_BYTES_MAX} bytes"),
+                ),
+                _ => bad("body", error.body_text()),
+            })?;
+        let text = if bytes.trim_ascii().is_empty() { b"{}".as_slice() } else { &bytes };
+        match serde_json::from_slice(text) {
+            Ok(body) => Ok(Body(body)),
+            Err(error) => Err(bad("body", format!("the body is not as expected: {error}"))),
+        }
+    }
+}

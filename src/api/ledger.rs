@@ -1,0 +1,89 @@
+//! Swaps as JSON: rows of `/swaps`, `/swaps/{id}` and of the swaps under way in `/status`.
+
+use serde_json::{Map, Value, json};
+
+use super::render::{Snapshot, object, seconds};
+use crate::scheduler::record::{SwapOutcome, SwapRecord};
+use crate::units::SwapId;
+
+/// One swap; the engine's log lines are in [`detail`] only.
+pub fn row(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
+    Value::Object(fields(at, swap))
+}
+
+/// One swap with everything that is known of it.
+pub fn detail(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
+    let mut fields = fields(at, swap);
+    if let Some(SwapOutcome::Failed(fault)) = &swap.outcome {
+        fields.insert("log".to_owned(), json!(fault.log_tail));
+    }
+    Value::Object(fields)
+}
+
+fn fields(at: &Snapshot<'_>, swap: &SwapRecord) -> Map<String, Value> {
+    let ended = swap.ended.unwrap_or(at.now);
+    let evicted = swap.evicted.iter().map(|victim| {
+        json!({
+            "model": victim.model,
+            "instance": victim.instance.to_string(),
+            "why": victim.why,
+        })
+    });
+    let mut fields = object(json!({
+        "id": swap.id.to_string(),
+        "model": swap.model,
+        "kind": swap.kind,
+        "cause": swap.cause,
+        "decision": swap.decision,
+        "from": swap.evicted.first().map(|victim| &victim.model),
+        "evicted": evicted.collect::<Vec<_>>(),
+        "instance": swap.instance.map(|id| id.to_string()),
+        "gpus": swap.gpus,
+        "began": at.wall(swap.began),
+        "ended": swap.ended.map(|time| at.wall(time)),
+        "seconds": seconds(ended.since(swap.began)),
+        "phases": phases(swap),
+    }));
+    fields.append(&mut match (&swap.outcome, swap.phase) {
+        (Some(outcome), _) => outcome_fields(outcome),
+        (None, phase) => {
+            let model = at.view.model(&swap.model);
+            object(json!({
+                "result": Value::Null,
+                "phase": phase.map(|(phase, _)| phase),
+                "phase_seconds": phase.map(|(_, began)| seconds(at.now.since(began))),
+                "progress": at.view.progress_of(&swap.model),
+                "estimate_seconds": model.and_then(|model| model.ready_in).map(seconds),
+                "waiting_for": model.map(|model| &model.waiting_for),
+            }))
+        }
+    });
+    fields
+}
+
+/// Finished phases: name → seconds.
+pub fn phases(swap: &SwapRecord) -> Value {
+    let phases =
+        swap.phases.iter().map(|(phase, took)| (phase.as_str().to_owned(), json!(seconds(*took))));
+    Value::Object(phases.collect())
+}
+
+fn outcome_fields(outcome: &SwapOutcome) -> Map<String, Value> {
+    let mut fields = Map::from_iter([("result".to_owned(), json!(outcome.as_str()))]);
+    match outcome {
+        SwapOutcome::Failed(fault) => {
+            fields.insert("fault".to_owned(), json!(fault.kind));
+            fields.insert("message".to_owned(), json!(fault.message));
+        }
+        SwapOutcome::Cancelled { why } => {
+            fields.insert("message".to_owned(), json!(why));
+        }
+        SwapOutcome::Ready | SwapOutcome::Unloaded => {}
+    }
+    fields
+}
+
+/// `s12` or `12`.
+pub fn parse_id(text: &str) -> Option<SwapId> {
+    text.strip_prefix('s').unwrap_or(text).parse().ok().map(SwapId)
+}

@@ -1,0 +1,148 @@
+//! Handlers that only read.
+
+use axum::Json;
+use axum::extract::{Query, State};
+use axum::http::HeaderMap;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::error::{bad, not_found, unknown_model};
+use super::extract::PathText;
+use super::render::{self, Snapshot};
+use super::{Api, health, ledger, machine, name};
+use crate::gateway::reject::Reject;
+use crate::orchestrator::view::LEDGER_ROWS_MAX;
+use crate::scheduler::record::SwapRecord;
+
+/// Rows of `GET /swaps` where the caller sets no limit.
+const SWAP_ROWS: usize = 100;
+/// The version of the text format is part of its content type.
+const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+pub async fn health(State(api): State<Api>) -> Response {
+    let (status, body) = health::answer(&api.handle).await;
+    (status, Json(body)).into_response()
+}
+
+pub async fn status(State(api): State<Api>) -> Json<Value> {
+    let at = Snapshot::of(&api.handle);
+    Json(render::status(&at, health::is_healthy(&at)))
+}
+
+pub async fn models(State(api): State<Api>) -> Json<Value> {
+    let at = Snapshot::of(&api.handle);
+    let rows = at.catalog.models.values().map(|spec| render::model(&at, spec));
+    Json(json!({ "models": rows.collect::<Vec<_>>() }))
+}
+
+pub async fn model(
+    State(api): State<Api>,
+    PathText(path): PathText,
+) -> Result<Json<Value>, Reject> {
+    let at = Snapshot::of(&api.handle);
+    match name::split(&path, |name| at.catalog.resolve(name)) {
+        Some((spec, "")) => Ok(Json(render::model(&at, spec))),
+        _ => Err(unknown_model(&at.catalog, &path)),
+    }
+}
+
+/// Prometheus text, or the swapper's JSON for who prefers it.
+pub async fn metrics(State(api): State<Api>, headers: HeaderMap) -> Response {
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if prefers_json(accept) {
+        let at = Snapshot::of(&api.handle);
+        let rows = at.catalog.models.keys().map(|name| render::metrics(&at, name));
+        return Json(json!({ "metrics": rows.collect::<Vec<_>>() })).into_response();
+    }
+    ([(CONTENT_TYPE, PROMETHEUS_TEXT)], api.metrics.render(&api.handle)).into_response()
+}
+
+/// JSON named before any text. Prometheus itself names text (and protobuf) only.
+fn prefers_json(accept: &str) -> bool {
+    let kinds = accept.split(',').map(|kind| kind.split(';').next().unwrap_or_default().trim());
+    for kind in kinds {
+        match kind {
+            "application/json" => return true,
+            "text/plain" | "text/*" | "*/*" | "application/openmetrics-text" => return false,
+            _ => {}
+        }
+    }
+    false
+}
+
+pub async fn model_metrics(
+    State(api): State<Api>,
+    PathText(path): PathText,
+) -> Result<Json<Value>, Reject> {
+    let at = Snapshot::of(&api.handle);
+    match name::split(&path, |name| at.catalog.resolve(name)) {
+        Some((spec, "")) => Ok(Json(render::metrics(&at, &spec.name))),
+        _ => Err(unknown_model(&at.catalog, &path)),
+    }
+}
+
+#[derive(Debug, Deserialize)]
+pub struct SwapsWanted {
+    model: Option<String>,
+    limit: Option<usize>,
+}
+
+/// Swaps, the newest first: those under way, then those that ended.
+pub async fn swaps(
+    State(api): State<Api>,
+    wanted: Result<Query<SwapsWanted>, axum::extract::rejection::QueryRejection>,
+) -> Result<Json<Value>, Reject> {
+    let Query(wanted) = wanted.map_err(|error| bad("limit", error.body_text()))?;
+    let at = Snapshot::of(&api.handle);
+    let model = match &wanted.model {
+        None => None,
+        Some(name) => {
+            Some(at.catalog.resolve(name).ok_or_else(|| unknown_model(&at.catalog, name))?)
+        }
+    };
+    let limit = wanted.limit.unwrap_or(SWAP_ROWS).min(LEDGER_ROWS_MAX);
+    let under_way = at.view.scheduler.swaps.iter().rev();
+    let ended = at.view.ledger.iter().rev().map(|swap| &**swap);
+    let fits = |swap: &&SwapRecord| model.is_none_or(|spec| spec.name == swap.model);
+    let rows = under_way.chain(ended).filter(fits).take(limit).map(|swap| ledger::row(&at, swap));
+    Ok(Json(json!({ "swaps": rows.collect::<Vec<_>>() })))
+}
+
+pub async fn swap(State(api): State<Api>, PathText(id): PathText) -> Result<Json<Value>, Reject> {
+    let at = Snapshot::of(&api.handle);
+    let swap = ledger::parse_id(&id).and_then(|id| at.view.swap(id));
+    match swap {
+        Some(swap) => Ok(Json(ledger::detail(&at, swap))),
+        None => Err(not_found(
+            "swap_not_found",
+            format!("there is no swap `{id}`: GET /swaps lists the last {LEDGER_ROWS_MAX}"),
+        )),
+    }
+}
+
+pub async fn gpus(State(api): State<Api>) -> Json<Value> {
+    Json(machine::gpus(&Snapshot::of(&api.handle)))
+}
+
+pub async fn queue(State(api): State<Api>) -> Json<Value> {
+    Json(machine::queue(&Snapshot::of(&api.handle)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::prefers_json;
+
+    #[test]
+    fn prometheus_gets_text_and_the_swappers_clients_json() {
+        assert!(prefers_json("application/json"));
+        assert!(prefers_json("application/json, text/plain, */*"));
+        assert!(!prefers_json("*/*"));
+        assert!(!prefers_json(""));
+        assert!(!prefers_json(
+            "application/openmetrics-text; version=0.0.1,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+        ));
+        assert!(!prefers_json("text/html,application/xml;q=0.9,*/*;q=0.8,application/json"));
+    }
+}

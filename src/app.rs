@@ -1,0 +1,153 @@
+//! The only wiring: build the orchestrator, serve both listeners, reload, drain, stop.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::catalog::Catalog;
+use crate::orchestrator::Handle;
+use crate::runtime::process::ProcessRuntime;
+use crate::telemetry::metrics::Metrics;
+use crate::{api, gateway, orchestrator};
+
+/// How long a taken listener port is retried (a predecessor may just be leaving).
+const BIND_WITHIN: Duration = Duration::from_secs(3);
+/// Control answers are short; inference streams get `drain_timeout`.
+const CONTROL_GRACE: Duration = Duration::from_secs(2);
+
+/// Serves until SIGTERM or SIGINT; a second one ends at once.
+/// `reload` reads the configuration again, flags applied.
+pub async fn run(
+    catalog: Catalog,
+    reload: impl Fn() -> anyhow::Result<Catalog> + Send + 'static,
+) -> anyhow::Result<()> {
+    let catalog = Arc::new(catalog);
+    let settings = &catalog.settings;
+    let (gateway_at, orchestrator_at) = (settings.gateway, settings.orchestrator);
+    refuse_open_control(&catalog)?;
+    // Bound before anything is started: a taken port must cost nothing.
+    let orchestrator_listener = bind("listen.orchestrator", orchestrator_at).await?;
+    let gateway_listener = match gateway_at == orchestrator_at {
+        true => None,
+        false => Some(bind("listen.gateway", gateway_at).await?),
+    };
+    let metrics = Arc::new(Metrics::new());
+    let (handle, owner) = orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics)).await?;
+
+    let stop = CancellationToken::new();
+    let control = api::router(handle.clone(), Arc::clone(&metrics));
+    let inference = gateway::router(handle.clone(), metrics);
+    let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
+    let mut serving = Vec::new();
+    let control = match gateway_listener {
+        Some(listener) => {
+            serving.push(tokio::spawn(gateway::serve(listener, inference, stop.clone(), drain)));
+            control
+        }
+        // One address for both: the orchestrator's routes win, the rest is inference.
+        None => control.fallback_service(inference),
+    };
+    serving.push(tokio::spawn(gateway::serve(
+        orchestrator_listener,
+        control,
+        stop.clone(),
+        CONTROL_GRACE.max(if gateway_at == orchestrator_at { drain } else { CONTROL_GRACE }),
+    )));
+    tracing::info!(gateway = %gateway_at, orchestrator = %orchestrator_at, "serving");
+
+    let reloads = tokio::spawn(reload_on_sighup(reload, handle.clone()));
+    let signal_name = wait_for_stop().await?;
+    tracing::info!("{signal_name}: draining, at most {drain:?}; once more to stop at once");
+    reloads.abort();
+    stop.cancel();
+    let drained = async {
+        for task in serving {
+            // A panicked listener has nothing left to drain.
+            let _ = task.await;
+        }
+        handle.shutdown().await;
+        let _ = owner.await;
+    };
+    tokio::select! {
+        () = drained => Ok(()),
+        again = wait_for_stop() => bail!("stopped at once by a second {}", again?),
+    }
+}
+
+/// A control API that anyone on the network can use is refused, not warned about.
+fn refuse_open_control(catalog: &Catalog) -> anyhow::Result<()> {
+    let settings = &catalog.settings;
+    if !settings.orchestrator.ip().is_loopback() && settings.auth.keys.is_empty() {
+        bail!(
+            "listen.orchestrator {} is reachable from other machines and auth.keys is empty: \
+             add a key with scope admin, or listen on 127.0.0.1",
+            settings.orchestrator
+        );
+    }
+    Ok(())
+}
+
+async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let until = tokio::time::Instant::now() + BIND_WITHIN;
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(listener),
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                if tokio::time::Instant::now() >= until {
+                    let listeners = ProcessRuntime::default().listeners(address.port()).await;
+                    let occupant = listeners.first().map_or_else(
+                        || "a process that this user cannot see".to_owned(),
+                        ToString::to_string,
+                    );
+                    bail!(
+                        "{key}: {address} is taken by {occupant}; stop it or choose another port"
+                    );
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("{key}: cannot listen on {address}"));
+            }
+        }
+    }
+}
+
+async fn wait_for_stop() -> anyhow::Result<&'static str> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    })
+}
+
+/// A bad file changes nothing and says why.
+async fn reload_on_sighup(
+    reload: impl Fn() -> anyhow::Result<Catalog> + Send + 'static,
+    handle: Handle,
+) {
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+    while hangup.recv().await.is_some() {
+        match reload() {
+            Ok(catalog) => {
+                let (old, new) = (handle.catalog(), &catalog.settings);
+                let old = &old.settings;
+                if (new.gateway, new.orchestrator, &new.store, &new.gpu)
+                    != (old.gateway, old.orchestrator, &old.store, &old.gpu)
+                {
+                    tracing::warn!("listen, store and gpu need a restart; the rest is reloaded");
+                }
+                handle.reload(Arc::new(catalog)).await;
+                tracing::info!("configuration reloaded");
+            }
+            Err(errors) => {
+                tracing::error!("{errors}\nthe running configuration stays in force");
+            }
+        }
+    }
+}

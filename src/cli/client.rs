@@ -1,0 +1,267 @@
+//! What the client commands share: connection, key, exit codes, and tables.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::client::legacy::Client as HttpClient;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+
+/// A ledger of a thousand swaps with their logs stays far below.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// For answers that wait for nothing.
+pub const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest wait that the orchestrator itself allows, and some.
+pub const WAIT_TIMEOUT: Duration = Duration::from_secs(3600 + 60);
+
+/// Shown below the help of every client command.
+pub const EXIT_CODES: &str = "Exit codes: 0 done; 1 unexpected; 2 wrong use; \
+3 Wharf cannot be reached; 4 refused (unknown model, key, …); 5 not ready, failed or timed out.";
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct Connection {
+    /// Where the orchestrator listens. A key, where one is needed, is read from WHARF_KEY
+    #[arg(long, env = "WHARF_URL", default_value = "http://127.0.0.1:8888", value_name = "URL")]
+    pub url: String,
+    /// Print the answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    #[error("{0}")]
+    Usage(String),
+    #[error("cannot reach Wharf at {url}: {why} (is it running? --url or WHARF_URL says where)")]
+    Unreachable { url: String, why: String },
+    #[error("{message}")]
+    Refused { status: StatusCode, message: String, body: Value },
+    #[error("{0}")]
+    Unexpected(String),
+}
+
+impl Failure {
+    fn code(&self) -> u8 {
+        match self {
+            Failure::Unexpected(_) => 1,
+            Failure::Usage(_) => 2,
+            Failure::Unreachable { .. } => 3,
+            Failure::Refused { status, .. } if status.is_client_error() => 4,
+            Failure::Refused { .. } => 5,
+        }
+    }
+}
+
+/// Ends a command: the error on stderr (as JSON on stdout if asked), and the exit code.
+pub fn finish(result: Result<(), Failure>, json: bool) -> ExitCode {
+    let Err(failure) = result else { return ExitCode::SUCCESS };
+    match &failure {
+        Failure::Refused { body, .. } if json => say(&pretty(body)),
+        _ => eprintln!("wharf: {failure}"),
+    }
+    if let (Failure::Refused { body, .. }, false) = (&failure, json) {
+        for line in body["cause"]["log"].as_array().into_iter().flatten() {
+            eprintln!("  | {}", text(line));
+        }
+    }
+    ExitCode::from(failure.code())
+}
+
+/// The control API of one Wharf.
+#[derive(Debug)]
+pub struct Client {
+    base: String,
+    key: Option<String>,
+    http: HttpClient<HttpConnector, Full<Bytes>>,
+}
+
+impl Client {
+    pub fn new(connection: &Connection) -> Result<Client, Failure> {
+        let base = connection.url.trim_end_matches('/');
+        let uri: http::Uri = base
+            .parse()
+            .map_err(|error| Failure::Usage(format!("--url {base} is not a URL: {error}")))?;
+        if uri.scheme_str() != Some("http") || uri.host().is_none() {
+            return Err(Failure::Usage(format!(
+                "--url {base} must look like http://127.0.0.1:8888 (this client speaks plain HTTP)"
+            )));
+        }
+        let mut connector = HttpConnector::new();
+        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        connector.set_nodelay(true);
+        Ok(Client {
+            base: base.to_owned(),
+            key: std::env::var("WHARF_KEY").ok().filter(|key| !key.is_empty()),
+            http: HttpClient::builder(TokioExecutor::new()).build(connector),
+        })
+    }
+
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    pub async fn get(&self, path: &str) -> Result<Value, Failure> {
+        self.send(Method::GET, path, None, READ_TIMEOUT).await
+    }
+
+    pub async fn post(&self, path: &str, body: &Value, limit: Duration) -> Result<Value, Failure> {
+        self.send(Method::POST, path, Some(body), limit).await
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        limit: Duration,
+    ) -> Result<Value, Failure> {
+        let request = self.request(method, path, body)?;
+        let exchange = async {
+            let response = self.http.request(request).await.map_err(|error| self.broken(&error))?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+            let bytes = body.map_err(|error| self.broken(&*error))?.to_bytes();
+            Ok((status, bytes))
+        };
+        let (status, bytes) = tokio::time::timeout(limit, exchange).await.map_err(|_| {
+            let why = format!("no answer within {}", humantime::format_duration(limit));
+            Failure::Unreachable { url: self.base.clone(), why }
+        })??;
+        let body: Value = serde_json::from_slice(&bytes).map_err(|_| {
+            Failure::Unexpected(format!("{}{path} did not answer with JSON ({status})", self.base))
+        })?;
+        if status.is_success() {
+            return Ok(body);
+        }
+        let message = match body["error"]["message"].as_str() {
+            Some(message) => message.to_owned(),
+            None => format!("{}{path} answered {status}", self.base),
+        };
+        Err(Failure::Refused { status, message, body })
+    }
+
+    fn request(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Request<Full<Bytes>>, Failure> {
+        let mut request = Request::builder().method(method).uri(format!("{}{path}", self.base));
+        if let Some(key) = &self.key {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+        }
+        if body.is_some() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        let bytes = body.map_or(Bytes::new(), |body| Bytes::from(body.to_string()));
+        request
+            .body(Full::new(bytes))
+            .map_err(|error| Failure::Usage(format!("--url or WHARF_KEY is not usable: {error}")))
+    }
+
+    fn broken(&self, error: &dyn std::error::Error) -> Failure {
+        // The outer error says "client error (Connect)"; the innermost one says why.
+        let mut innermost = error;
+        while let Some(source) = innermost.source() {
+            innermost = source;
+        }
+        Failure::Unreachable { url: self.base.clone(), why: innermost.to_string() }
+    }
+}
+
+/// A name as one segment of a path.
+pub fn encode(name: &str) -> String {
+    name.bytes().fold(String::new(), |mut path, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            path.push(char::from(byte));
+        } else {
+            // Writing to a String never fails.
+            let _ = write!(path, "%{byte:02X}");
+        }
+        path
+    })
+}
+
+/// An answer on stdout: as JSON if asked, else as `describe` puts it for people.
+pub fn show(answer: &Value, json: bool, describe: impl FnOnce(&Value) -> String) {
+    say(&if json { pretty(answer) } else { describe(answer) });
+}
+
+/// A line to stdout; a reader that left (`| head`) is no error.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+fn pretty(body: &Value) -> String {
+    format!("{body:#}")
+}
+
+/// A JSON value as a cell: text without quotes, `-` for null.
+pub fn text(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) if text.is_empty() => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(list) if list.is_empty() => "-".to_owned(),
+        Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
+    }
+}
+
+/// `9.0 s`, or `-`.
+pub fn seconds(value: &Value) -> String {
+    value.as_f64().map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.1} s"))
+}
+
+/// Columns as wide as their widest cell; the last one is not padded.
+pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let head: Vec<String> = head.iter().map(ToString::to_string).collect();
+    let lines: Vec<&Vec<String>> = std::iter::once(&head).chain(rows).collect();
+    let width = |column: usize| {
+        lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max()
+    };
+    let widths: Vec<usize> = (0..head.len()).map(|column| width(column).unwrap_or(0)).collect();
+    let line = |cells: &Vec<String>| {
+        let padded = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    lines.iter().map(|cells| line(cells)).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_become_one_segment() {
+        assert_eq!(encode("org/coder:7b"), "org%2Fcoder%3A7b");
+        assert_eq!(encode("mistral-7b_v0.3~"), "mistral-7b_v0.3~");
+        assert_eq!(encode("é"), "%C3%A9");
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let rows =
+            [vec!["a".to_owned(), "ready".to_owned()], vec!["long".to_owned(), "-".to_owned()]];
+        assert_eq!(table(&["MODEL", "STATE"], &rows), "MODEL  STATE\na      ready\nlong   -");
+    }
+
+    #[test]
+    fn only_plain_http_urls_are_taken() {
+        let client = |url: &str| {
+            Client::new(&Connection { url: url.to_owned(), json: false })
+                .map(|c| c.base().to_owned())
+        };
+        assert_eq!(client("http://127.0.0.1:8888/").expect("a URL"), "http://127.0.0.1:8888");
+        for bad in ["https://example.org", "localhost:8888", "not a url", ""] {
+            assert!(matches!(client(bad), Err(Failure::Usage(_))), "{bad}");
+        }
+    }
+}

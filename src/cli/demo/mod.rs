@@ -1,0 +1,118 @@
+//! `wharf demo`: the product on a machine that is not there. No Docker, no GPU, no network.
+//!
+//! `server` and `talk` serve the end-to-end tests too.
+
+mod exercise;
+mod screen;
+pub mod server;
+pub mod talk;
+mod tour;
+mod worlds;
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use tokio::signal::ctrl_c;
+
+use screen::Screen;
+use server::Server;
+use worlds::{Llama, Stage, World};
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  wharf demo\n  wharf demo --world team\n  wharf demo --exercise\n\n\
+    Exit codes: 0 every answer came from the right model, 1 otherwise."
+)]
+pub struct DemoArgs {
+    /// The machine to pretend.
+    #[arg(long, value_enum, default_value_t)]
+    pub world: World,
+    /// Run the scripted session, print the table of swaps, and exit.
+    #[arg(long)]
+    pub exercise: bool,
+    /// Show the world's tour and exit instead of serving on until Ctrl-C.
+    #[arg(long)]
+    pub once: bool,
+    /// Use this real llama-server instead of stand-in engines.
+    #[arg(long, requires = "gguf", value_name = "PATH")]
+    pub llama_server: Option<PathBuf>,
+    /// Models for it; the file name is the model's name.
+    #[arg(long, value_delimiter = ',', value_name = "FILES")]
+    pub gguf: Vec<PathBuf>,
+    /// The files are the project's own tiny ones, whose replies name the model.
+    #[arg(long, hide = true)]
+    pub gguf_names_itself: bool,
+}
+
+pub async fn run(args: DemoArgs) -> anyhow::Result<()> {
+    let exe = std::env::current_exe().context("where is this program?")?;
+    let llama = match args.llama_server {
+        Some(server) => Some(Llama {
+            server: server.canonicalize().with_context(|| server.display().to_string())?,
+            ggufs: args
+                .gguf
+                .iter()
+                .map(|file| file.canonicalize().with_context(|| file.display().to_string()))
+                .collect::<anyhow::Result<_>>()?,
+        }),
+        None => None,
+    };
+    let names_itself = llama.is_none() || args.gguf_names_itself;
+    let stage = args.world.stage(&exe, llama.as_ref());
+    let dir = std::env::temp_dir().join(format!("wharf-demo-{}", std::process::id()));
+    std::fs::create_dir_all(&dir)?;
+    let screen = Screen::new();
+    let mut server = Server::start(&exe, &dir, (8080, 8888), &[], |gateway, orchestrator| {
+        stage.yaml(gateway, orchestrator)
+    })
+    .await?;
+    introduce(&screen, &server, &stage);
+    let follow = screen.follow(server.talk.clone());
+    let shown = async {
+        if args.exercise {
+            return exercise::run(&screen, &server.talk.clone(), &stage, names_itself).await;
+        }
+        tour::run(args.world, &screen, &mut server, &stage).await?;
+        if !args.once {
+            screen.say("still serving: try the lines above; Ctrl-C ends");
+            std::future::pending::<()>().await;
+        }
+        Ok(())
+    };
+    let result = tokio::select! {
+        result = shown => result,
+        _ = ctrl_c() => Ok(()),
+    };
+    follow.abort();
+    server.stop().await?;
+    if result.is_ok() {
+        std::fs::remove_dir_all(&dir)?;
+    } else {
+        screen.plain(format!("the log is kept: {}", dir.join("wharf.log").display()));
+    }
+    result
+}
+
+fn introduce(screen: &Screen, server: &Server, stage: &Stage) {
+    let talk = &server.talk;
+    let first = stage.models.first().map_or("model", |model| model.name.as_str());
+    let last = stage.models.last().map_or("model", |model| model.name.as_str());
+    let wanted: crate::units::Bytes = stage.models.iter().map(|model| model.vram).sum();
+    let there: crate::units::Bytes = stage.gpus.iter().copied().sum();
+    let kind = if stage.simulated { "simulated" } else { "declared" };
+    screen.plain(format!(
+        "gateway      {}\norchestrator {}\n{} models that want {wanted}, on {} {kind} GPU(s) with {there}\n\n\
+         Try in another terminal:\n  \
+         curl {}/v1/chat/completions -d '{{\"model\":\"{last}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}]}}'\n  \
+         curl -X POST {}/ensure_model -d '{{\"model\":\"{first}\"}}'\n  \
+         curl {}/status\n",
+        talk.gateway,
+        talk.orchestrator,
+        stage.models.len(),
+        stage.gpus.len(),
+        talk.gateway,
+        talk.orchestrator,
+        talk.orchestrator,
+    ));
+}

@@ -1,0 +1,108 @@
+//! `wharf serve`: the gateway and the orchestrator.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+
+use crate::config::catalog::{ApiKey, Catalog, Scope};
+use crate::config::{Loaded, Report};
+use crate::{app, config};
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  wharf serve --config models.yaml\n\n\
+    SIGHUP reloads the file (only changed models are touched); SIGTERM drains and stops.\n\
+    Exit codes: 0 stopped as asked, 1 the configuration or the start failed.")]
+pub struct ServeArgs {
+    /// The configuration; models.yaml by default.
+    #[arg(long, short, env = "WHARF_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Address of the inference API, instead of `listen.gateway`.
+    #[arg(long, env = "WHARF_GATEWAY")]
+    pub gateway: Option<SocketAddr>,
+    /// Address of the control API, instead of `listen.orchestrator`.
+    #[arg(long, env = "WHARF_ORCHESTRATOR")]
+    pub orchestrator: Option<SocketAddr>,
+    /// Path of the store, instead of `store`.
+    #[arg(long, env = "WHARF_STORE")]
+    pub store: Option<PathBuf>,
+    /// Accept the key in this file, with every scope; made at first start if it is not there.
+    #[arg(long, env = "WHARF_KEY_FILE")]
+    pub key_file: Option<PathBuf>,
+}
+
+impl ServeArgs {
+    fn apply(&self, catalog: &mut Catalog) -> anyhow::Result<()> {
+        let settings = &mut catalog.settings;
+        settings.gateway = self.gateway.unwrap_or(settings.gateway);
+        settings.orchestrator = self.orchestrator.unwrap_or(settings.orchestrator);
+        if let Some(store) = &self.store {
+            settings.store.clone_from(store);
+        }
+        if let Some(path) = &self.key_file {
+            settings.auth.keys.push(ApiKey {
+                name: "key-file".to_owned(),
+                key: read_or_make_key(path)?,
+                models: vec!["*".to_owned()],
+                scopes: vec![Scope::Inference, Scope::Read, Scope::Admin],
+            });
+        }
+        Ok(())
+    }
+}
+
+pub async fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let path = config::path(args.config.clone());
+    let loaded = config::load(&path)?;
+    warn_of(&path, &loaded);
+    let mut catalog = loaded.catalog;
+    args.apply(&mut catalog)?;
+    tracing::info!(
+        config = %path.display(),
+        models = catalog.models.len(),
+        "wharf {}",
+        env!("CARGO_PKG_VERSION")
+    );
+    let reload = move || {
+        let mut loaded = config::load(&path)?;
+        args.apply(&mut loaded.catalog)?;
+        warn_of(&path, &loaded);
+        Ok(loaded.catalog)
+    };
+    app::run(catalog, reload).await
+}
+
+/// What `wharf check` would say beside errors.
+fn warn_of(path: &Path, loaded: &Loaded) {
+    if !loaded.warnings.is_empty() {
+        let file = path.display().to_string();
+        tracing::warn!("{}", Report { file: &file, problems: &loaded.warnings });
+    }
+}
+
+fn read_or_make_key(path: &Path) -> anyhow::Result<String> {
+    if let Ok(key) = fs::read_to_string(path)
+        && !key.trim().is_empty()
+    {
+        return Ok(key.trim().to_owned());
+    }
+    let mut random = [0_u8; 24];
+    fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random))?;
+    let key: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    // Readable by others on purpose: Prometheus reads it from the shared volume, which itself is
+    // only reachable for the operator of the stack.
+    fs::OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o644)
+        .open(path)
+        .and_then(|mut file| file.write_all(key.as_bytes()))
+        .with_context(|| format!("failed to write the key file {}", path.display()))?;
+    tracing::info!(path = %path.display(), "made an API key");
+    Ok(key)
+}

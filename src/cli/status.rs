@@ -1,0 +1,135 @@
+//! `wharf status`: models, queue, swaps under way and GPUs at a glance.
+
+use std::process::ExitCode;
+
+use serde_json::Value;
+
+use super::client::{self, Client, Connection, Failure, seconds, table, text};
+
+/// Cells of a memory bar.
+const BAR_CELLS: u64 = 24;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = format!("Example: wharf status --json | jq .current_models\n\n{}", client::EXIT_CODES))]
+pub struct Args {
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+pub async fn run(args: Args) -> ExitCode {
+    client::finish(status(&args).await, args.connection.json)
+}
+
+async fn status(args: &Args) -> Result<(), Failure> {
+    let client = Client::new(&args.connection)?;
+    let status = client.get("/status").await?;
+    let gpus = match args.connection.json {
+        true => Value::Null,
+        false => client.get("/gpus").await?,
+    };
+    client::show(&status, args.connection.json, |status| describe(client.base(), status, &gpus));
+    Ok(())
+}
+
+/// The answers of `/status` and `/gpus`, for people.
+pub fn describe(base: &str, status: &Value, gpus: &Value) -> String {
+    let mut told = format!(
+        "Wharf at {base}: {}, {}; {} of {} models ready, {} in flight, {} waiting",
+        text(&status["status"]),
+        text(&status["mode"]),
+        status["loaded_models"].as_array().map_or(0, Vec::len),
+        text(&status["total_models"]),
+        text(&status["in_flight"]),
+        text(&status["queued"]),
+    );
+    if let Some(why) = status["no_proof"].as_str() {
+        told.push_str(&format!("\nnothing starts: {why}"));
+    }
+    let swaps: Vec<String> = status["swaps"].as_array().into_iter().flatten().map(swap).collect();
+    let bars: Vec<String> = gpus["gpus"].as_array().into_iter().flatten().map(gpu).collect();
+    for block in [models(status), swaps.join("\n"), bars.join("\n")] {
+        if !block.is_empty() {
+            told.push_str(&format!("\n\n{block}"));
+        }
+    }
+    told
+}
+
+fn models(status: &Value) -> String {
+    let rows: Vec<Vec<String>> = status["models"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(name, model)| {
+            vec![
+                name.clone(),
+                state(model),
+                text(&model["gpus"]),
+                text(&model["in_flight"]),
+                text(&model["queued"]),
+                seconds(&model["ready_in_seconds"]),
+                note(model),
+            ]
+        })
+        .collect();
+    table(&["MODEL", "STATE", "GPUS", "IN FLIGHT", "WAITING", "READY IN", "NOTE"], &rows)
+}
+
+fn state(model: &Value) -> String {
+    match model["phase"].as_str() {
+        Some(phase) => format!("{} ({phase})", text(&model["state"])),
+        None => text(&model["state"]),
+    }
+}
+
+/// Why it is not ready, or what it waits for.
+fn note(model: &Value) -> String {
+    if model["state"] == "failed" {
+        let retry = seconds(&model["retry_in_seconds"]);
+        return format!("{}; next attempt in {retry}", text(&model["message"]));
+    }
+    text(&model["waiting_for"])
+}
+
+/// `s9 org/coder:7b: start for 3.2 s, load_weights 40 %, about 9.0 s left`
+fn swap(swap: &Value) -> String {
+    let mut line = format!(
+        "swap {} {}: {} for {}",
+        text(&swap["id"]),
+        text(&swap["model"]),
+        text(&swap["phase"]),
+        seconds(&swap["phase_seconds"]),
+    );
+    let progress = &swap["progress"];
+    if let Some(stage) = progress["stage"].as_str().filter(|stage| !stage.is_empty()) {
+        line.push_str(&format!(", {stage}"));
+        if let Some(fraction) = progress["fraction"].as_f64() {
+            line.push_str(&format!(" {:.0} %", fraction * 100.0));
+        }
+    }
+    if swap["estimate_seconds"].is_number() {
+        line.push_str(&format!(", about {} left", seconds(&swap["estimate_seconds"])));
+    }
+    line
+}
+
+/// `GPU 0 ██████░░░░ 18.0 of 24.0 GiB used, 20.0 promised (mistral, coder)`
+fn gpu(gpu: &Value) -> String {
+    let bytes = |field: &str| gpu[field].as_u64();
+    let gib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1u32 << 30));
+    let (used, total) = (bytes("used_bytes"), bytes("total_bytes"));
+    let memory = match (used, total) {
+        (Some(used), Some(total)) if total > 0 => {
+            let full = usize::try_from((used * BAR_CELLS).div_ceil(total).min(BAR_CELLS));
+            let full = full.unwrap_or_default();
+            let empty = usize::try_from(BAR_CELLS).unwrap_or_default() - full;
+            let bar = "█".repeat(full) + &"░".repeat(empty);
+            format!("{bar} {} of {} GiB used", gib(used), gib(total))
+        }
+        (_, Some(total)) => format!("{} GiB, use unknown", gib(total)),
+        (_, None) => "memory unknown".to_owned(),
+    };
+    let promised = gib(bytes("promised_bytes").unwrap_or_default());
+    let to = text(&gpu["promised_to"]).replace(',', ", ");
+    format!("GPU {} {memory}, {promised} GiB promised ({to})", text(&gpu["gpu"]))
+}

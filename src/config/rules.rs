@@ -1,0 +1,406 @@
+//! What must hold between parts of the file that are each right by themselves.
+
+use std::collections::BTreeMap;
+
+use super::catalog::{EngineKind, GpuProvider, GpuRequest, ModelSpec, RuntimeSpec, SwapMode, Vram};
+use super::decode::{At, Sink, Spot, Unread};
+use super::fit::{self, Need};
+use super::launch::argument_spot;
+use super::models::ReadModel;
+use super::problem::nearest;
+use super::settings::{Allowed, ReadSettings};
+use crate::engine;
+use crate::units::{Bytes, ModelName};
+
+/// Checks everything, and gives the aliases.
+pub(super) fn check(
+    models: &[ReadModel],
+    settings: &mut ReadSettings,
+    sink: &mut Sink,
+) -> BTreeMap<String, ModelName> {
+    check_settings(settings, sink);
+    let aliases = aliases(models, sink);
+    ports(models, settings, sink);
+    keys(models, &aliases, settings, sink);
+    for model in models {
+        check_model(model, settings, sink);
+        vllm(model, settings, sink);
+    }
+    let pinned: Vec<&ReadModel> = models.iter().filter(|m| m.spec.pinned).collect();
+    if let Some(last) = pinned.last().filter(|_| !fits(&pinned, settings)) {
+        let names: Vec<&str> = pinned.iter().map(|m| m.spec.name.as_str()).collect();
+        let message = format!("the pinned models do not fit together: {}", names.join(", "));
+        sink.error(last.spot_of("pinned"), message, capacity(settings))
+            .help("pinned models are never evicted, so all of them need room at once");
+    }
+    aliases
+}
+
+fn check_settings(read: &mut ReadSettings, sink: &mut Sink) {
+    let spot = |path| read.spot(path);
+    let settings = &read.settings;
+    let queue = &settings.queue;
+    if queue.body_limit > queue.total_bodies {
+        let message = format!("one body may be larger than all together ({})", queue.total_bodies);
+        sink.error(&spot("queue.body_limit"), message, "expected at most `total_bodies`");
+    }
+    if queue.per_model > queue.limit {
+        let message = format!("more requests per model than in all ({})", queue.limit);
+        sink.warning(&spot("queue.per_model"), message, "`queue.limit` is reached first");
+    }
+    if settings.swap.max_wait.is_some_and(|wait| wait >= queue.timeout) {
+        let timeout = humantime::format_duration(queue.timeout);
+        let message = format!("requests are refused after {timeout}, before `max_wait` is over");
+        sink.warning(&spot("swap.max_wait"), message, "expected less than `queue.timeout`");
+    }
+    let single = settings.swap.mode == SwapMode::SingleActive;
+    if single && settings.swap.max_concurrent_models > 1 {
+        let message = "`single-active` holds one model at a time";
+        let spot = spot("swap.max_concurrent_models");
+        sink.warning(&spot, message, "expected `mode: multi-active`, or no limit here");
+    }
+    let gpu = &settings.gpu;
+    if gpu.provider == GpuProvider::Simulated && gpu.memory.is_empty() {
+        let message = "simulated GPUs need a size";
+        sink.error(&spot("gpu"), message, "expected `memory: [24GiB]`, one size per GPU");
+    }
+    for (i, memory) in gpu.memory.iter().enumerate().filter(|(_, m)| **m <= gpu.reserve) {
+        let message = format!("GPU {i} has {memory}, of which {} are reserved", gpu.reserve);
+        sink.error(&spot("gpu.memory"), message, "expected more memory, or less `reserve`");
+    }
+    if gpu.foreign.len() > gpu.memory.len() && gpu.provider == GpuProvider::Simulated {
+        let message = format!("{} sizes for {} GPUs", gpu.foreign.len(), gpu.memory.len());
+        sink.error(&spot("gpu.foreign"), message, "expected one size per GPU at most");
+    }
+    let open =
+        [("listen.gateway", settings.gateway), ("listen.orchestrator", settings.orchestrator)];
+    for (path, address) in open {
+        if !address.ip().is_loopback() && settings.auth.keys.is_empty() {
+            let message = format!("{address} can be reached from outside, and no key is required");
+            sink.warning(&spot(path), message, "add `auth.keys`, or listen on 127.0.0.1");
+        }
+    }
+    if gpu.provider == GpuProvider::None && gpu.memory.is_empty() && !single {
+        if read.spots.contains_key("swap.mode") {
+            let message = "without a view of GPU memory only one model runs at a time";
+            sink.warning(&spot("swap.mode"), message, "`single-active` is used")
+                .help("declare `gpu.memory` to run several");
+        }
+        read.settings.swap.mode = SwapMode::SingleActive;
+    }
+}
+
+fn aliases(models: &[ReadModel], sink: &mut Sink) -> BTreeMap<String, ModelName> {
+    let mut owners: BTreeMap<String, ModelName> = BTreeMap::new();
+    for model in models {
+        let name = &model.spec.name;
+        for (alias, spot) in &model.aliases {
+            if let Some(other) = models.iter().find(|other| other.spec.name.as_str() == alias) {
+                let message = if other.spec.name == *name {
+                    format!("`{alias}` is the model's own name")
+                } else {
+                    format!("`{alias}` is the name of another model (line {})", other.spec.line)
+                };
+                sink.error(spot, message, "remove this alias");
+                continue;
+            }
+            match owners.get(alias) {
+                Some(owner) if owner == name => {
+                    sink.error(spot, format!("`{alias}` is listed twice"), "remove one");
+                }
+                Some(owner) => {
+                    let message = format!("`{alias}` is already an alias of `{owner}`");
+                    sink.error(spot, message, "an alias leads to one model");
+                }
+                None => {
+                    owners.insert(alias.clone(), name.clone());
+                }
+            }
+        }
+    }
+    owners
+}
+
+fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
+    let settings = &read.settings;
+    let (first, last) = settings.engine_ports;
+    let engines = first..=last;
+    for (path, address) in
+        [("listen.gateway", settings.gateway), ("listen.orchestrator", settings.orchestrator)]
+    {
+        if engines.contains(&address.port()) {
+            let message =
+                format!("port {} lies in `engine_ports` ({first}-{last})", address.port());
+            sink.error(&read.spot(path), message, "expected a port outside that range");
+        }
+    }
+    if let Some((low, high)) = read.ports.filter(|(low, high)| *low <= last && first <= *high) {
+        let message = format!("{low}-{high} overlaps `engine_ports` ({first}-{last})");
+        sink.error(&read.spot("ports"), message, "expected two separate ranges");
+    }
+    let one_at_a_time =
+        settings.swap.mode == SwapMode::SingleActive || settings.swap.max_concurrent_models == 1;
+    let mut taken: BTreeMap<u16, &ModelName> = BTreeMap::new();
+    for model in models {
+        let Some(port) = model.spec.port else { continue };
+        let spot = model.spot_of("port");
+        if engines.contains(&port) {
+            let message = format!("port {port} lies in `engine_ports` ({first}-{last})");
+            sink.error(spot, message, "expected a port outside that range").help(
+                "ports of that range are handed out to any model; without `port` it gets one",
+            );
+        }
+        let listeners = [("gateway", settings.gateway), ("orchestrator", settings.orchestrator)];
+        if let Some((who, _)) = listeners.iter().find(|(_, address)| address.port() == port) {
+            let message = format!("port {port} is where the {who} listens");
+            sink.error(spot, message, "expected another port, or none");
+        }
+        match taken.get(&port) {
+            Some(other) if !one_at_a_time => {
+                let message =
+                    format!("`{}` and `{other}` have the same fixed port {port}", model.spec.name);
+                sink.error(spot, message, "expected another port, or none")
+                    .help("models may share a port only with `swap.mode: single-active`");
+            }
+            _ => {
+                taken.insert(port, &model.spec.name);
+            }
+        }
+    }
+}
+
+/// Patterns that match nothing are most often misspelt, and lock someone out.
+fn keys(
+    models: &[ReadModel],
+    aliases: &BTreeMap<String, ModelName>,
+    read: &ReadSettings,
+    sink: &mut Sink,
+) {
+    let names = || models.iter().map(|m| m.spec.name.as_str()).chain(aliases.keys().map(|a| &**a));
+    for Allowed { key, pattern, spot } in &read.allowed {
+        if pattern.contains('*') || names().any(|name| name == pattern) {
+            continue;
+        }
+        let expected = match nearest(pattern, names()) {
+            Some(name) => format!("did you mean `{name}`?"),
+            None => "expected a model's name, or a pattern with `*`".to_owned(),
+        };
+        let message = format!("key `{key}` allows the unknown model `{pattern}`");
+        sink.warning(spot, message, expected);
+    }
+}
+
+fn check_model(model: &ReadModel, read: &ReadSettings, sink: &mut Sink) {
+    let spec = &model.spec;
+    let memory = &read.settings.gpu.memory;
+    if let (GpuRequest::None, Vram::Declared(_) | Vram::Rest) = (&spec.gpus, spec.vram)
+        && !spec.is_external()
+    {
+        let message = format!("`{}` runs on the CPU, yet declares `vram`", spec.name);
+        sink.error(model.spot_of("vram"), message, "remove `vram`, or give it `gpus: 1`");
+    }
+    if !memory.is_empty() {
+        gpus_exist(model, read, sink);
+    }
+    if let (Vram::Rest, true) = (spec.vram, spec.pinned) {
+        let message = format!("`{}` is pinned and takes all that is left", spec.name);
+        sink.warning(model.spot_of("vram"), message, "no other model fits beside it");
+    }
+    if spec.sleep.is_some() && spec.engine != EngineKind::Vllm && !spec.is_external() {
+        sink.error(model.spot_of("sleep"), "only vLLM can sleep", "remove `sleep`");
+    }
+    if let (true, Some(_)) = (spec.warmup || spec.pinned, spec.ttl) {
+        let key = if spec.warmup { "warmup" } else { "pinned" };
+        let message = format!("`ttl` has no effect on a model with `{key}: true`");
+        sink.warning(model.spot_of("ttl"), message, "it is never unloaded by time");
+    }
+    if spec.stop.grace < crate::runtime::MIN_STOP_GRACE && !spec.is_external() {
+        let grace = humantime::format_duration(spec.stop.grace);
+        let message = format!("a grace of {grace} cuts off the engine's own shutdown");
+        let least = humantime::format_duration(crate::runtime::MIN_STOP_GRACE);
+        sink.warning(model.spot_of("stop"), message, format!("expected {least} or more"));
+    }
+    if let RuntimeSpec::Process(process) = &spec.runtime {
+        let told = process.argv.iter().any(|word| word.contains("${PORT}"));
+        if !told && spec.port.is_none() && !process.argv.is_empty() {
+            let message = format!("the command of `{}` does not say on which port", spec.name);
+            let spot = argument_spot(&model.node, &model.spot.path, "").unwrap_or_default();
+            sink.error(&spot, message, "expected `--port ${PORT}`, or as the engine calls it")
+                .help("Wharf chooses the port; with a fixed one, say it: `port: 9001`");
+        }
+    }
+    if let (Some(port), RuntimeSpec::Docker(docker)) = (spec.port, &spec.runtime)
+        && let Some(container) = &docker.container
+    {
+        let message = format!("the existing container `{container}` publishes its own port");
+        let expected = format!("did you mean `docker: {{ port: {port} }}`?");
+        sink.error(model.spot_of("port"), message, expected);
+    }
+}
+
+/// Declared GPUs: the model's are among them and large enough.
+fn gpus_exist(model: &ReadModel, read: &ReadSettings, sink: &mut Sink) {
+    let (spec, gpu) = (&model.spec, &read.settings.gpu);
+    let count = gpu.memory.len();
+    match &spec.gpus {
+        GpuRequest::None => return,
+        GpuRequest::Count(n) if usize::from(*n) > count => {
+            let message = format!("`{}` wants {n} GPUs, and {count} are declared", spec.name);
+            sink.error(model.spot_of("gpus"), message, format!("expected {count} at most"));
+            return;
+        }
+        GpuRequest::Explicit(names) => {
+            let missing =
+                names.iter().find(|name| name.parse::<usize>().is_ok_and(|index| index >= count));
+            if let Some(name) = missing {
+                let message = format!("there is no GPU {name}: {count} are declared");
+                let expected = format!("expected 0 to {}", count - 1);
+                sink.error(model.spot_of("gpus"), message, expected);
+                return;
+            }
+        }
+        GpuRequest::Count(_) => {}
+    }
+    if let Vram::Declared(vram) = spec.vram
+        && !fits(&[model], read)
+    {
+        let message = format!("`{}` needs {vram} on each GPU: it can never fit", spec.name);
+        sink.error(model.spot_of("vram"), message, capacity(read));
+    }
+}
+
+/// What Wharf derives for vLLM, against what the arguments say.
+fn vllm(model: &ReadModel, read: &ReadSettings, sink: &mut Sink) {
+    let spec = &model.spec;
+    let mut shares_told = false;
+    for (argument, message) in engine::contradictions(spec) {
+        shares_told |= argument.starts_with("--gpu-memory-utilization");
+        let spot = argument_spot(&model.node, &model.spot.path, &argument);
+        sink.error(spot.as_ref().unwrap_or(&model.spot), message, "");
+    }
+    if spec.engine != EngineKind::Vllm || shares_told {
+        return;
+    }
+    let (Vram::Declared(vram), Some(share)) = (spec.vram, share(spec)) else { return };
+    let Some(total) = read.settings.gpu.memory.iter().min() else { return };
+    let taken = Bytes((total.0 as f64 * share) as u64);
+    // Rounding a share to two digits is no contradiction.
+    if taken.0.abs_diff(vram.0) <= total.0 / 50 {
+        return;
+    }
+    let flag = "--gpu-memory-utilization";
+    let spot = argument_spot(&model.node, &model.spot.path, flag);
+    let message = format!("{flag} {share} of {total} is {taken}, but `vram` says {vram}");
+    sink.error(spot.as_ref().unwrap_or(&model.spot), message, "remove it, Wharf derives it");
+}
+
+fn share(spec: &ModelSpec) -> Option<f64> {
+    let arguments = match &spec.runtime {
+        RuntimeSpec::Docker(docker) => &docker.args,
+        RuntimeSpec::Process(process) => &process.argv,
+        RuntimeSpec::External(_) => return None,
+    };
+    let at = arguments.iter().position(|a| a.starts_with("--gpu-memory-utilization"))?;
+    let value = match arguments[at].split_once('=') {
+        Some((_, value)) => value,
+        None => arguments.get(at + 1)?,
+    };
+    value.parse().ok().filter(|share: &f64| (0.0..=1.0).contains(share))
+}
+
+/// `groups:` is checked in full, though no group has an effect yet.
+pub(super) fn groups(at: &At<'_>, models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
+    if at.table(sink, "one group per name").is_none() {
+        return;
+    }
+    for (key, node) in at.node.entries() {
+        let group = at.entry(key, node);
+        let Some(mut table) = group.table(sink, "`models` and `together`") else { continue };
+        let mut members = Vec::new();
+        let mut all_known = true;
+        if let Some(list) = table.take("models") {
+            for item in list.list(sink, "a list of models").unwrap_or_default() {
+                let Some(name) = item.string(sink, "a model's name") else { continue };
+                match models.iter().find(|m| m.spec.name.as_str() == name) {
+                    Some(model) => members.push(model),
+                    None => {
+                        all_known = false;
+                        let names = models.iter().map(|m| m.spec.name.as_str());
+                        let expected = match nearest(&name, names) {
+                            Some(known) => format!("did you mean `{known}`?"),
+                            None => "expected a name from `models:`".to_owned(),
+                        };
+                        let message = format!("no model is called `{}`", name.escape_debug());
+                        sink.error(&item.spot, message, expected);
+                    }
+                }
+            }
+        } else {
+            sink.error(&group.spot, "this group names no models", "expected `models: [a, b]`");
+        }
+        let mut flag = |key| table.take(key).and_then(|at| at.boolean(sink)).unwrap_or_default();
+        let (together, _) = (flag("together"), (flag("exclusive"), flag("persistent")));
+        table.finish(
+            sink,
+            &[
+                ("swap", Unread::Hint("did you mean `together` (the opposite)?")),
+                ("members", Unread::Hint("did you mean `models`?")),
+            ],
+        );
+        let spot = Spot { place: key.place, path: group.spot.path.clone() };
+        if together && all_known && !fits(&members, read) {
+            let needs: Vec<String> = members.iter().map(|m| need_text(&m.spec)).collect();
+            let message = format!("group `{}` cannot be resident together", key.text);
+            sink.error(&spot, message, capacity(read)).help(needs.join(", "));
+        }
+        sink.warning(&spot, "groups have no effect yet", "checked, then ignored");
+    }
+}
+
+fn need_text(spec: &ModelSpec) -> String {
+    let gpus = match &spec.gpus {
+        GpuRequest::None => return format!("{} needs no GPU", spec.name),
+        GpuRequest::Count(n) => usize::from(*n),
+        GpuRequest::Explicit(names) => names.len(),
+    };
+    match spec.vram {
+        Vram::Declared(vram) if gpus > 1 => format!("{} needs {gpus} × {vram}", spec.name),
+        Vram::Declared(vram) => format!("{} needs {vram}", spec.name),
+        Vram::Rest => format!("{} takes the rest", spec.name),
+        Vram::Unknown => format!("{} is not known", spec.name),
+    }
+}
+
+/// Whether the models may be resident together on the declared GPUs; unknown needs count as none.
+fn fits(models: &[&ReadModel], read: &ReadSettings) -> bool {
+    let gpu = &read.settings.gpu;
+    if gpu.memory.is_empty() {
+        return true;
+    }
+    let free: Vec<Bytes> = gpu.memory.iter().map(|m| m.saturating_sub(gpu.reserve)).collect();
+    let needs: Vec<Need> = models
+        .iter()
+        .filter_map(|model| {
+            let Vram::Declared(bytes) = model.spec.vram else { return None };
+            match &model.spec.gpus {
+                GpuRequest::None => None,
+                GpuRequest::Count(n) => Some(Need::Any { bytes, gpus: usize::from(*n) }),
+                GpuRequest::Explicit(names) => {
+                    // Which one a UUID means is known only where it runs.
+                    let on: Option<Vec<usize>> = names.iter().map(|n| n.parse().ok()).collect();
+                    match on {
+                        Some(on) => Some(Need::On { bytes, on }),
+                        None => Some(Need::Any { bytes, gpus: names.len() }),
+                    }
+                }
+            }
+        })
+        .collect();
+    fit::fits(&free, &needs)
+}
+
+fn capacity(read: &ReadSettings) -> String {
+    let gpu = &read.settings.gpu;
+    let sizes: Vec<String> = gpu.memory.iter().map(Bytes::to_string).collect();
+    format!("GPUs have {}, less {} in reserve", sizes.join(", "), gpu.reserve)
+}

@@ -1,0 +1,391 @@
+//! Everything in models.yaml but the models: addresses, swap, queue, GPUs, keys.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::catalog::{
+    ApiKey, AuthSettings, GpuProvider, GpuSettings, OnExit, QueueSettings, Scope, Settings,
+    SwapMode, SwapSettings, WaitingSettings, WaitingStyle,
+};
+use super::decode::{At, Sink, Spot, Table, Unread};
+use super::values;
+use crate::units::Bytes;
+
+/// The settings, and what only the checks need of them.
+pub(super) struct ReadSettings {
+    pub settings: Settings,
+    /// Front doors: `ports:`.
+    pub ports: Option<(u16, u16)>,
+    /// Where keys stand, by path.
+    pub spots: BTreeMap<&'static str, Spot>,
+    /// What `auth.keys` allow, with the name of the key.
+    pub allowed: Vec<Allowed>,
+}
+
+pub(super) struct Allowed {
+    pub key: String,
+    pub pattern: String,
+    pub spot: Spot,
+}
+
+impl ReadSettings {
+    /// Where `path` was set, or nowhere.
+    pub(super) fn spot(&self, path: &'static str) -> Spot {
+        let elsewhere = || Spot { path: path.to_owned(), ..Spot::default() };
+        self.spots.get(path).cloned().unwrap_or_else(elsewhere)
+    }
+}
+
+pub(super) fn defaults() -> Settings {
+    Settings {
+        gateway: SocketAddr::from(([127, 0, 0, 1], 8080)),
+        orchestrator: SocketAddr::from(([127, 0, 0, 1], 8888)),
+        swap: SwapSettings {
+            mode: SwapMode::MultiActive,
+            max_concurrent_models: 0,
+            max_wait: None,
+            min_residency: Duration::from_secs(3),
+            drain_timeout: Duration::from_secs(300),
+            vram_timeout: Duration::from_secs(30),
+            start_timeout: Duration::from_secs(600),
+            shutdown_timeout: Duration::from_secs(60),
+            on_exit: OnExit::Keep,
+        },
+        queue: QueueSettings {
+            limit: 1024,
+            per_model: 256,
+            timeout: Duration::from_secs(540),
+            body_limit: Bytes::mib(64),
+            total_bodies: Bytes::gib(1),
+        },
+        gpu: GpuSettings {
+            provider: GpuProvider::Auto,
+            reserve: Bytes::mib(512),
+            memory: Vec::new(),
+            release_lag: Duration::ZERO,
+            foreign: Vec::new(),
+        },
+        engine_ports: (18051, 18999),
+        store: PathBuf::from("wharf.db"),
+        auth: AuthSettings::default(),
+        docker_host: None,
+        cors: Vec::new(),
+        hosts: Vec::new(),
+        waiting: WaitingSettings { style: WaitingStyle::Comment, after: Duration::from_secs(10) },
+    }
+}
+
+fn set<T>(target: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *target = value;
+    }
+}
+
+/// Takes the global keys out of the file's top level.
+pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
+    let mut read = ReadSettings {
+        settings: defaults(),
+        ports: None,
+        spots: BTreeMap::new(),
+        allowed: Vec::new(),
+    };
+    listen(top, &mut read, sink);
+    if let Some(at) = top.take("swap") {
+        swap(&at, &mut read, sink);
+    }
+    if let Some(at) = top.take("queue") {
+        queue(&at, &mut read, sink);
+    }
+    if let Some(at) = top.take("gpu") {
+        gpu(&at, &mut read, sink);
+    }
+    ports(top, &mut read, sink);
+    let settings = &mut read.settings;
+    if let Some(store) = top.take("store").and_then(|at| at.string(sink, "a file name")) {
+        settings.store = PathBuf::from(store);
+    }
+    if let Some(mut table) = top.take("auth").and_then(|at| at.table(sink, "`keys`")) {
+        settings.auth.keys =
+            table.take("keys").map_or_else(Vec::new, |at| keys(&at, &mut read.allowed, sink));
+        table.finish(sink, &[]);
+    }
+    if let Some(at) = top.take("cors") {
+        settings.cors = origins(&at, sink);
+    }
+    if let Some(at) = top.take("hosts") {
+        settings.hosts = hosts(&at, sink);
+    }
+    if let Some(mut table) = top.take("docker").and_then(|at| at.table(sink, "`host`")) {
+        settings.docker_host = table.take("host").and_then(|at| docker_host(&at, sink));
+        const HINT: Unread = Unread::Hint("this belongs into one model, or into `defaults.docker`");
+        table.finish(sink, &[("image", HINT), ("args", HINT), ("volumes", HINT), ("env", HINT)]);
+    }
+    if let Some(at) = top.take("waiting") {
+        let waiting = waiting(&at, settings.waiting, sink);
+        set(&mut settings.waiting, waiting);
+    }
+    read
+}
+
+fn listen(top: &mut Table<'_>, read: &mut ReadSettings, sink: &mut Sink) {
+    let at = top.take("listen");
+    let Some(mut table) = at.and_then(|at| at.table(sink, "`gateway` and `orchestrator`")) else {
+        return;
+    };
+    for (key, path) in [("gateway", "listen.gateway"), ("orchestrator", "listen.orchestrator")] {
+        let Some(at) = table.take(key) else { continue };
+        let address = at.parsed(sink, "an address such as 127.0.0.1:8080", values::address);
+        let target = match key {
+            "gateway" => &mut read.settings.gateway,
+            _ => &mut read.settings.orchestrator,
+        };
+        set(target, address);
+        read.spots.insert(path, at.spot);
+    }
+    table.finish(sink, &[]);
+}
+
+fn swap(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
+    let Some(mut table) = at.table(sink, "`mode`, `max_wait` and other keys") else { return };
+    let swap = &mut read.settings.swap;
+    if let Some(at) = table.take("mode") {
+        set(&mut swap.mode, at.choice(sink, &MODES));
+        read.spots.insert("swap.mode", at.spot);
+    }
+    if let Some(at) = table.take("max_concurrent_models") {
+        set(&mut swap.max_concurrent_models, at.int(sink, 0..=100_000));
+        read.spots.insert("swap.max_concurrent_models", at.spot);
+    }
+    if let Some(at) = table.take("max_wait") {
+        swap.max_wait = if at.node.text() == Some("auto") {
+            None
+        } else {
+            at.parsed(sink, "`auto` or a duration such as 30s", values::duration)
+        };
+        read.spots.insert("swap.max_wait", at.spot);
+    }
+    set(&mut swap.min_residency, table.take("min_residency").and_then(|at| at.duration(sink)));
+    set(&mut swap.drain_timeout, table.take("drain_timeout").and_then(|at| at.duration(sink)));
+    let above_zero = |at: At<'_>, sink: &mut Sink| at.some_duration(sink);
+    set(&mut swap.vram_timeout, table.take("vram_timeout").and_then(|at| above_zero(at, sink)));
+    set(&mut swap.start_timeout, table.take("start_timeout").and_then(|at| above_zero(at, sink)));
+    if let Some(at) = table.take("shutdown_timeout") {
+        set(&mut swap.shutdown_timeout, at.some_duration(sink));
+        read.spots.insert("swap.shutdown_timeout", at.spot);
+    }
+    let on_exit = [("keep", OnExit::Keep), ("stop", OnExit::Stop)];
+    set(&mut swap.on_exit, table.take("on_exit").and_then(|at| at.choice(sink, &on_exit)));
+    table.finish(sink, &[("policy", Unread::LaterError)]);
+}
+
+pub(super) const MODES: [(&str, SwapMode); 2] =
+    [("multi-active", SwapMode::MultiActive), ("single-active", SwapMode::SingleActive)];
+
+fn queue(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
+    let Some(mut table) = at.table(sink, "`limit`, `timeout` and other keys") else { return };
+    let queue = &mut read.settings.queue;
+    set(&mut queue.limit, table.take("limit").and_then(|at| at.int(sink, 1..=1_000_000)));
+    if let Some(at) = table.take("per_model") {
+        set(&mut queue.per_model, at.int(sink, 1..=1_000_000));
+        read.spots.insert("queue.per_model", at.spot);
+    }
+    if let Some(at) = table.take("timeout") {
+        set(&mut queue.timeout, at.some_duration(sink));
+        read.spots.insert("queue.timeout", at.spot);
+    }
+    if let Some(at) = table.take("body_limit") {
+        set(&mut queue.body_limit, at.size(sink));
+        read.spots.insert("queue.body_limit", at.spot);
+    }
+    set(&mut queue.total_bodies, table.take("total_bodies").and_then(|at| at.size(sink)));
+    table.finish(sink, &[]);
+}
+
+fn gpu(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
+    let Some(mut table) = at.table(sink, "`provider`, `reserve` and `memory`") else { return };
+    let gpu = &mut read.settings.gpu;
+    let providers = [
+        ("auto", GpuProvider::Auto),
+        ("nvml", GpuProvider::Nvml),
+        ("none", GpuProvider::None),
+        ("simulated", GpuProvider::Simulated),
+    ];
+    set(&mut gpu.provider, table.take("provider").and_then(|at| at.choice(sink, &providers)));
+    read.spots.insert("gpu", at.spot.clone());
+    set(&mut gpu.reserve, table.take("reserve").and_then(|at| at.size(sink)));
+    if let Some(at) = table.take("memory") {
+        gpu.memory = sizes(&at, "a size per GPU such as [24GiB, 24GiB] or `2 x 24GiB`", sink);
+        read.spots.insert("gpu.memory", at.spot);
+    }
+    set(&mut gpu.release_lag, table.take("release_lag").and_then(|at| at.duration(sink)));
+    if let Some(at) = table.take("foreign") {
+        gpu.foreign = sizes(&at, "a size per GPU such as [0, 3GiB]", sink);
+        read.spots.insert("gpu.foreign", at.spot);
+    }
+    for key in ["release_lag", "foreign"] {
+        if let Some(spot) = table.key_spot(key).filter(|_| gpu.provider != GpuProvider::Simulated) {
+            sink.error(
+                &spot,
+                format!("`{key}` describes a simulated GPU only"),
+                "remove it, or set `provider: simulated`",
+            );
+        }
+    }
+    table.finish(sink, &[]);
+}
+
+fn sizes(at: &At<'_>, what: &str, sink: &mut Sink) -> Vec<Bytes> {
+    if at.is_list() {
+        let items = at.list(sink, what).unwrap_or_default();
+        return items.iter().filter_map(|item| item.size(sink)).collect();
+    }
+    at.parsed(sink, what, values::sizes).unwrap_or_default()
+}
+
+fn ports(top: &mut Table<'_>, read: &mut ReadSettings, sink: &mut Sink) {
+    let what = "a range of ports such as 18051-18999";
+    if let Some(at) = top.take("engine_ports") {
+        set(&mut read.settings.engine_ports, at.parsed(sink, what, values::port_range));
+        read.spots.insert("engine_ports", at.spot);
+    }
+    if let Some(at) = top.take("ports") {
+        read.ports = at.parsed(sink, what, values::port_range);
+        sink.warning(
+            &at.spot,
+            "front doors (`ports`) are not supported yet",
+            "checked, not opened",
+        );
+        read.spots.insert("ports", at.spot);
+    }
+}
+
+fn keys(at: &At<'_>, allowed: &mut Vec<Allowed>, sink: &mut Sink) -> Vec<ApiKey> {
+    let mut keys: Vec<ApiKey> = Vec::new();
+    for item in at.list(sink, "a list of keys").unwrap_or_default() {
+        let Some(mut table) = item.table(sink, "`name`, `key`, `models` and `scopes`") else {
+            continue;
+        };
+        let name = table.take("name");
+        let named = name.as_ref().and_then(|at| at.string(sink, "a name"));
+        let secret = table.take("key");
+        let key = secret.as_ref().and_then(|at| at.string(sink, "a text such as ${env.WHARF_KEY}"));
+        let models = table
+            .take("models")
+            .map_or_else(|| vec![("*".to_owned(), Spot::default())], |at| patterns(&at, sink));
+        let scopes =
+            table.take("scopes").map_or_else(|| vec![Scope::Inference], |at| scopes(&at, sink));
+        table.finish(
+            sink,
+            &[
+                ("waiting", Unread::Later),
+                ("priority", Unread::Later),
+                ("rate_limits", Unread::LaterError),
+                ("expires", Unread::LaterError),
+            ],
+        );
+        for (missing, what) in [(name.is_none(), "name"), (secret.is_none(), "key")] {
+            if missing {
+                let expected = format!("expected `{what}: …`");
+                sink.error(&item.spot, format!("this key has no `{what}`"), expected);
+            }
+        }
+        let (Some(name_at), Some(name), Some(key)) = (name, named, key) else { continue };
+        if keys.iter().any(|other| other.name == name) {
+            let message = format!("two keys are called `{name}`");
+            sink.error(&name_at.spot, message, "expected a name of its own");
+        }
+        if let (Some(at), Some(other)) = (&secret, keys.iter().find(|other| other.key == key)) {
+            let message = format!("this key is the same as that of `{}`", other.name);
+            sink.error(&at.spot, message, "expected a key of its own");
+        }
+        allowed.extend(models.iter().map(|(pattern, spot)| Allowed {
+            key: name.clone(),
+            pattern: pattern.clone(),
+            spot: spot.clone(),
+        }));
+        let models = models.into_iter().map(|(pattern, _)| pattern).collect();
+        keys.push(ApiKey { name, key, models, scopes });
+    }
+    keys
+}
+
+fn patterns(at: &At<'_>, sink: &mut Sink) -> Vec<(String, Spot)> {
+    let items = at.list(sink, "a list of model names, `*` allowed").unwrap_or_default();
+    let read = |item: At<'_>| Some((item.string(sink, "a model's name, or a pattern")?, item.spot));
+    items.into_iter().filter_map(read).collect()
+}
+
+fn scopes(at: &At<'_>, sink: &mut Sink) -> Vec<Scope> {
+    let choices = [("inference", Scope::Inference), ("read", Scope::Read), ("admin", Scope::Admin)];
+    let items = at.list(sink, "a list of scopes such as [inference]").unwrap_or_default();
+    items.iter().filter_map(|item| item.choice(sink, &choices)).collect()
+}
+
+fn origins(at: &At<'_>, sink: &mut Sink) -> Vec<String> {
+    let what = "an origin such as https://chat.example";
+    let items = at.list(sink, "a list of origins such as [\"https://chat.example\"]");
+    let origin = |text: &str| {
+        let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+        match host {
+            _ if text == "*" => Ok(text.to_owned()),
+            Some(host) if !host.is_empty() && !host.contains(['/', ' ', '*']) => {
+                Ok(text.to_owned())
+            }
+            Some(host) if host.ends_with('/') => {
+                Err(format!("leave out the slash: `{}`", text.trim_end_matches('/')))
+            }
+            Some(_) => Err("expected scheme and host only, such as https://chat.example".into()),
+            None => Err(format!("an origin has a scheme: did you mean `https://{text}`?")),
+        }
+    };
+    items.unwrap_or_default().iter().filter_map(|item| item.parsed(sink, what, origin)).collect()
+}
+
+fn hosts(at: &At<'_>, sink: &mut Sink) -> Vec<String> {
+    let host = |text: &str| match text.split_once("://") {
+        Some((_, host)) => Err(format!("leave out the scheme: `{host}`")),
+        None if text.is_empty() || text.contains(['/', ' ']) => Err(String::new()),
+        None => Ok(text.to_ascii_lowercase()),
+    };
+    let items = at.list(sink, "a list of host names such as [wharf.lan]").unwrap_or_default();
+    items.iter().filter_map(|at| at.parsed(sink, "a host name such as wharf.lan", host)).collect()
+}
+
+fn docker_host(at: &At<'_>, sink: &mut Sink) -> Option<String> {
+    at.parsed(sink, "a Docker address such as unix:///var/run/docker.sock", |text| {
+        match text.split_once("://") {
+            Some(("unix", path)) if path.starts_with('/') => Ok(text.to_owned()),
+            Some(("tcp" | "http", host)) if host.contains(':') => Ok(text.to_owned()),
+            Some(("tcp" | "http", host)) => Err(format!("add the port: `tcp://{host}:2375`")),
+            Some(("ssh", _)) => {
+                Err("ssh is not supported; forward the socket and use unix:// or tcp://".into())
+            }
+            None if text.starts_with('/') => Err(format!("did you mean `unix://{text}`?")),
+            _ => Err(String::new()),
+        }
+    })
+}
+
+pub(super) fn waiting(
+    at: &At<'_>,
+    base: WaitingSettings,
+    sink: &mut Sink,
+) -> Option<WaitingSettings> {
+    let styles = [
+        ("comment", WaitingStyle::Comment),
+        ("chunk", WaitingStyle::Chunk),
+        ("reasoning", WaitingStyle::Reasoning),
+        ("off", WaitingStyle::Off),
+    ];
+    if !at.is_map() {
+        return at.choice(sink, &styles).map(|style| WaitingSettings { style, ..base });
+    }
+    let mut table = at.table(sink, "`style` and `after`")?;
+    let mut waiting = base;
+    set(&mut waiting.style, table.take("style").and_then(|at| at.choice(sink, &styles)));
+    set(&mut waiting.after, table.take("after").and_then(|at| at.duration(sink)));
+    table.finish(sink, &[]);
+    Some(waiting)
+}

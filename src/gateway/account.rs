@@ -1,0 +1,57 @@
+//! What is counted about one request, whatever way it ends.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::usage::Tokens;
+use crate::orchestrator::StartKind;
+use crate::telemetry::metrics::Metrics;
+use crate::units::ModelName;
+
+/// Reports the request's end exactly once: a client that leaves drops this unended.
+#[derive(Debug)]
+pub struct Account {
+    metrics: Arc<Metrics>,
+    model: ModelName,
+    began: Instant,
+    outcome: &'static str,
+    /// Set while the first byte of the answer is awaited.
+    first: Option<StartKind>,
+}
+
+impl Account {
+    pub fn open(metrics: Arc<Metrics>, model: ModelName) -> Account {
+        let began = Instant::now();
+        Account { metrics, model, began, outcome: "client_gone", first: None }
+    }
+
+    pub fn model(&self) -> &ModelName {
+        &self.model
+    }
+
+    pub fn granted(&mut self, start: StartKind, waited: Duration) {
+        self.first = Some(start);
+        self.metrics.queue_waited(&self.model, waited);
+    }
+
+    pub fn first_byte(&mut self) {
+        if let Some(start) = self.first.take() {
+            self.metrics.first_token(&self.model, start, self.began.elapsed());
+        }
+    }
+
+    pub fn tokens(&self, tokens: Tokens) {
+        self.metrics.tokens(&self.model, "prompt", tokens.prompt);
+        self.metrics.tokens(&self.model, "completion", tokens.completion);
+    }
+
+    pub fn end(&mut self, outcome: &'static str) {
+        self.outcome = outcome;
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        self.metrics.request_ended(&self.model, self.outcome, self.began.elapsed());
+    }
+}

@@ -1,0 +1,186 @@
+//! Admitting a request: which model it means, whether its key may use it, and what its headers ask.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderValue, StatusCode};
+
+use super::nearest::nearest;
+use super::parse::NAME_SHOWN_MAX;
+use super::reject::Reject;
+use super::{auth, parse};
+use crate::config::catalog::{ApiKey, Catalog, ModelSpec, Scope};
+use crate::units::Priority;
+
+const NAMES_SHOWN_MAX: usize = 12;
+
+/// The model behind a name or alias. Names that the key may not use are not disclosed.
+pub fn model<'c>(
+    catalog: &'c Catalog,
+    requested: &str,
+    key: Option<&ApiKey>,
+) -> Result<&'c Arc<ModelSpec>, Reject> {
+    let Some(spec) = catalog.resolve(requested) else {
+        return Err(unknown(catalog, requested, key));
+    };
+    if !auth::may_use(key, spec.name.as_str(), requested) {
+        let name = key.map_or("", |key| key.name.as_str());
+        let message = format!(
+            "API key \"{name}\" may not use model \"{requested}\"; its patterns are under \
+             auth.keys in models.yaml"
+        );
+        return Err(Reject::new(StatusCode::FORBIDDEN, "model_not_allowed", message).param("model"));
+    }
+    Ok(spec)
+}
+
+fn unknown(catalog: &Catalog, requested: &str, key: Option<&ApiKey>) -> Reject {
+    let names = catalog.models.values().map(|spec| (spec.name.as_str(), &spec.name));
+    let aliases = catalog.aliases.iter().map(|(alias, model)| (alias.as_str(), model));
+    let usable: Vec<&str> = names
+        .chain(aliases)
+        .filter(|(name, model)| auth::may_use(key, model.as_str(), name))
+        .map(|(name, _)| name)
+        .collect();
+    let shown: String = requested.chars().take(NAME_SHOWN_MAX).collect();
+    let near = nearest(requested, usable.iter().copied());
+    let hint = if !near.is_empty() {
+        format!("did you mean {}?", quoted(&near, " or "))
+    } else if usable.is_empty() {
+        "no model is configured for you".to_owned()
+    } else {
+        let rest = usable.len().saturating_sub(NAMES_SHOWN_MAX);
+        let listed = quoted(&usable[..usable.len().min(NAMES_SHOWN_MAX)], ", ");
+        let more = if rest > 0 { format!(" and {rest} more") } else { String::new() };
+        format!("known are {listed}{more}")
+    };
+    let message = format!("model \"{shown}\" is not configured; {hint}");
+    Reject::new(StatusCode::NOT_FOUND, "model_not_found", message).param("model").model(shown)
+}
+
+fn quoted(names: &[&str], separator: &str) -> String {
+    names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(separator)
+}
+
+/// What the `X-Wharf-*` headers ask.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    pub never_start: bool,
+    pub max_wait: Option<Duration>,
+    pub priority: Option<Priority>,
+}
+
+impl Wishes {
+    pub fn read(headers: &HeaderMap) -> Result<Wishes, Reject> {
+        let never_start = match text(headers, "x-wharf-start")?.as_deref() {
+            None | Some("auto") => false,
+            Some("never") => true,
+            Some(_) => return Err(bad("X-Wharf-Start", "`never` or `auto`")),
+        };
+        let max_wait = match text(headers, "x-wharf-max-wait")? {
+            None => None,
+            Some(value) => Some(
+                duration(&value)
+                    .ok_or_else(|| bad("X-Wharf-Max-Wait", "a duration such as `30s` or `2m`"))?,
+            ),
+        };
+        let priority = match text(headers, "x-wharf-priority")?.as_deref() {
+            None => None,
+            Some("low") => Some(Priority::Low),
+            Some("normal") => Some(Priority::Normal),
+            Some("high") => Some(Priority::High),
+            Some(_) => return Err(bad("X-Wharf-Priority", "`low`, `normal` or `high`")),
+        };
+        Ok(Wishes { never_start, max_wait, priority })
+    }
+
+    /// The priority that counts: a key without `admin` may lower its model's priority, not raise it.
+    pub fn priority(&self, spec: &ModelSpec, key: Option<&ApiKey>) -> Priority {
+        let asked = self.priority.unwrap_or(spec.priority);
+        let free = key.is_none_or(|key| auth::has_scope(key, Scope::Admin));
+        if free { asked } else { asked.min(spec.priority) }
+    }
+}
+
+fn text(headers: &HeaderMap, name: &'static str) -> Result<Option<String>, Reject> {
+    let Some(value) = headers.get(name) else { return Ok(None) };
+    let value = value.to_str().map_err(|_| bad(name, "plain text"))?;
+    Ok(Some(value.trim().to_ascii_lowercase()))
+}
+
+/// `30s`, `1m 30s`, or seconds as a plain number.
+fn duration(value: &str) -> Option<Duration> {
+    match value.parse::<u32>() {
+        Ok(seconds) => Some(Duration::from_secs(seconds.into())),
+        Err(_) => humantime::parse_duration(value).ok(),
+    }
+}
+
+fn bad(header: &str, expected: &str) -> Reject {
+    Reject::bad_request("header_invalid", format!("the header {header} must be {expected}"))
+}
+
+/// The client's own id where it is short and harmless, else a new one.
+pub fn request_id(headers: &HeaderMap, fresh: impl FnOnce() -> String) -> HeaderValue {
+    let sane = |value: &&HeaderValue| {
+        let bytes = value.as_bytes();
+        (1..=parse::NAME_SHOWN_MAX).contains(&bytes.len())
+            && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(b))
+    };
+    match headers.get("x-request-id").filter(sane) {
+        Some(value) => value.clone(),
+        None => HeaderValue::try_from(fresh()).unwrap_or(HeaderValue::from_static("unknown")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderName;
+
+    fn wishes(name: &'static str, value: &'static str) -> Result<Wishes, Reject> {
+        Wishes::read(&HeaderMap::from_iter([(
+            HeaderName::from_static(name),
+            HeaderValue::from_static(value),
+        )]))
+    }
+
+    #[test]
+    fn headers_are_read() {
+        assert_eq!(Wishes::read(&HeaderMap::new()).unwrap(), Wishes::default());
+        assert!(wishes("x-wharf-start", "Never").unwrap().never_start);
+        let wait = |value| wishes("x-wharf-max-wait", value).unwrap().max_wait;
+        assert_eq!(wait("30s"), Some(Duration::from_secs(30)));
+        assert_eq!(wait("90"), Some(Duration::from_secs(90)));
+        assert_eq!(wait("1m 30s"), Some(Duration::from_secs(90)));
+        assert_eq!(wishes("x-wharf-priority", "high").unwrap().priority, Some(Priority::High));
+    }
+
+    #[test]
+    fn bad_values_name_the_header() {
+        for (name, value, shown) in [
+            ("x-wharf-start", "maybe", "X-Wharf-Start"),
+            ("x-wharf-max-wait", "-1s", "X-Wharf-Max-Wait"),
+            ("x-wharf-priority", "urgent", "X-Wharf-Priority"),
+        ] {
+            let reject = wishes(name, value).unwrap_err();
+            assert_eq!(reject.problem().status, 400);
+            assert!(reject.problem().message.contains(shown));
+        }
+    }
+
+    #[test]
+    fn request_ids_of_clients_are_kept_when_harmless() {
+        let id = |value: &'static str| {
+            let headers = HeaderMap::from_iter([(
+                HeaderName::from_static("x-request-id"),
+                HeaderValue::from_static(value),
+            )]);
+            request_id(&headers, || "fresh".into())
+        };
+        assert_eq!(id("abc-1_2.3"), "abc-1_2.3");
+        assert_eq!(id(""), "fresh");
+        assert_eq!(id("a b"), "fresh");
+        assert_eq!(id("{}"), "fresh");
+    }
+}

@@ -1,0 +1,235 @@
+//! API keys: who asks, what the key may do, which models it may use.
+
+use std::net::SocketAddr;
+
+use http::{HeaderMap, StatusCode, header};
+use subtle::{Choice, ConstantTimeEq};
+
+use super::reject::{Reject, Viewer};
+use crate::config::catalog::{ApiKey, Scope, Settings};
+
+/// The key behind a request, or `None` where no keys are configured.
+pub fn authorize<'a>(
+    settings: &'a Settings,
+    headers: &HeaderMap,
+    scope: Scope,
+) -> Result<Option<&'a ApiKey>, Reject> {
+    if settings.auth.keys.is_empty() {
+        return Ok(None);
+    }
+    let presented = presented(headers);
+    if presented.is_empty() {
+        return Err(unauthorized(
+            "missing_api_key",
+            "no API key: send `Authorization: Bearer KEY` (or x-api-key, or Basic)",
+        ));
+    }
+    let key = find(&settings.auth.keys, &presented)
+        .ok_or_else(|| unauthorized("invalid_api_key", "the API key is not known here"))?;
+    if !has_scope(key, scope) {
+        return Err(Reject::new(
+            StatusCode::FORBIDDEN,
+            "scope_missing",
+            format!(
+                "API key \"{}\" lacks the scope `{}`; add it under auth.keys in models.yaml",
+                key.name,
+                scope_name(scope)
+            ),
+        ));
+    }
+    Ok(Some(key))
+}
+
+/// Whether the key's patterns allow a model, by its configured name or the alias asked for.
+pub fn may_use(key: Option<&ApiKey>, model: &str, requested: &str) -> bool {
+    key.is_none_or(|key| {
+        key.models.iter().any(|pattern| matches(pattern, model) || matches(pattern, requested))
+    })
+}
+
+/// What of a failure this caller may see.
+pub fn viewer(key: Option<&ApiKey>, peer: Option<SocketAddr>) -> Viewer {
+    let sees_logs = match key {
+        Some(key) => has_scope(key, Scope::Read),
+        None => peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()),
+    };
+    Viewer { sees_logs }
+}
+
+/// `admin` includes `read`; `inference` is a thing of its own.
+pub fn has_scope(key: &ApiKey, scope: Scope) -> bool {
+    key.scopes.contains(&scope) || (scope == Scope::Read && key.scopes.contains(&Scope::Admin))
+}
+
+fn scope_name(scope: Scope) -> &'static str {
+    match scope {
+        Scope::Inference => "inference",
+        Scope::Read => "read",
+        Scope::Admin => "admin",
+    }
+}
+
+fn unauthorized(code: &'static str, message: &str) -> Reject {
+    Reject::new(StatusCode::UNAUTHORIZED, code, message)
+}
+
+/// Looks at every key for every credential, so that time tells nothing about which one matched.
+fn find<'a>(keys: &'a [ApiKey], presented: &[Vec<u8>]) -> Option<&'a ApiKey> {
+    let mut found = None;
+    for key in keys.iter().filter(|key| !key.key.is_empty()) {
+        let mut same = Choice::from(0);
+        for candidate in presented {
+            same |= equal(candidate, key.key.as_bytes());
+        }
+        if bool::from(same) {
+            found = found.or(Some(key));
+        }
+    }
+    found
+}
+
+/// Equality in a time that depends on the length of `key` alone.
+fn equal(candidate: &[u8], key: &[u8]) -> Choice {
+    let mut padded = vec![0; key.len()];
+    let common = candidate.len().min(key.len());
+    padded[..common].copy_from_slice(&candidate[..common]);
+    padded.ct_eq(key) & (candidate.len() as u64).ct_eq(&(key.len() as u64))
+}
+
+fn presented(headers: &HeaderMap) -> Vec<Vec<u8>> {
+    let mut found = Vec::new();
+    if let Some(value) = headers.get("x-api-key") {
+        found.push(value.as_bytes().trim_ascii().to_vec());
+    }
+    let Some(value) = headers.get(header::AUTHORIZATION).map(|value| value.as_bytes()) else {
+        return found;
+    };
+    let (scheme, rest) = value.split_at(value.iter().position(|&b| b == b' ').unwrap_or(0));
+    let rest = rest.trim_ascii();
+    if scheme.eq_ignore_ascii_case(b"bearer") {
+        found.push(rest.to_vec());
+    } else if scheme.eq_ignore_ascii_case(b"basic")
+        && let Some(pair) = base64_decode(rest)
+    {
+        // The key is the password; tools that ask for a user only send it as the user.
+        let colon = pair.iter().position(|&b| b == b':').unwrap_or(pair.len());
+        let password = pair.get(colon + 1..).unwrap_or_default();
+        found.push(if password.is_empty() { &pair[..colon] } else { password }.to_vec());
+    }
+    found
+}
+
+/// Standard alphabet, padding optional.
+fn base64_decode(text: &[u8]) -> Option<Vec<u8>> {
+    let text = text.strip_suffix(b"==").or_else(|| text.strip_suffix(b"=")).unwrap_or(text);
+    let mut out = Vec::with_capacity(text.len() * 3 / 4);
+    let (mut bits, mut held) = (0u32, 0u32);
+    for &byte in text {
+        let digit = match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = (bits << 6 | u32::from(digit)) & 0xffff;
+        held += 6;
+        if held >= 8 {
+            held -= 8;
+            out.push((bits >> held & 0xff) as u8);
+        }
+    }
+    Some(out)
+}
+
+/// `*` stands for any run of characters, also an empty one.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(rest) = name.strip_prefix(parts.next().unwrap_or_default()) else { return false };
+    let Some(last) = parts.next_back() else { return rest.is_empty() };
+    let mut rest = rest;
+    for part in parts {
+        let Some(at) = rest.find(part) else { return false };
+        rest = &rest[at + part.len()..];
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(name: &str, key: &str, scopes: &[Scope]) -> ApiKey {
+        ApiKey {
+            name: name.into(),
+            key: key.into(),
+            models: vec!["mis*".into()],
+            scopes: scopes.to_vec(),
+        }
+    }
+
+    fn headers(name: &'static str, value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(
+            http::HeaderName::from_static(name),
+            http::HeaderValue::from_str(value).unwrap(),
+        )])
+    }
+
+    #[test]
+    fn all_three_ways_to_present_a_key() {
+        let keys = [key("a", "sk-one", &[]), key("b", "s3cret", &[])];
+        for (name, value) in [
+            ("authorization", "Bearer s3cret"),
+            ("authorization", "bearer  s3cret"),
+            ("x-api-key", "s3cret"),
+            ("authorization", "Basic YW55OnMzY3JldA=="),
+            ("authorization", "Basic czNjcmV0Og=="),
+        ] {
+            let found = find(&keys, &presented(&headers(name, value)));
+            assert_eq!(found.map(|key| key.name.as_str()), Some("b"), "{name}: {value}");
+        }
+        for value in ["Bearer s3cre", "Bearer s3cretX", "Bearer ", "s3cret", "Basic ???"] {
+            let found = find(&keys, &presented(&headers("authorization", value)));
+            assert!(found.is_none(), "{value}");
+        }
+    }
+
+    #[test]
+    fn an_unset_key_matches_nothing() {
+        assert!(find(&[key("empty", "", &[])], &[Vec::new()]).is_none());
+    }
+
+    #[test]
+    fn admin_reads_but_infers_only_when_told_so() {
+        let admin = key("a", "k", &[Scope::Admin]);
+        assert!(has_scope(&admin, Scope::Read));
+        assert!(!has_scope(&admin, Scope::Inference));
+        assert!(!has_scope(&key("r", "k", &[Scope::Read]), Scope::Admin));
+    }
+
+    #[test]
+    fn patterns() {
+        for (pattern, name, expected) in [
+            ("*", "anything", true),
+            ("mis*", "mistral", true),
+            ("mis*", "qwen", false),
+            ("*:7b", "qwen:7b", true),
+            ("q*n:*b", "qwen:7b", true),
+            ("qwen", "qwen:7b", false),
+            ("a*a", "a", false),
+            ("", "", true),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn a_key_may_use_what_its_patterns_name_by_either_name() {
+        let key = key("a", "k", &[]);
+        assert!(may_use(Some(&key), "mistral", "gpt-4o"));
+        assert!(may_use(Some(&key), "qwen", "mis-alias"));
+        assert!(!may_use(Some(&key), "qwen", "gpt-4o"));
+        assert!(may_use(None, "qwen", "qwen"));
+    }
+}

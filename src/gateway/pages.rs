@@ -1,0 +1,177 @@
+//! The gateway's own small answers: models, health, status, metrics.
+
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, StatusCode, header};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::reject::Reject;
+use super::{Gateway, admit, auth};
+use crate::config::catalog::{Catalog, ModelSpec, Scope};
+use crate::orchestrator::{Handle, View};
+use crate::scheduler::record::{ResidencyView, SwapRecord};
+use crate::units::{ModelName, Time};
+
+#[derive(Deserialize)]
+pub struct Listing {
+    /// Also a row for every alias.
+    #[serde(default)]
+    aliases: bool,
+}
+
+pub async fn models(
+    State(gateway): State<Arc<Gateway>>,
+    Query(listing): Query<Listing>,
+    headers: HeaderMap,
+) -> Result<Response, Reject> {
+    let catalog = gateway.handle.catalog();
+    let key = auth::authorize(&catalog.settings, &headers, Scope::Inference)?;
+    let view = gateway.handle.view();
+    let created = created(&gateway.handle);
+    let mut rows = Vec::new();
+    for spec in catalog.models.values().filter(|spec| !spec.unlisted) {
+        if auth::may_use(key, spec.name.as_str(), spec.name.as_str()) {
+            rows.push(row(spec.name.as_str(), spec, &view, created));
+        }
+        for alias in spec.aliases.iter().filter(|_| listing.aliases) {
+            if auth::may_use(key, spec.name.as_str(), alias) {
+                rows.push(row(alias, spec, &view, created));
+            }
+        }
+    }
+    Ok(Json(json!({ "object": "list", "data": rows })).into_response())
+}
+
+pub async fn model(
+    State(gateway): State<Arc<Gateway>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, Reject> {
+    let catalog = gateway.handle.catalog();
+    let key = auth::authorize(&catalog.settings, &headers, Scope::Inference)?;
+    let spec = admit::model(&catalog, &id, key)?;
+    let row = row(&id, spec, &gateway.handle.view(), created(&gateway.handle));
+    Ok(Json(row).into_response())
+}
+
+/// One row of `/v1/models`: what OpenAI clients read, and ours in `meta`.
+fn row(id: &str, spec: &ModelSpec, view: &View, created: u64) -> Value {
+    let state = view.model(&spec.name).map_or("stopped", |model| model.residency.as_str());
+    json!({
+        "id": id,
+        "object": "model",
+        "created": created,
+        "owned_by": "wharf",
+        "meta": {
+            "model": spec.name,
+            "state": state,
+            "type": spec.model_type,
+            "tags": spec.tags,
+            "engine": spec.engine,
+            "aliases": spec.aliases,
+            "name": spec.display_name,
+            "description": spec.description,
+        },
+    })
+}
+
+fn created(handle: &Handle) -> u64 {
+    handle.wall(Time::ZERO).duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// 200 only if requests can be served. Open without a key: probes have none.
+pub async fn health(State(gateway): State<Arc<Gateway>>) -> Response {
+    let handle = &gateway.handle;
+    let view = handle.view();
+    let gpu_ok = view.gpu_health.ok && view.scheduler.no_proof.is_none();
+    let docker_ok = view.docker_health.as_ref().is_none_or(|docker| docker.ok);
+    let ok = handle.is_alive() && gpu_ok && docker_ok;
+    let gpu_detail = view.scheduler.no_proof.as_ref().unwrap_or(&view.gpu_health.detail);
+    let mut body = json!({
+        "status": if ok { "ok" } else { "unhealthy" },
+        "gateway": { "ok": true },
+        "orchestrator": { "ok": handle.is_alive() },
+        "gpu": { "ok": gpu_ok, "detail": gpu_detail },
+    });
+    if let Some(docker) = &view.docker_health {
+        body["docker"] = json!(docker);
+    }
+    if ok {
+        return Json(body).into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "5")], Json(body)).into_response()
+}
+
+pub async fn status(
+    State(gateway): State<Arc<Gateway>>,
+    headers: HeaderMap,
+) -> Result<Response, Reject> {
+    let catalog = gateway.handle.catalog();
+    auth::authorize(&catalog.settings, &headers, Scope::Read)?;
+    let view = gateway.handle.view();
+    let gates = gateway.handle.gates();
+    let ready: Vec<&ModelName> = view
+        .scheduler
+        .models
+        .iter()
+        .filter(|model| model.residency == ResidencyView::Ready)
+        .map(|model| &model.name)
+        .collect();
+    let models: Vec<Value> = view
+        .scheduler
+        .models
+        .iter()
+        .map(|model| {
+            json!({
+                "model": model.name,
+                "state": model.residency.as_str(),
+                "in_flight": gates.get(&model.name).map_or(0, |gate| gate.in_flight()),
+                "queued": model.queue.len(),
+                "ready_in_seconds": model.ready_in.map(|left| left.as_secs_f64()),
+                "waiting_for": model.waiting_for,
+            })
+        })
+        .collect();
+    let swaps: Vec<Value> =
+        view.scheduler.swaps.iter().map(|swap| swap_row(swap, &view, &catalog)).collect();
+    let body = json!({
+        "status": "running",
+        "current_models": ready,
+        "queued": view.scheduler.queued,
+        "models": models,
+        "swaps": swaps,
+        "body_bytes": gateway.bodies.in_use(),
+    });
+    Ok(Json(body).into_response())
+}
+
+fn swap_row(swap: &SwapRecord, view: &View, catalog: &Catalog) -> Value {
+    let progress = view.progress_of(&swap.model);
+    let estimate = view.model(&swap.model).and_then(|model| model.ready_in);
+    json!({
+        "swap_id": swap.id.to_string(),
+        "model": swap.model,
+        "known": catalog.model(&swap.model).is_some(),
+        "cause": swap.cause,
+        "phase": swap.phase.map(|(phase, _)| phase.as_str()),
+        "stage": progress.map(|progress| &progress.stage),
+        "progress": progress.and_then(|progress| progress.fraction),
+        "seconds": view.at.since(swap.began).as_secs_f64(),
+        "ready_in_seconds": estimate.map(|left| left.as_secs_f64()),
+    })
+}
+
+pub async fn metrics(
+    State(gateway): State<Arc<Gateway>>,
+    headers: HeaderMap,
+) -> Result<Response, Reject> {
+    let catalog = gateway.handle.catalog();
+    auth::authorize(&catalog.settings, &headers, Scope::Read)?;
+    let text = gateway.metrics.render(&gateway.handle);
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
+}

@@ -1,0 +1,176 @@
+//! Receiving the request: its body whole, once, and bounded in size, time and sum.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, StatusCode, header};
+use http_body_util::BodyExt;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::Limits;
+use super::reject::Reject;
+use crate::config::catalog::QueueSettings;
+use crate::units;
+
+/// Read on after a refusal, so that a client which is still sending sees the answer.
+const DISCARD_MAX: u64 = 16 << 20;
+const DISCARD_TIME: Duration = Duration::from_secs(2);
+/// First allocation for a declared length: the client may not mean it.
+const ALLOCATE_FIRST_MAX: u64 = 1 << 20;
+
+/// Bytes of all bodies held in memory (`queue.total_bodies`).
+#[derive(Debug, Default)]
+pub struct BodyBudget(AtomicU64);
+
+/// A part of the budget, given back when dropped.
+#[derive(Debug)]
+pub struct Held {
+    budget: Arc<BodyBudget>,
+    bytes: u64,
+}
+
+impl BodyBudget {
+    pub fn in_use(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Held {
+    fn grow(&mut self, bytes: u64, limit: units::Bytes) -> bool {
+        let before = self.budget.0.fetch_add(bytes, Ordering::Relaxed);
+        self.bytes += bytes;
+        before + bytes <= limit.0
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.budget.0.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug)]
+pub struct Received {
+    pub bytes: Bytes,
+    pub held: Held,
+}
+
+pub async fn receive(
+    mut body: Body,
+    headers: &HeaderMap,
+    queue: &QueueSettings,
+    budget: &Arc<BodyBudget>,
+    limits: &Limits,
+) -> Result<Received, Reject> {
+    let declared = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if let Some(length) = declared
+        && length > queue.body_limit.0
+    {
+        discard(body, length).await;
+        return Err(too_large(units::Bytes(length).to_string(), queue));
+    }
+    let mut received = Gathered::default();
+    let mut held = Held { budget: Arc::clone(budget), bytes: 0 };
+    let deadline = Instant::now() + limits.body_total;
+    loop {
+        let until = deadline.min(Instant::now() + limits.body_idle);
+        let frame = match timeout_at(until, body.frame()).await {
+            Ok(Some(Ok(frame))) => frame,
+            Ok(Some(Err(error))) => {
+                let message = format!("the request body broke off: {error}");
+                return Err(Reject::bad_request("body_incomplete", message));
+            }
+            Ok(None) => break,
+            Err(_) => return Err(too_slow(&received, declared, limits)),
+        };
+        let Ok(data) = frame.into_data() else { continue };
+        if received.length + data.len() as u64 > queue.body_limit.0 {
+            discard(body, declared.unwrap_or(0)).await;
+            return Err(too_large(format!("more than {}", queue.body_limit), queue));
+        }
+        if !held.grow(data.len() as u64, queue.total_bodies) {
+            discard(body, declared.unwrap_or(0)).await;
+            return Err(no_room(queue));
+        }
+        received.push(data, declared);
+    }
+    Ok(Received { bytes: received.finish(), held })
+}
+
+/// One frame is kept as it is; only further ones are copied together.
+#[derive(Default)]
+struct Gathered {
+    first: Bytes,
+    rest: BytesMut,
+    length: u64,
+}
+
+impl Gathered {
+    fn push(&mut self, data: Bytes, declared: Option<u64>) {
+        if self.length == 0 {
+            self.length = data.len() as u64;
+            self.first = data;
+            return;
+        }
+        if self.rest.is_empty() {
+            let expected = declared.unwrap_or(0).min(ALLOCATE_FIRST_MAX);
+            self.rest.reserve(usize::try_from(expected).unwrap_or(0));
+            self.rest.extend_from_slice(&self.first);
+        }
+        self.length += data.len() as u64;
+        self.rest.extend_from_slice(&data);
+    }
+
+    fn finish(self) -> Bytes {
+        if self.rest.is_empty() { self.first } else { self.rest.freeze() }
+    }
+}
+
+async fn discard(mut body: Body, declared: u64) {
+    if declared > DISCARD_MAX {
+        return;
+    }
+    let read = async {
+        let mut left = DISCARD_MAX;
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, |data| data.len() as u64);
+            let Some(less) = left.checked_sub(length) else { return };
+            left = less;
+        }
+    };
+    let _ = timeout(DISCARD_TIME, read).await;
+}
+
+fn too_large(size: String, queue: &QueueSettings) -> Reject {
+    let message = format!(
+        "the request body has {size}, allowed are {}; raise queue.body_limit in models.yaml or \
+         send less",
+        queue.body_limit
+    );
+    Reject::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+}
+
+fn no_room(queue: &QueueSettings) -> Reject {
+    let message = format!(
+        "the bodies of waiting requests already take {} (queue.total_bodies); send again later",
+        queue.total_bodies
+    );
+    Reject::new(StatusCode::TOO_MANY_REQUESTS, "bodies_full", message)
+}
+
+fn too_slow(received: &Gathered, declared: Option<u64>, limits: &Limits) -> Reject {
+    let of = declared.map_or(String::new(), |length| format!(" of {}", units::Bytes(length)));
+    let message = format!(
+        "the request body came too slowly: {}{of} so far; at most {} s may pass between two parts \
+         and {} s in all",
+        units::Bytes(received.length),
+        limits.body_idle.as_secs(),
+        limits.body_total.as_secs()
+    );
+    Reject::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", message)
+}

@@ -1,0 +1,286 @@
+//! Relaying the answer: frames as they come. The lease lives in here, so that it ends with the last
+//! byte, or when the client leaves, or when the owner cuts it.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::StatusCode;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, interval};
+
+use super::Limits;
+use super::account::Account;
+use super::reject::Reject;
+use super::usage::Meter;
+use crate::orchestrator::{Gate, Lease};
+
+/// How often a stream is looked at for a stall.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// Why an answer ends before its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// The owner ended the lease: drain deadline, forced unload, or the instance died.
+    Cancelled,
+    /// The client reads nothing while the model is under notice.
+    ReaderStalled(Duration),
+    UpstreamStalled(Duration),
+    UpstreamBroke(String),
+}
+
+impl Cut {
+    fn reject(&self, model: &str) -> Reject {
+        let (status, code, message) = match self {
+            Cut::Cancelled => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "instance_lost",
+                format!("the answer was cut: the instance of model \"{model}\" was stopped"),
+            ),
+            Cut::ReaderStalled(after) => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "reader_stalled",
+                format!(
+                    "the answer was cut: nothing was read for {} s while model \"{model}\" was \
+                     to leave its GPU",
+                    after.as_secs()
+                ),
+            ),
+            Cut::UpstreamStalled(after) => (
+                StatusCode::GATEWAY_TIMEOUT,
+                "upstream_timeout",
+                format!("the engine of model \"{model}\" sent nothing for {} s", after.as_secs()),
+            ),
+            Cut::UpstreamBroke(error) => (
+                StatusCode::BAD_GATEWAY,
+                "upstream_error",
+                format!("the engine of model \"{model}\" broke off its answer: {error}"),
+            ),
+        };
+        Reject::new(status, code, message).model(model)
+    }
+}
+
+/// What the body and its watchdog share. The watchdog is needed because nobody polls the body of a
+/// client that does not read.
+#[derive(Debug)]
+struct Flow(Mutex<State>);
+
+#[derive(Debug)]
+struct State {
+    open: Option<(Incoming, Lease)>,
+    cut: Option<Cut>,
+    waker: Option<Waker>,
+    /// Whom the stream waits for, and since when.
+    waits_for_reader: bool,
+    since: Instant,
+}
+
+impl Flow {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends lease and upstream connection at once.
+    fn cut(&self, why: Cut) {
+        let mut state = self.state();
+        let Some(open) = state.open.take() else { return };
+        state.cut = Some(why);
+        let waker = state.waker.take();
+        drop(state);
+        drop(open);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn overdue(&self, gate: &Gate, limits: &Limits) -> Option<Cut> {
+        let state = self.state();
+        let waited = state.since.elapsed();
+        if state.waits_for_reader {
+            let under_notice = !gate.is_open();
+            (under_notice && waited >= limits.reader_stall)
+                .then_some(Cut::ReaderStalled(limits.reader_stall))
+        } else {
+            (waited >= limits.upstream_silence)
+                .then_some(Cut::UpstreamStalled(limits.upstream_silence))
+        }
+    }
+
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
+        let mut state = self.state();
+        loop {
+            let Some((upstream, _)) = &mut state.open else {
+                return Poll::Ready(state.cut.take().map(Err));
+            };
+            let polled = Pin::new(upstream).poll_frame(cx);
+            state.waits_for_reader = polled.is_ready();
+            match polled {
+                Poll::Pending => {
+                    if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+                        state.waker = Some(cx.waker().clone());
+                    }
+                    return Poll::Pending;
+                }
+                Poll::Ready(Some(Ok(frame))) => {
+                    state.since = Instant::now();
+                    // Trailers belong to the connection.
+                    if let Ok(data) = frame.into_data()
+                        && !data.is_empty()
+                    {
+                        return Poll::Ready(Some(Ok(data)));
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    let cancelled =
+                        state.open.take().is_some_and(|(_, l)| l.gate().cancelled.is_cancelled());
+                    let why = super::forward::describe(&error);
+                    let cut = if cancelled { Cut::Cancelled } else { Cut::UpstreamBroke(why) };
+                    return Poll::Ready(Some(Err(cut)));
+                }
+                Poll::Ready(None) => {
+                    // The last byte: the lease ends here, whenever the client reads it.
+                    state.open = None;
+                    return Poll::Ready(None);
+                }
+            }
+        }
+    }
+}
+
+async fn watch(flow: Arc<Flow>, gate: Arc<Gate>, limits: Limits) {
+    let mut look = interval(LOOK_EVERY.min(limits.reader_stall));
+    loop {
+        tokio::select! {
+            () = gate.cancelled.cancelled() => return flow.cut(Cut::Cancelled),
+            _ = look.tick() => if let Some(why) = flow.overdue(&gate, &limits) {
+                return flow.cut(why);
+            },
+        }
+    }
+}
+
+/// The body of an answer.
+#[derive(Debug)]
+pub struct Relay {
+    flow: Arc<Flow>,
+    watchdog: JoinHandle<()>,
+    meter: Meter,
+    ready: VecDeque<Bytes>,
+    account: Account,
+    events: bool,
+    status: StatusCode,
+    /// Sent after the last event of a stream.
+    epilogue: Option<Bytes>,
+    ended: bool,
+    /// `Content-Length` of upstream, where the bytes are not touched.
+    remaining: Option<u64>,
+}
+
+pub struct Source {
+    pub status: StatusCode,
+    pub body: Incoming,
+    pub lease: Lease,
+    pub account: Account,
+    pub meter: Meter,
+    /// The body is an event stream in plain text: an error can be told in it.
+    pub events: bool,
+    pub epilogue: Option<Bytes>,
+}
+
+impl Relay {
+    pub fn new(source: Source, limits: &Limits) -> Relay {
+        let Source { status, body, lease, account, meter, events, epilogue } = source;
+        let gate = Arc::clone(lease.gate());
+        let remaining = if events { None } else { body.size_hint().exact() };
+        let flow = Arc::new(Flow(Mutex::new(State {
+            open: Some((body, lease)),
+            cut: None,
+            waker: None,
+            waits_for_reader: true,
+            since: Instant::now(),
+        })));
+        let watchdog = tokio::spawn(watch(Arc::clone(&flow), gate, limits.clone()));
+        Relay {
+            flow,
+            watchdog,
+            meter,
+            ready: VecDeque::new(),
+            account,
+            events,
+            status,
+            epilogue,
+            ended: false,
+            remaining,
+        }
+    }
+
+    fn finish(&mut self) {
+        self.ended = true;
+        self.meter.finish(&mut self.ready);
+        self.ready.extend(self.epilogue.take());
+        if let Some(tokens) = self.meter.tokens() {
+            self.account.tokens(tokens);
+        }
+        self.account.end(if self.status.is_server_error() { "upstream_error" } else { "ok" });
+    }
+
+    /// In a stream the error is its last event; elsewhere only a broken connection tells.
+    fn broken(&mut self, cut: &Cut) -> Option<Result<Frame<Bytes>, axum::BoxError>> {
+        self.ended = true;
+        let reject = cut.reject(self.account.model().as_str());
+        self.account.end("cut");
+        tracing::warn!(model = %self.account.model(), "{}", reject.problem().message);
+        if self.events {
+            return Some(Ok(Frame::data(reject.event())));
+        }
+        Some(Err(reject.problem().message.clone().into()))
+    }
+}
+
+impl Body for Relay {
+    type Data = Bytes;
+    type Error = axum::BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::BoxError>>> {
+        let relay = self.get_mut();
+        loop {
+            if let Some(data) = relay.ready.pop_front() {
+                relay.remaining =
+                    relay.remaining.map(|left| left.saturating_sub(data.len() as u64));
+                return Poll::Ready(Some(Ok(Frame::data(data))));
+            }
+            if relay.ended {
+                return Poll::Ready(None);
+            }
+            match std::task::ready!(relay.flow.poll(cx)) {
+                Some(Ok(data)) => {
+                    relay.account.first_byte();
+                    relay.meter.feed(data, &mut relay.ready);
+                }
+                Some(Err(cut)) => return Poll::Ready(relay.broken(&cut)),
+                None => relay.finish(),
+            }
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.remaining.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.watchdog.abort();
+        // The aborted watchdog still holds its share for a moment; the lease must not.
+        drop(self.flow.state().open.take());
+    }
+}

@@ -1,0 +1,163 @@
+//! The listener: accepts, bounds the number of connections, and ends them in an orderly way.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::ConnectInfo;
+use axum::response::IntoResponse;
+use http::{Request, StatusCode};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+use super::reject::Reject;
+
+/// Connections served at once, on each listener. Further ones get 503.
+const CONNECTIONS_MAX: usize = 4096;
+/// Connections that are being refused at once. Further ones are closed without a word.
+const REFUSING_MAX: usize = 64;
+const REFUSING_TIME: Duration = Duration::from_secs(5);
+/// For the head of a request, and how long an idle connection is kept.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// After a failed accept (no file descriptors left, say).
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+const ACCEPT_BACKOFF_MAX: Duration = Duration::from_secs(2);
+
+/// Serves until `shutdown`, then lets requests end for `grace`, then cuts what is left.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    shutdown: CancellationToken,
+    grace: Duration,
+) {
+    serve_at_most(CONNECTIONS_MAX, listener, router, shutdown, grace).await;
+}
+
+async fn serve_at_most(
+    connections_max: usize,
+    listener: TcpListener,
+    router: Router,
+    shutdown: CancellationToken,
+    grace: Duration,
+) {
+    let server = Server {
+        graceful: GracefulShutdown::new(),
+        abort: CancellationToken::new(),
+        serving: Arc::new(Semaphore::new(connections_max)),
+        refusing: Arc::new(Semaphore::new(REFUSING_MAX)),
+        busy: busy_router(connections_max),
+        router,
+    };
+    let mut backoff = ACCEPT_BACKOFF;
+    loop {
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                backoff = ACCEPT_BACKOFF;
+                server.accepted(stream, peer);
+            }
+            // The client went away between its knock and our opening.
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                tracing::error!("cannot accept connections: {error}; trying again in {backoff:?}");
+                tokio::select! {
+                    () = shutdown.cancelled() => break,
+                    () = sleep(backoff) => backoff = (backoff * 2).min(ACCEPT_BACKOFF_MAX),
+                }
+            }
+        }
+    }
+    drop(listener);
+    let Server { graceful, abort, serving, .. } = server;
+    if timeout(grace, graceful.shutdown()).await.is_err() {
+        let left = connections_max - serving.available_permits();
+        tracing::warn!("cutting {left} connections that did not end within {grace:?}");
+        abort.cancel();
+        let all = u32::try_from(connections_max).unwrap_or(u32::MAX);
+        // They only have to be dropped; a second is plenty.
+        let _ = timeout(Duration::from_secs(1), serving.acquire_many(all)).await;
+    }
+}
+
+struct Server {
+    graceful: GracefulShutdown,
+    abort: CancellationToken,
+    serving: Arc<Semaphore>,
+    refusing: Arc<Semaphore>,
+    router: Router,
+    busy: Router,
+}
+
+impl Server {
+    fn accepted(&self, stream: TcpStream, peer: SocketAddr) {
+        // Tokens are small: each must leave at once.
+        let _ = stream.set_nodelay(true);
+        if let Ok(permit) = Arc::clone(&self.serving).try_acquire_owned() {
+            let connection = self.connection(stream, peer, self.router.clone(), permit);
+            tokio::spawn(connection);
+        } else if let Ok(permit) = Arc::clone(&self.refusing).try_acquire_owned() {
+            let connection = self.connection(stream, peer, self.busy.clone(), permit);
+            tokio::spawn(timeout(REFUSING_TIME, connection));
+        }
+    }
+
+    fn connection(
+        &self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        router: Router,
+        permit: OwnedSemaphorePermit,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let abort = self.abort.clone();
+        let watcher = self.graceful.watcher();
+        async move {
+            let service = service_fn(move |mut request: Request<Incoming>| {
+                request.extensions_mut().insert(ConnectInfo(peer));
+                router.clone().oneshot(request.map(Body::new))
+            });
+            let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
+            builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+            let connection =
+                builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
+            tokio::select! {
+                ended = watcher.watch(connection) => if let Err(error) = ended {
+                    tracing::trace!(%peer, "connection ended: {error}");
+                },
+                () = abort.cancelled() => {}
+            }
+            drop(permit);
+        }
+    }
+}
+
+fn busy_router(connections_max: usize) -> Router {
+    Router::new().fallback(move || async move {
+        let message = format!("all {connections_max} connections are in use; send again later");
+        let reject = Reject::new(StatusCode::SERVICE_UNAVAILABLE, "connections_full", message);
+        ([(http::header::CONNECTION, "close")], reject).into_response()
+    })
+}
+
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
+    )
+}

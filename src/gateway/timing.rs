@@ -1,0 +1,40 @@
+//! Where a request's time went, for the `Server-Timing` header.
+
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue};
+
+use crate::orchestrator::View;
+use crate::scheduler::record::SwapKind;
+use crate::units::{ModelName, Time};
+
+/// Disjoint parts: waiting in the queue, waiting for a swap, waiting for the engine's first byte.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timing {
+    pub queue: Duration,
+    pub swap: Duration,
+    pub upstream: Duration,
+}
+
+impl Timing {
+    pub const HEADER: HeaderName = HeaderName::from_static("server-timing");
+
+    pub fn text(&self) -> String {
+        let ms = |part: Duration| part.as_secs_f64() * 1000.0;
+        let (queue, swap, upstream) = (ms(self.queue), ms(self.swap), ms(self.upstream));
+        format!("queue;dur={queue:.1}, swap;dur={swap:.1}, upstream;dur={upstream:.1}")
+    }
+
+    pub fn header(&self) -> Option<HeaderValue> {
+        self.text().try_into().ok()
+    }
+}
+
+/// How much of the time between `from` and `to` the last swap of the model took.
+pub fn swap_share(view: &View, model: &ModelName, from: Time, to: Time) -> Duration {
+    let under_way = view.scheduler.swaps.iter();
+    let ended = view.ledger.iter().rev().map(|swap| &**swap);
+    let swap =
+        under_way.chain(ended).find(|swap| swap.model == *model && swap.kind == SwapKind::Load);
+    swap.map_or(Duration::ZERO, |swap| swap.ended.unwrap_or(to).min(to).since(swap.began.max(from)))
+}

@@ -1,0 +1,157 @@
+//! Waiting: the response head is held for a while, so that a refusal keeps its status; then a
+//! streaming client is told what happens, until its answer begins.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderValue, StatusCode, header};
+use http_body_util::{BodyExt, Limited};
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio::time::{Instant, Interval, interval, sleep, timeout};
+
+use super::infer::{Answer, Job, Stage, named};
+use super::notes::Notes;
+use super::reject::Reject;
+use super::relay::Relay;
+use crate::config::catalog::WaitingStyle;
+
+/// How often the view is looked at for something new to tell.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Of an upstream error that must be told inside a stream.
+const ERROR_BYTES_MAX: usize = 64 << 10;
+const ERROR_TIME_MAX: Duration = Duration::from_secs(30);
+
+type Work = Pin<Box<dyn Future<Output = Result<Answer, Reject>> + Send>>;
+
+pub async fn respond(job: Job) -> Response {
+    let (tell, stage) = watch::channel(Stage::Admitted);
+    let Some(waiting) = job.waiting else {
+        return direct(job.run(tell).await);
+    };
+    let handle = job.gateway.handle.clone();
+    let keep_alive = job.gateway.limits.keep_alive;
+    let notes = Notes::new(handle, Arc::clone(&job.spec), job.api, waiting.style, keep_alive);
+    let model = job.spec.name.clone();
+    let mut work: Work = Box::pin(job.run(tell));
+    tokio::select! {
+        biased;
+        answer = &mut work => direct(answer),
+        () = held_long_enough(waiting.after, stage.clone()) => {
+            let opened = Opened {
+                work: Some(work),
+                stage,
+                notes,
+                look: interval(LOOK_EVERY),
+                relay: None,
+            };
+            event_stream(opened, model.as_str())
+        }
+    }
+}
+
+fn direct(answer: Result<Answer, Reject>) -> Response {
+    match answer {
+        Ok(answer) => answer.into_response(),
+        Err(reject) => reject.into_response(),
+    }
+}
+
+/// Once a request is with its engine, the engine's own head is worth waiting for.
+async fn held_long_enough(after: Duration, mut stage: watch::Receiver<Stage>) {
+    sleep(after).await;
+    let waits = stage.wait_for(|stage| matches!(stage, Stage::Waiting(_))).await.is_ok();
+    if !waits {
+        std::future::pending::<()>().await;
+    }
+}
+
+fn event_stream(opened: Opened, model: &str) -> Response {
+    let mut response = Response::new(Body::from_stream(stream::unfold(opened, step)));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    headers.extend(named(model));
+    response
+}
+
+/// A stream whose head was sent before its request was served.
+struct Opened {
+    work: Option<Work>,
+    stage: watch::Receiver<Stage>,
+    notes: Notes,
+    look: Interval,
+    relay: Option<Relay>,
+}
+
+async fn step(mut opened: Opened) -> Option<(Result<Bytes, axum::BoxError>, Opened)> {
+    loop {
+        if let Some(relay) = &mut opened.relay {
+            let frame = relay.frame().await?;
+            let data = frame.map(|frame| frame.into_data().unwrap_or_default());
+            return Some((data, opened));
+        }
+        let work = opened.work.as_mut()?;
+        tokio::select! {
+            biased;
+            answer = work => {
+                opened.work = None;
+                let epilogue_wanted = opened.notes.style == WaitingStyle::Comment;
+                match begin(answer, epilogue_wanted).await {
+                    Ok(relay) => opened.relay = Some(relay),
+                    Err(event) => return Some((Ok(event), opened)),
+                }
+            }
+            _ = opened.look.tick() => {
+                let stage = *opened.stage.borrow();
+                if let Some(line) = opened.notes.next(stage, Instant::now()) {
+                    return Some((Ok(line), opened));
+                }
+            }
+        }
+    }
+}
+
+/// What follows the notes: the answer's events, or one last event with the error.
+async fn begin(answer: Result<Answer, Reject>, epilogue: bool) -> Result<Relay, Bytes> {
+    let answer = answer.map_err(|reject| reject.event())?;
+    if answer.head.status == StatusCode::OK && answer.is_event_stream() {
+        let epilogue =
+            epilogue.then(|| Bytes::from(format!(": server-timing {}\n\n", answer.timing.text())));
+        return Ok(answer.into_relay(epilogue));
+    }
+    Err(error_of(answer).await)
+}
+
+/// An upstream answer that is no stream, as the event that SDKs raise.
+async fn error_of(answer: Answer) -> Bytes {
+    let Answer { head, body, lease, mut account, .. } = answer;
+    let collected = timeout(ERROR_TIME_MAX, Limited::new(body, ERROR_BYTES_MAX).collect()).await;
+    drop(lease);
+    account.end(if head.status.is_server_error() { "upstream_error" } else { "ok" });
+    let text = match collected {
+        Ok(Ok(body)) => body.to_bytes(),
+        _ => Bytes::new(),
+    };
+    match serde_json::from_slice::<Value>(&text) {
+        // One line: a line end inside would end the event's data.
+        Ok(value) if value.get("error").is_some_and(|error| !error.is_null()) => {
+            Bytes::from(format!("data: {value}\n\n"))
+        }
+        _ => {
+            let shown: String = String::from_utf8_lossy(&text).chars().take(500).collect();
+            let model = account.model();
+            let message = format!(
+                "the engine of model \"{model}\" answered a streaming request with {}: {shown}",
+                head.status
+            );
+            Reject::new(StatusCode::BAD_GATEWAY, "upstream_error", message).model(model).event()
+        }
+    }
+}

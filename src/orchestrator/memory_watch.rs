@@ -1,0 +1,170 @@
+//! Reads GPU memory now and then, and quickly while a swap waits for proof.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::handle::{Inbox, Message};
+use crate::gpu::{GpuKind, Gpus};
+use crate::runtime::{Running, RuntimeHandle};
+use crate::scheduler::event::{Event, GpuMemory, MemorySample};
+use crate::units::{GpuId, InstanceId, SwapId, Time};
+
+const IDLE_INTERVAL: Duration = Duration::from_secs(1);
+const FAST_FIRST: Duration = Duration::from_millis(5);
+const FAST_MAX: Duration = Duration::from_millis(250);
+
+/// Tells which process on a GPU belongs to which instance.
+#[derive(Clone, Debug)]
+pub struct Holders {
+    installation: Arc<str>,
+    containers: Arc<Mutex<BTreeMap<InstanceId, String>>>,
+}
+
+impl Holders {
+    pub fn new(installation: &str) -> Holders {
+        Holders { installation: Arc::from(installation), containers: Arc::default() }
+    }
+
+    pub fn register(&self, running: &Running) {
+        if let RuntimeHandle::Docker { id, .. } = &running.handle {
+            self.lock().insert(running.identity.instance, id.clone());
+        }
+    }
+
+    pub fn forget(&self, instance: InstanceId) {
+        self.lock().remove(&instance);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<InstanceId, String>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn attribute(&self, gpus: &mut [GpuMemory]) {
+        for holder in gpus.iter_mut().flat_map(|gpu| &mut gpu.holders) {
+            holder.instance = self.instance_of(holder.pid);
+        }
+    }
+
+    fn instance_of(&self, pid: u32) -> Option<InstanceId> {
+        if let Some(instance) = instance_in_environment(pid, &self.installation) {
+            return Some(instance);
+        }
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        self.lock()
+            .iter()
+            .find(|(_, id)| cgroup.contains(id.as_str()))
+            .map(|(instance, _)| *instance)
+    }
+}
+
+fn instance_in_environment(pid: u32, installation: &str) -> Option<InstanceId> {
+    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let value = |name: &str| {
+        environment
+            .split(|byte| *byte == 0)
+            .find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
+    };
+    if value("WHARF_INSTALLATION")? != installation.as_bytes() {
+        return None;
+    }
+    std::str::from_utf8(value("WHARF_INSTANCE")?)
+        .ok()?
+        .trim_start_matches('i')
+        .parse()
+        .ok()
+        .map(InstanceId)
+}
+
+/// The last reading, for views.
+#[derive(Clone, Debug, Default)]
+pub struct Reading {
+    pub gpus: Vec<GpuMemory>,
+    pub utilization: BTreeMap<GpuId, f32>,
+    pub error: Option<String>,
+}
+
+#[derive(Debug)]
+pub struct MemoryWatch {
+    wanted: watch::Sender<BTreeSet<SwapId>>,
+    pub latest: watch::Receiver<Reading>,
+}
+
+impl MemoryWatch {
+    pub fn spawn(gpus: Gpus, holders: Holders, inbox: Inbox, epoch: Instant) -> MemoryWatch {
+        let (wanted, wanted_rx) = watch::channel(BTreeSet::new());
+        let (latest_tx, latest) = watch::channel(Reading::default());
+        if gpus.kind() != GpuKind::None {
+            let reader = Reader { gpus, holders, inbox, epoch, latest: latest_tx };
+            tokio::spawn(reader.run(wanted_rx));
+        }
+        MemoryWatch { wanted, latest }
+    }
+
+    pub fn watch(&self, swap: SwapId) {
+        self.wanted.send_modify(|wanted| {
+            wanted.insert(swap);
+        });
+    }
+
+    pub fn unwatch(&self, swap: SwapId) {
+        self.wanted.send_modify(|wanted| {
+            wanted.remove(&swap);
+        });
+    }
+}
+
+struct Reader {
+    gpus: Gpus,
+    holders: Holders,
+    inbox: Inbox,
+    epoch: Instant,
+    latest: watch::Sender<Reading>,
+}
+
+impl Reader {
+    async fn run(mut self, mut wanted: watch::Receiver<BTreeSet<SwapId>>) {
+        let mut interval = IDLE_INTERVAL;
+        loop {
+            let watched = !wanted.borrow_and_update().is_empty();
+            self.read(watched).await;
+            interval = match (watched, interval >= IDLE_INTERVAL) {
+                (false, _) => IDLE_INTERVAL,
+                (true, true) => FAST_FIRST,
+                (true, false) => (interval * 2).min(FAST_MAX),
+            };
+            tokio::select! {
+                () = tokio::time::sleep(interval) => {}
+                // A new watch starts from the shortest interval again.
+                changed = wanted.changed() => match changed {
+                    Ok(()) => interval = IDLE_INTERVAL,
+                    Err(_) => return,
+                },
+            }
+        }
+    }
+
+    async fn read(&mut self, watched: bool) {
+        // Before the reading: a sample must never look newer than it is.
+        let taken_at = Time::ZERO + self.epoch.elapsed();
+        let mut reading = self.gpus.sample().await;
+        if let Ok(gpus) = &mut reading {
+            self.holders.attribute(gpus);
+        }
+        let utilization = if watched { None } else { Some(self.gpus.utilization().await) };
+        self.latest.send_modify(|latest| {
+            match &reading {
+                Ok(gpus) => (latest.gpus, latest.error) = (gpus.clone(), None),
+                Err(no_proof) => latest.error = Some(no_proof.message.clone()),
+            }
+            if let Some(utilization) = utilization {
+                latest.utilization = utilization;
+            }
+        });
+        let seen = reading.map(|gpus| MemorySample { taken_at, gpus });
+        self.inbox.send(Message::Effect(Event::MemorySeen(seen)));
+    }
+}

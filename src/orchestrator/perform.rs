@@ -1,0 +1,401 @@
+//! One arm per action: what the owner does itself, and what it hands to an effect.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+use super::effects::{ended, peek};
+use super::gate::{Gate, StartKind, UpstreamClient};
+use super::handle::Message;
+use super::launch::Launcher;
+use super::run::{Live, Owner};
+use super::view::LEDGER_ROWS_MAX;
+use crate::runtime::{LaunchSpec, Running};
+use crate::scheduler::action::{Action, Refusal};
+use crate::scheduler::event::{Done, Event, Fault, FaultKind};
+use crate::scheduler::record::SwapRecord;
+use crate::units::{Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
+
+/// vLLM keeps idle connections 120 s (we set it so); uvicorn's own default would be 5 s.
+const POOL_IDLE: Duration = Duration::from_secs(4);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl Owner {
+    pub(super) fn perform(&mut self, now: Time, action: Action) {
+        match action {
+            Action::Grant { request, instance } => self.grant(request, instance),
+            Action::Refuse { request, refusal } => self.refuse(request, refusal),
+            Action::OpenGate { instance, permits } => self.open_gate(instance, permits),
+            Action::CloseGate { instance } => self.close_gate(instance),
+            Action::WatchGate { instance, every_release } => {
+                if let Some(gate) = self.gate(instance) {
+                    gate.watch(every_release);
+                }
+            }
+            Action::CancelLeases { instance, why } => {
+                if let Some(gate) = self.gate(instance) {
+                    tracing::warn!(model = %gate.model, %instance, why, "ending leases");
+                    gate.cancelled.cancel();
+                }
+            }
+            Action::Preflight { swap, instance, model, gpus } => {
+                self.preflight(swap, instance, &model, gpus);
+            }
+            Action::Fetch { swap, instance, model: _ } => self.fetch(swap, instance),
+            Action::StartInstance { swap, instance, model, gpus, footprint, deadline } => {
+                self.start(swap, instance, &model, gpus, footprint, deadline);
+            }
+            Action::StopInstance { swap, instance } => self.stop(now, swap, instance),
+            Action::Sleep { swap, instance } => {
+                self.unpublish_gate(instance);
+                self.count_residency(now, instance);
+                let Some(live) = self.instances.get_mut(&instance) else { return };
+                live.gate = None;
+                let (slot, spec) = (live.slot.clone(), Arc::clone(&live.spec));
+                live.task = Some(self.effects.sleep(swap, instance, slot, spec));
+            }
+            Action::Wake { swap, instance, deadline } => {
+                let Some(live) = self.instances.get_mut(&instance) else { return };
+                live.started = StartKind::Warm;
+                let (slot, spec) = (live.slot.clone(), Arc::clone(&live.spec));
+                live.task = Some(self.effects.wake(swap, instance, slot, spec, deadline));
+            }
+            Action::WatchMemory { swap, gpus: _ } => self.memory.watch(swap),
+            Action::UnwatchMemory { swap } => self.memory.unwatch(swap),
+            Action::Answer { ask, answer } => {
+                if let Some(reply) = self.asks.remove(&ask) {
+                    // The asker may have left meanwhile.
+                    let _ = reply.send(answer);
+                }
+            }
+            Action::Record(record) => self.record(record),
+            Action::Remember { model, learned } => {
+                self.learned.insert(model, learned);
+                self.state.remember_learned(&self.learned);
+            }
+            Action::Notice { model: Some(model), text } => tracing::info!(%model, "{text}"),
+            Action::Notice { model: None, text } => tracing::info!("{text}"),
+        }
+    }
+
+    fn gate(&self, instance: InstanceId) -> Option<&Arc<Gate>> {
+        self.instances.get(&instance)?.gate.as_ref()
+    }
+
+    fn grant(&mut self, request: RequestId, instance: InstanceId) {
+        let Some(waiting) = self.waiting.remove(&request) else { return };
+        let Some(live) = self.instances.get(&instance) else { return };
+        let Some(gate) = &live.gate else { return };
+        let start = match live.ready_at {
+            Some(ready_at) if waiting.arrived < ready_at => live.started,
+            _ => StartKind::Hot,
+        };
+        // A caller who left meanwhile drops the lease, which releases it.
+        let _ = waiting.reply.send(Ok(gate.grant(start)));
+    }
+
+    fn refuse(&mut self, request: RequestId, refusal: Refusal) {
+        if let Some(waiting) = self.waiting.remove(&request) {
+            tracing::debug!(model = %waiting.model, ?refusal, "refused");
+            let _ = waiting.reply.send(Err(refusal));
+        }
+    }
+
+    fn open_gate(&mut self, instance: InstanceId, permits: u32) {
+        let Some(live) = self.instances.get(&instance) else { return };
+        let Some(gate) = live.gate.clone() else { return };
+        gate.open(permits);
+        self.publish_gates(|gates| {
+            gates.insert(gate.model.clone(), gate);
+        });
+    }
+
+    fn close_gate(&mut self, instance: InstanceId) {
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        let Some(gate) = &live.gate else { return };
+        gate.close();
+        let count = gate.read();
+        live.told = Some(count);
+        self.follow_up.push_back(Event::GateSeen { instance, gate: count });
+    }
+
+    fn unpublish_gate(&mut self, instance: InstanceId) {
+        self.publish_gates(|gates| gates.retain(|_, gate| gate.instance != instance));
+    }
+
+    fn publish_gates(&self, change: impl FnOnce(&mut super::handle::Gates)) {
+        let mut gates = super::handle::Gates::clone(&self.shared.gates.load());
+        change(&mut gates);
+        self.shared.gates.store(Arc::new(gates));
+    }
+
+    fn launch(
+        &mut self,
+        instance: InstanceId,
+        footprint: Option<Bytes>,
+    ) -> Result<LaunchSpec, Fault> {
+        let Some(live) = self.instances.get_mut(&instance) else {
+            return Err(Fault::new(FaultKind::Internal, "the instance is gone"));
+        };
+        let port = if live.spec.is_external() {
+            0
+        } else {
+            self.ports.assign(instance, live.spec.port)?
+        };
+        let launcher = Launcher {
+            gpus: &self.effects.gpus,
+            installation: &self.state.installation,
+            log_dir: self.state.logs(),
+        };
+        let launch = launcher.launch(instance, &live.spec, &live.gpus, footprint, port);
+        live.launch = Some(launch.clone());
+        Ok(launch)
+    }
+
+    fn preflight(
+        &mut self,
+        swap: SwapId,
+        instance: InstanceId,
+        model: &ModelName,
+        gpus: Vec<GpuId>,
+    ) {
+        self.note_id(instance.0);
+        let catalog = self.shared.catalog.load_full();
+        let Some(spec) = catalog.model(model) else {
+            let fault =
+                Fault::new(FaultKind::Internal, format!("{model} is not configured any more"));
+            let done = Done::Preflight(Err(fault));
+            self.follow_up.push_back(Event::MoveDone { swap, instance, done });
+            return;
+        };
+        self.instances.insert(instance, Live::new(Arc::clone(spec), gpus));
+        let launch = self.launch(instance, None);
+        let task = self.effects.preflight(swap, launch, instance);
+        if let Some(live) = self.instances.get_mut(&instance) {
+            live.task = Some(task);
+        }
+    }
+
+    fn fetch(&mut self, swap: SwapId, instance: InstanceId) {
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        let Some(launch) = live.launch.clone() else { return };
+        live.task = Some(self.effects.fetch(swap, launch, live.progress.clone()));
+    }
+
+    fn start(
+        &mut self,
+        swap: SwapId,
+        instance: InstanceId,
+        model: &ModelName,
+        gpus: Vec<GpuId>,
+        footprint: Option<Bytes>,
+        deadline: Time,
+    ) {
+        self.note_id(instance.0);
+        if let Some(live) = self.instances.get_mut(&instance) {
+            live.gpus = gpus;
+        }
+        let launch = match self.launch(instance, footprint) {
+            Ok(launch) => launch,
+            Err(fault) => {
+                let done = Done::Start(Err(fault));
+                self.follow_up.push_back(Event::MoveDone { swap, instance, done });
+                return;
+            }
+        };
+        tracing::info!(%model, %instance, port = launch.port, "starting");
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        let (slot, progress) = (live.slot.clone(), live.progress.clone());
+        live.started = StartKind::Cold;
+        live.task = Some(self.effects.start(swap, launch, slot, progress, deadline));
+    }
+
+    fn stop(&mut self, now: Time, swap: SwapId, instance: InstanceId) {
+        self.unpublish_gate(instance);
+        self.count_residency(now, instance);
+        let Some(live) = self.instances.get_mut(&instance) else {
+            // Died and was cleared already: gone is what was asked for.
+            let done = Done::Stop(Ok(()));
+            self.follow_up.push_back(Event::MoveDone { swap, instance, done });
+            return;
+        };
+        live.stopping = true;
+        // Closes idle upstream connections: an engine that drains must not wait for them.
+        live.gate = None;
+        tracing::info!(model = %live.spec.name, %instance, "stopping");
+        let (task, slot, spec) = (live.task.take(), live.slot.clone(), Arc::clone(&live.spec));
+        self.effects.stop(swap, instance, task, slot, spec);
+    }
+
+    /// Adds the residency that ends now to the model's totals.
+    pub(super) fn count_residency(&mut self, now: Time, instance: InstanceId) {
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        let Some(ready_at) = live.ready_at.take() else { return };
+        let facts = self.facts.entry(live.spec.name.clone()).or_default();
+        facts.unloaded_at = Some(now);
+        facts.uptime_before += now.since(ready_at);
+        facts.requests_before += live.gate.as_ref().map_or(0, |gate| gate.granted());
+        facts.endpoint = None;
+    }
+
+    /// What the owner must know of an effect's end before the scheduler acts on it.
+    pub(super) fn effect(&mut self, event: Event) {
+        match &event {
+            Event::MoveDone { instance, done, .. } => self.before_move_done(*instance, done),
+            Event::InstanceDied { instance, fault } => self.before_death(*instance, fault),
+            _ => {}
+        }
+        let cleared = match &event {
+            Event::MoveDone { instance, done: Done::Stop(Ok(())), .. } => Some(*instance),
+            _ => None,
+        };
+        self.step(event);
+        if let Some(instance) = cleared {
+            self.instances.remove(&instance);
+            self.ports.release(instance);
+        }
+    }
+
+    fn before_move_done(&mut self, instance: InstanceId, done: &Done) {
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        match done {
+            Done::Start(Ok(_)) | Done::Wake(Ok(_)) if !live.stopping => {
+                live.task = None;
+                let Some(running) = peek(&live.slot) else { return };
+                self.became_ready(instance, &running);
+                if matches!(done, Done::Start(_)) {
+                    self.watch_exit(instance, &running);
+                }
+            }
+            Done::Start(Err(fault)) | Done::Preflight(Err(fault)) | Done::Fetch(Err(fault)) => {
+                live.task = None;
+                let facts = self.facts.entry(live.spec.name.clone()).or_default();
+                facts.last_fault = Some(fault.clone());
+                tracing::warn!(model = %live.spec.name, %instance, kind = ?fault.kind, "{}", fault.message);
+            }
+            Done::Stop(Err(fault)) => {
+                tracing::error!(model = %live.spec.name, %instance, "{}", fault.message);
+            }
+            _ => live.task = None,
+        }
+    }
+
+    /// Builds the gate, still closed.
+    pub(super) fn became_ready(&mut self, instance: InstanceId, running: &Running) {
+        let now = self.effects.now();
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        let client = upstream_client();
+        live.gate = Some(Arc::new(Gate::new(
+            instance,
+            live.spec.name.clone(),
+            running.endpoint.clone(),
+            client,
+            self.effects.inbox.clone(),
+            self.shared.epoch,
+        )));
+        live.told = None;
+        live.ready_at = Some(now);
+        let facts = self.facts.entry(live.spec.name.clone()).or_default();
+        facts.loaded_at = Some(now);
+        facts.starts += 1;
+        facts.last_fault = None;
+        facts.endpoint = Some(running.endpoint.base.clone());
+    }
+
+    /// Tells the scheduler when a ready engine ends by itself.
+    pub(super) fn watch_exit(&self, instance: InstanceId, running: &Running) {
+        let (mut exit, inbox) = (running.exit.clone(), self.effects.inbox.clone());
+        let (log, model) = (running.log.clone(), running.identity.model.clone());
+        tokio::spawn(async move {
+            let report = ended(&mut exit).await;
+            let kind = if report.oom_killed { FaultKind::OutOfMemory } else { FaultKind::Exited };
+            let fault =
+                Fault::new(kind, format!("{model}: the engine {report} while it was ready"))
+                    .with_log(log.last(20));
+            inbox.send(Message::Effect(Event::InstanceDied { instance, fault }));
+        });
+    }
+
+    fn before_death(&mut self, instance: InstanceId, fault: &Fault) {
+        let now = self.effects.now();
+        let Some(live) = self.instances.get(&instance) else { return };
+        if live.stopping {
+            return;
+        }
+        let (spec, running) = (Arc::clone(&live.spec), peek(&live.slot));
+        tracing::error!(model = %spec.name, %instance, "{}", fault.message);
+        self.unpublish_gate(instance);
+        if let Some(gate) = self.gate(instance) {
+            gate.cancelled.cancel();
+        }
+        self.count_residency(now, instance);
+        let facts = self.facts.entry(spec.name.clone()).or_default();
+        facts.restarts += 1;
+        facts.last_fault = Some(fault.clone());
+        self.metrics.instance_restarted(&spec.name);
+        // Its children and its container go too; the scheduler asks for memory proof by itself.
+        if let Some(running) = running {
+            let effects = self.effects.clone();
+            tokio::spawn(async move {
+                if let Err(fault) = effects.stop_within(&running, &spec.stop).await {
+                    tracing::error!(model = %spec.name, "failed to clear a dead engine: {}", fault.message);
+                }
+                effects.holders.forget(instance);
+                effects.inbox.send(Message::Cleared(instance));
+            });
+        }
+    }
+
+    fn record(&mut self, record: SwapRecord) {
+        self.note_id(record.id.0);
+        let Some(outcome) = &record.outcome else { return };
+        tracing::info!(
+            swap = %record.id,
+            model = %record.model,
+            cause = record.cause.as_str(),
+            result = outcome.as_str(),
+            ms = record.ended.map_or(0, |ended| ended.since(record.began).as_millis() as u64),
+            decision = record.decision,
+            "swap ended"
+        );
+        self.metrics.swap_ended(&record);
+        // An instance whose start failed is gone; a ready one stays.
+        if let Some(instance) = record.instance
+            && self.instances.get(&instance).is_some_and(|live| {
+                live.task.is_none()
+                    && live.gate.is_none()
+                    && !live.stopping
+                    && peek(&live.slot).is_none()
+            })
+        {
+            self.instances.remove(&instance);
+            self.ports.release(instance);
+        }
+        let ledger = Arc::make_mut(&mut self.ledger);
+        if ledger.len() >= LEDGER_ROWS_MAX {
+            ledger.pop_front();
+        }
+        ledger.push_back(Arc::new(record));
+    }
+
+    fn note_id(&mut self, id: u64) {
+        if id > self.last_id {
+            self.last_id = id;
+            self.state.remember_last_id(id);
+        }
+    }
+}
+
+fn upstream_client() -> UpstreamClient {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    Client::builder(TokioExecutor::new())
+        .pool_idle_timeout(POOL_IDLE)
+        .pool_timer(TokioTimer::new())
+        .retry_canceled_requests(false)
+        .build(connector)
+}

@@ -1,0 +1,50 @@
+//! Builds the snapshot that everyone else reads.
+
+use std::sync::Arc;
+
+use super::run::Owner;
+use super::view::{GpuFacts, Health, View};
+
+impl Owner {
+    pub(super) fn publish(&self) {
+        let now = self.effects.now();
+        let reading = self.memory.latest.borrow().clone();
+        let gpus = self
+            .effects
+            .gpus
+            .gpus()
+            .iter()
+            .map(|gpu| GpuFacts {
+                id: gpu.id,
+                uuid: gpu.uuid.clone(),
+                name: gpu.name.clone(),
+                memory: reading.gpus.iter().find(|memory| memory.gpu == gpu.id).cloned(),
+                utilization: reading.utilization.get(&gpu.id).copied(),
+            })
+            .collect();
+        let scheduler = self.scheduler.view(now);
+        let gpu_health = match (&scheduler.no_proof, &reading.error) {
+            (Some(message), _) | (None, Some(message)) => {
+                Health { ok: false, detail: message.clone() }
+            }
+            (None, None) => Health { ok: true, detail: self.effects.gpus.describe() },
+        };
+        let progress = self
+            .instances
+            .iter()
+            .filter(|(_, live)| live.ready_at.is_none() && live.task.is_some())
+            .map(|(instance, live)| (*instance, live.progress_now.borrow().clone()))
+            .collect();
+        self.shared.view.store(Arc::new(View {
+            at: now,
+            scheduler,
+            models: self.facts.clone(),
+            progress,
+            gpus,
+            gpu_health,
+            docker_health: self.docker_health.clone(),
+            foreign: self.foreign.borrow().clone(),
+            ledger: Arc::clone(&self.ledger),
+        }));
+    }
+}

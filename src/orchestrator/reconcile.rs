@@ -1,0 +1,161 @@
+//! At start-up: what of an earlier run still lives is adopted if it is healthy and unchanged;
+//! the rest is reaped. What we did not start is never touched.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+
+use super::effects::Effects;
+use super::launch::spec_hash;
+use crate::config::catalog::{Catalog, DockerSpec, GpuRequest, ModelSpec, RuntimeSpec, StopSpec};
+use crate::engine;
+use crate::gpu::Gpus;
+use crate::runtime::{Found, Identity, Progress, Running};
+use crate::scheduler::event::Fault;
+use crate::units::{Bytes, GpuId, InstanceId};
+
+/// An adopted engine answers at once; one that was still starting is not worth the wait.
+const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+const REAP_GRACE: Duration = Duration::from_secs(5);
+
+pub struct Adopted {
+    pub spec: Arc<ModelSpec>,
+    pub running: Running,
+    pub footprint: Bytes,
+}
+
+/// Looks through every runtime that the catalog (or an earlier one) uses.
+pub async fn reconcile(
+    effects: &Effects,
+    catalog: &Catalog,
+    installation: &str,
+    last_id: u64,
+) -> Vec<Adopted> {
+    let uses_docker =
+        catalog.models.values().any(|spec| matches!(spec.runtime, RuntimeSpec::Docker(_)));
+    let mut found = listed("process", effects.runtimes.process.find(installation).await);
+    if uses_docker {
+        found.extend(listed("docker", effects.runtimes.docker.find(installation).await));
+    }
+    let checked = found.into_iter().map(|found| adopt_or_reap(effects, catalog, found));
+    let mut adopted: Vec<Adopted> = join_all(checked).await.into_iter().flatten().collect();
+    let mut next =
+        adopted.iter().map(|adopted| adopted.running.identity.instance.0).fold(last_id, u64::max);
+    for spec in catalog.models.values() {
+        let RuntimeSpec::Docker(DockerSpec { container: Some(name), .. }) = &spec.runtime else {
+            continue;
+        };
+        next += 1;
+        let named = adopt_named(effects, spec, name, installation, InstanceId(next)).await;
+        adopted.extend(named);
+    }
+    adopted
+}
+
+/// A container that compose (say) made and that runs already. If it does not answer it is left as
+/// it is: starting the model will restart it.
+async fn adopt_named(
+    effects: &Effects,
+    spec: &Arc<ModelSpec>,
+    name: &str,
+    installation: &str,
+    instance: InstanceId,
+) -> Option<Adopted> {
+    let mut identity = Identity {
+        installation: installation.to_owned(),
+        instance,
+        model: spec.name.clone(),
+        spec_hash: spec_hash(spec),
+        gpus: all_wanted(spec, &effects.gpus),
+        port: 0,
+    };
+    let container_port = engine::derive(spec, 0, identity.gpus.len(), None, None).container_port;
+    let docker = &effects.runtimes.docker;
+    let mut running = match docker.adopt_named(name, identity.clone(), container_port).await {
+        Ok(running) => running?,
+        Err(fault) => {
+            tracing::warn!(model = %spec.name, "{}", fault.message);
+            return None;
+        }
+    };
+    if let Err(fault) = answers(spec, &running).await {
+        tracing::warn!(model = %spec.name, container = name, "runs, but is not adopted: {}", fault.message);
+        return None;
+    }
+    effects.holders.register(&running);
+    let held = effects.gpus_held_by(instance).await;
+    if !held.is_empty() {
+        identity.gpus = held;
+    }
+    running.identity.gpus.clone_from(&identity.gpus);
+    let footprint = effects.held_by(instance, &identity.gpus).await;
+    tracing::info!(model = %spec.name, container = name, "adopted a named container");
+    Some(Adopted { spec: Arc::clone(spec), running, footprint: footprint.unwrap_or(Bytes::ZERO) })
+}
+
+/// The GPUs that the model would take if all were free: what is known before memory was read.
+fn all_wanted(spec: &ModelSpec, gpus: &Gpus) -> Vec<GpuId> {
+    let known = gpus.gpus();
+    match &spec.gpus {
+        GpuRequest::None => Vec::new(),
+        GpuRequest::Count(count) => {
+            known.iter().take(usize::from(*count)).map(|gpu| gpu.id).collect()
+        }
+        GpuRequest::Explicit(wanted) => known
+            .iter()
+            .filter(|gpu| {
+                wanted.iter().any(|name| *name == gpu.uuid || *name == gpu.id.to_string())
+            })
+            .map(|gpu| gpu.id)
+            .collect(),
+    }
+}
+
+fn listed(runtime: &str, found: Result<Vec<Found>, Fault>) -> Vec<Found> {
+    found.unwrap_or_else(|fault| {
+        tracing::warn!(
+            runtime,
+            "instances of an earlier run cannot be looked up: {}",
+            fault.message
+        );
+        Vec::new()
+    })
+}
+
+async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, found: Found) -> Option<Adopted> {
+    let identity = &found.running.identity;
+    let (model, instance) = (&identity.model, identity.instance);
+    let why_not = match catalog.model(model) {
+        _ if !found.alive => "it does not run any more".to_owned(),
+        None => "its model is not configured any more".to_owned(),
+        Some(spec) if spec_hash(spec) != identity.spec_hash => {
+            "its configuration changed since".to_owned()
+        }
+        Some(spec) => match answers(spec, &found.running).await {
+            Err(fault) => fault.message,
+            Ok(()) => {
+                effects.holders.register(&found.running);
+                let footprint = effects.held_by(instance, &identity.gpus).await;
+                tracing::info!(%model, %instance, endpoint = found.running.endpoint.base, "adopted");
+                return Some(Adopted {
+                    spec: Arc::clone(spec),
+                    footprint: footprint.unwrap_or(Bytes::ZERO),
+                    running: found.running,
+                });
+            }
+        },
+    };
+    tracing::info!(%model, %instance, "reaping an instance of an earlier run: {why_not}");
+    let stop = StopSpec { signal: "SIGTERM".to_owned(), grace: REAP_GRACE };
+    if let Err(fault) = effects.stop_within(&found.running, &stop).await {
+        tracing::error!(%model, %instance, "failed to reap: {}", fault.message);
+    }
+    None
+}
+
+async fn answers(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
+    let (progress, _) = Progress::new();
+    let deadline = Instant::now() + ANSWER_WITHIN;
+    engine::wait_ready(spec, running, &progress, deadline.into()).await
+}

@@ -1,0 +1,263 @@
+//! The one owner: select → journal → handle → perform, and nothing is awaited in between.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::effects::{Effects, Slot, Task};
+use super::gate::{Gate, Lease, StartKind};
+use super::handle::{Message, Shared};
+use super::journal::Journal;
+use super::launch::Ports;
+use super::memory_watch::MemoryWatch;
+use super::state_dir::StateDir;
+use super::view::{Health, ModelFacts};
+use crate::config::catalog::ModelSpec;
+use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow, RuntimeHandle};
+use crate::scheduler::Scheduler;
+use crate::scheduler::action::{Answer, Refusal};
+use crate::scheduler::event::{Event, GateCount, Learned};
+use crate::scheduler::record::SwapRecord;
+use crate::telemetry::metrics::Metrics;
+use crate::units::{AskId, GpuId, InstanceId, ModelName, RequestId, Time};
+
+/// Messages handled before the view is published again.
+const BATCH_MAX: usize = 256;
+
+pub(super) struct Owner {
+    pub scheduler: Scheduler,
+    pub shared: Arc<Shared>,
+    pub inbox: mpsc::UnboundedReceiver<Message>,
+    pub effects: Effects,
+    pub state: StateDir,
+    pub journal: Journal,
+    pub metrics: Arc<Metrics>,
+    pub memory: MemoryWatch,
+    pub ports: Ports,
+    pub instances: BTreeMap<InstanceId, Live>,
+    pub waiting: BTreeMap<RequestId, WaitingRequest>,
+    pub asks: BTreeMap<AskId, oneshot::Sender<Answer>>,
+    pub facts: BTreeMap<ModelName, ModelFacts>,
+    pub learned: BTreeMap<ModelName, Learned>,
+    pub ledger: Arc<VecDeque<Arc<SwapRecord>>>,
+    /// Events that an action produced at once; handled before anything else.
+    pub follow_up: VecDeque<Event>,
+    pub last_id: u64,
+    pub docker_health: Option<Health>,
+    pub foreign: watch::Receiver<Vec<Foreign>>,
+    pub shutdown: Option<oneshot::Sender<()>>,
+}
+
+pub(super) struct WaitingRequest {
+    pub model: ModelName,
+    pub arrived: Time,
+    pub reply: oneshot::Sender<Result<Lease, Refusal>>,
+}
+
+/// One instance, from the first effect for it until it is gone.
+pub(super) struct Live {
+    pub spec: Arc<ModelSpec>,
+    pub gpus: Vec<GpuId>,
+    pub launch: Option<LaunchSpec>,
+    pub slot: Slot,
+    /// The effect under way, if it can be called off.
+    pub task: Option<Task>,
+    pub gate: Option<Arc<Gate>>,
+    /// The counters the scheduler was last told.
+    pub told: Option<GateCount>,
+    pub progress: Progress,
+    pub progress_now: watch::Receiver<ProgressNow>,
+    pub stopping: bool,
+    /// How requests that waited for it were served.
+    pub started: StartKind,
+    pub ready_at: Option<Time>,
+}
+
+impl Live {
+    pub fn new(spec: Arc<ModelSpec>, gpus: Vec<GpuId>) -> Live {
+        let (progress, progress_now) = Progress::new();
+        Live {
+            spec,
+            gpus,
+            launch: None,
+            slot: Slot::default(),
+            task: None,
+            gate: None,
+            told: None,
+            progress,
+            progress_now,
+            stopping: false,
+            started: StartKind::Cold,
+            ready_at: None,
+        }
+    }
+}
+
+impl Owner {
+    pub(super) async fn run(mut self) {
+        self.publish();
+        loop {
+            let wake = self.scheduler.next_wake();
+            let due = wake.map(|(at, _)| self.shared.epoch + Duration::from_millis(at.0));
+            let first = tokio::select! {
+                message = self.inbox.recv() => match message {
+                    Some(message) => message,
+                    None => return,
+                },
+                () = sleep_until(due) => Message::Effect(Event::Woke),
+            };
+            let mut next = Some(first);
+            for _ in 0..BATCH_MAX {
+                let Some(message) = next.take().or_else(|| self.inbox.try_recv().ok()) else {
+                    break;
+                };
+                self.receive(message);
+            }
+            self.publish();
+            if self.shutdown.is_some() {
+                self.stop_everything().await;
+                self.publish();
+                return;
+            }
+        }
+    }
+
+    fn receive(&mut self, message: Message) {
+        match message {
+            Message::Request { request, reply } => {
+                if reply.is_closed() {
+                    return;
+                }
+                let (model, arrived) = (request.model.clone(), request.arrived);
+                self.waiting.insert(request.id, WaitingRequest { model, arrived, reply });
+                self.step(Event::RequestArrived(request));
+            }
+            Message::RequestGone(request) => {
+                if self.waiting.remove(&request).is_some() {
+                    self.step(Event::RequestGone { request });
+                }
+            }
+            Message::GatePing(instance) => self.tell_gate(instance, true),
+            Message::Ask { event, ask, reply } => {
+                self.asks.insert(ask, reply);
+                self.step(event);
+            }
+            Message::Effect(Event::AskGone { ask }) => {
+                if self.asks.remove(&ask).is_some() {
+                    self.step(Event::AskGone { ask });
+                }
+            }
+            Message::Effect(event) => self.effect(event),
+            Message::Cleared(instance) => {
+                if self.instances.get(&instance).is_some_and(|live| !live.stopping) {
+                    self.instances.remove(&instance);
+                    self.ports.release(instance);
+                }
+            }
+            Message::DockerHealth(health) => self.docker(health),
+            Message::Reload { catalog, reply } => {
+                self.shared.catalog.store(Arc::clone(&catalog));
+                for name in catalog.models.keys() {
+                    self.facts.entry(name.clone()).or_default();
+                }
+                self.step(Event::CatalogChanged(catalog));
+                // The caller may have left; the reload stands.
+                let _ = reply.send(());
+            }
+            Message::Shutdown { reply } => {
+                self.step(Event::ShuttingDown);
+                self.shutdown = Some(reply);
+            }
+        }
+    }
+
+    /// Hands one event to the scheduler, with fresh gate counters before it.
+    pub(super) fn step(&mut self, event: Event) {
+        let changed: Vec<InstanceId> = self.instances.keys().copied().collect();
+        for instance in changed {
+            self.tell_gate(instance, false);
+        }
+        self.handle(event);
+    }
+
+    /// `always`: also when nothing changed (a ping, or the answer to `CloseGate`).
+    pub(super) fn tell_gate(&mut self, instance: InstanceId, always: bool) {
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        let Some(gate) = &live.gate else { return };
+        let count = gate.read();
+        if always || live.told != Some(count) {
+            live.told = Some(count);
+            self.handle(Event::GateSeen { instance, gate: count });
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        let mut out = Vec::new();
+        let mut next = Some(event);
+        while let Some(event) = next {
+            let now = self.effects.now();
+            self.journal.append(now, &event);
+            tracing::trace!(?event, "event");
+            self.scheduler.handle(now, event, &mut out);
+            for action in out.drain(..) {
+                tracing::trace!(?action, "action");
+                self.perform(now, action);
+            }
+            next = self.follow_up.pop_front();
+        }
+    }
+
+    fn docker(&mut self, health: Health) {
+        let was_ok = self.docker_health.as_ref().is_none_or(|known| known.ok);
+        let ours: Vec<InstanceId> = self
+            .instances
+            .iter()
+            .filter(|(_, live)| {
+                let running = super::effects::peek(&live.slot);
+                matches!(running.map(|running| running.handle), Some(RuntimeHandle::Docker { .. }))
+            })
+            .map(|(instance, _)| *instance)
+            .collect();
+        let is_ok = health.ok;
+        self.docker_health = Some(health);
+        match (was_ok, is_ok) {
+            (true, false) if !ours.is_empty() => {
+                self.step(Event::RuntimeLost { instances: ours });
+            }
+            (false, true) => self.ask_who_lives(ours),
+            _ => {}
+        }
+    }
+
+    fn ask_who_lives(&self, instances: Vec<InstanceId>) {
+        let (effects, docker) = (self.effects.clone(), self.effects.runtimes.docker.clone());
+        let running: Vec<_> = instances
+            .iter()
+            .filter_map(|instance| {
+                let live = self.instances.get(instance)?;
+                Some((*instance, super::effects::peek(&live.slot)?))
+            })
+            .collect();
+        tokio::spawn(async move {
+            let (mut alive, mut dead) = (Vec::new(), Vec::new());
+            for (instance, running) in running {
+                match docker.is_alive(&running).await {
+                    Ok(true) => alive.push(instance),
+                    Ok(false) => dead.push(instance),
+                    // Away again: the next change of health asks anew.
+                    Err(_) => return,
+                }
+            }
+            effects.inbox.send(Message::Effect(Event::RuntimeBack { alive, dead }));
+        });
+    }
+}
+
+async fn sleep_until(due: Option<std::time::Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,134 @@
+//! The state folder: lock, installation id, last used id, learned figures, journal, engine logs.
+//!
+//! Everything here is small and may be lost without losing correctness, except the lock (two
+//! Wharfs would fight over the same GPUs) and the installation id (without it, instances of an
+//! earlier run would be strangers).
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::scheduler::event::Learned;
+use crate::units::ModelName;
+
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error(
+        "another wharf already uses {path} (its lock is held): stop it, or give this one another `store:`"
+    )]
+    Locked { path: PathBuf },
+    #[error("failed to use the state folder {path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+}
+
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    pub installation: String,
+    /// Held as long as we live.
+    _lock: Flock<File>,
+}
+
+impl StateDir {
+    pub fn open(path: &Path) -> Result<StateDir, StateError> {
+        let io = |source| StateError::Io { path: path.to_owned(), source };
+        for dir in [path.to_owned(), path.join("logs"), path.join("journal"), path.join("vram")] {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(io)?;
+        }
+        let path = path.canonicalize().map_err(io)?;
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(path.join("lock"))
+            .map_err(io)?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| StateError::Locked { path: path.clone() })?;
+        let installation = installation_id(&path.join("installation")).map_err(io)?;
+        Ok(StateDir { path, installation, _lock: lock })
+    }
+
+    pub fn logs(&self) -> PathBuf {
+        self.path.join("logs")
+    }
+
+    pub fn journal(&self) -> PathBuf {
+        self.path.join("journal")
+    }
+
+    /// Where stand-in engines declare simulated memory.
+    pub fn vram_ledger(&self) -> PathBuf {
+        self.path.join("vram")
+    }
+
+    /// The largest id of an instance or swap that was ever used here.
+    pub fn last_id(&self) -> u64 {
+        let text = fs::read_to_string(self.path.join("last_id")).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    }
+
+    pub fn remember_last_id(&self, id: u64) {
+        self.write("last_id", id.to_string().as_bytes());
+    }
+
+    pub fn learned(&self) -> BTreeMap<ModelName, Learned> {
+        let Ok(text) = fs::read(self.path.join("learned.json")) else { return BTreeMap::new() };
+        serde_json::from_slice(&text).unwrap_or_else(|error| {
+            tracing::warn!(%error, "learned.json is not readable: starting without learned figures");
+            BTreeMap::new()
+        })
+    }
+
+    pub fn remember_learned(&self, learned: &BTreeMap<ModelName, Learned>) {
+        match serde_json::to_vec_pretty(learned) {
+            Ok(bytes) => self.write("learned.json", &bytes),
+            Err(error) => tracing::warn!(%error, "failed to write learned figures"),
+        }
+    }
+
+    /// Whole or not at all; a full disk costs the figure, not the service.
+    fn write(&self, name: &str, bytes: &[u8]) {
+        let (target, temporary) = (self.path.join(name), self.path.join(format!("{name}.new")));
+        let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &target));
+        if let Err(error) = written {
+            tracing::warn!(file = %target.display(), %error, "failed to write state");
+        }
+    }
+}
+
+fn installation_id(path: &Path) -> io::Result<String> {
+    if let Ok(id) = fs::read_to_string(path) {
+        let id = id.trim();
+        if !id.is_empty() {
+            return Ok(id.to_owned());
+        }
+    }
+    let mut random = [0_u8; 8];
+    File::open("/dev/urandom")?.read_exact(&mut random)?;
+    let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    fs::write(path, &id)?;
+    Ok(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_wharf_is_kept_out_and_the_identity_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("wharf.d");
+        let first = StateDir::open(&path).unwrap();
+        assert!(matches!(StateDir::open(&path), Err(StateError::Locked { .. })));
+        first.remember_last_id(41);
+        let installation = first.installation.clone();
+        drop(first);
+        let again = StateDir::open(&path).unwrap();
+        assert_eq!((again.installation.as_str(), again.last_id()), (installation.as_str(), 41));
+    }
+}

@@ -1,0 +1,274 @@
+//! Brings an image here, with progress, before anything is drained for it.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use bollard::models::CreateImageInfo;
+use bollard::query_parameters::CreateImageOptionsBuilder;
+use futures_util::StreamExt as _;
+use tokio::time::timeout;
+
+use super::client::{Client, PROMPT};
+use super::registry::{self, Reference};
+use super::{DockerRuntime, errors, place::Place};
+use crate::config::catalog::{ModelSpec, PullPolicy};
+use crate::runtime::Progress;
+use crate::scheduler::event::{Fault, FaultKind};
+use crate::units::Bytes;
+
+/// A pull that reports nothing for this long is given up; unpacking reports too.
+const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// A disk with less than this is not even tried.
+const DISK_FREE_MIN: Bytes = Bytes::mib(256);
+/// The rate is taken over this long, so that it neither jumps nor lags.
+const RATE_WINDOW: Duration = Duration::from_secs(5);
+
+/// Fetches what the model's container is made from. A named container has everything it needs.
+pub async fn fetch(
+    runtime: &DockerRuntime,
+    model: &ModelSpec,
+    progress: &Progress,
+) -> Result<(), Fault> {
+    let spec = super::docker_spec(model)?;
+    let Some(image) = spec.image.as_deref().filter(|_| spec.container.is_none()) else {
+        return Ok(());
+    };
+    let client = &runtime.client;
+    let present = is_present(client, image).await?;
+    match (spec.pull, present) {
+        (PullPolicy::Missing | PullPolicy::Never, true) => Ok(()),
+        (PullPolicy::Never, false) => Err(missing(model, image)),
+        (PullPolicy::Missing, false) | (PullPolicy::Always, _) => {
+            pull(runtime, image, progress).await.map_err(|fault| match present {
+                true => hint_at_local(fault, image),
+                false => fault,
+            })
+        }
+    }
+}
+
+pub fn missing(model: &ModelSpec, image: &str) -> Fault {
+    Fault::new(
+        FaultKind::ImageMissing,
+        format!(
+            "image {image} is not on this Docker and `pull: never` forbids fetching it: \
+             `docker pull {image}`, or build it, or set `pull: missing` for {}",
+            model.name
+        ),
+    )
+}
+
+fn hint_at_local(fault: Fault, image: &str) -> Fault {
+    let hint = "an older one is here, which `pull: missing` would use";
+    Fault { message: format!("{} ({image}: {hint})", fault.message), ..fault }
+}
+
+pub async fn is_present(client: &Client, image: &str) -> Result<bool, Fault> {
+    let docker = client.docker().await?;
+    match timeout(PROMPT, docker.inspect_image(image)).await {
+        Ok(Ok(_)) => Ok(true),
+        Ok(Err(error)) if errors::is_missing(&error) => Ok(false),
+        Ok(Err(error)) => Err(errors::fault(client.host(), "inspect an image", &error)),
+        Err(_) => Err(errors::silent(client.host(), PROMPT)),
+    }
+}
+
+async fn pull(runtime: &DockerRuntime, image: &str, progress: &Progress) -> Result<(), Fault> {
+    let client = &runtime.client;
+    let reference = Reference::parse(image).map_err(|why| bad_image(image, &why))?;
+    let disk = Disk::of(runtime).await?;
+    disk.has_room(DISK_FREE_MIN, image)?;
+    let docker = client.docker().await?;
+    let options = CreateImageOptionsBuilder::new().from_image(&reference.name).tag(&reference.tag);
+    let credentials = registry::credentials(&reference.registry);
+    let mut reports = docker.create_image(Some(options.build()), None, credentials);
+    progress.set("pull", None, format!("asking {} for {image}", reference.registry));
+    let mut layers = Layers::default();
+    loop {
+        let report = match timeout(SILENCE_MAX, reports.next()).await {
+            Ok(Some(Ok(report))) => report,
+            Ok(Some(Err(error))) => {
+                return Err(errors::pull_fault(client.host(), image, &reference.registry, &error));
+            }
+            Ok(None) => break,
+            Err(_) => return Err(stalled(image, &reference.registry)),
+        };
+        layers.note(report, Instant::now());
+        // Docker keeps at least the unpacked image, and while unpacking the download beside it.
+        disk.has_room(layers.to_come(), image)?;
+        progress.set("pull", layers.fraction(), layers.detail());
+    }
+    if is_present(client, image).await? {
+        return Ok(());
+    }
+    Err(Fault::new(FaultKind::FetchFailed, format!("the pull of {image} ended without the image")))
+}
+
+pub fn bad_image(image: &str, why: &str) -> Fault {
+    Fault::new(FaultKind::BadSpec, format!("`{image}` is no image name: {why}"))
+}
+
+fn stalled(image: &str, registry: &str) -> Fault {
+    Fault::new(
+        FaultKind::FetchFailed,
+        format!(
+            "the pull of {image} from {registry} stalled: nothing for {} s; it continues where it \
+             was at the next attempt",
+            SILENCE_MAX.as_secs()
+        ),
+    )
+}
+
+/// The disk that holds Docker's images, where Wharf can see it.
+struct Disk {
+    root_dir: Option<String>,
+}
+
+impl Disk {
+    async fn of(runtime: &DockerRuntime) -> Result<Disk, Fault> {
+        let daemon = runtime.client.daemon().await?;
+        let here = *runtime.place.get(&runtime.client).await? == Place::Host;
+        let root_dir = Some(daemon.root_dir.clone()).filter(|_| here);
+        Ok(Disk { root_dir })
+    }
+
+    fn free(&self) -> Option<Bytes> {
+        let stat = nix::sys::statvfs::statvfs(self.root_dir.as_deref()?).ok()?;
+        Some(Bytes(stat.blocks_available().saturating_mul(stat.fragment_size())))
+    }
+
+    fn has_room(&self, need: Bytes, image: &str) -> Result<(), Fault> {
+        match self.free() {
+            Some(free) if free < need => Err(Fault::new(
+                FaultKind::DiskFull,
+                format!(
+                    "no room for {image}: at least {need} more are needed, {free} are free under \
+                     {}; `docker system df` shows what can go",
+                    self.root_dir.as_deref().unwrap_or_default()
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Progress of a pull, added up over the layers that were announced so far.
+#[derive(Debug, Default)]
+struct Layers {
+    by_id: BTreeMap<String, Layer>,
+    /// (when, bytes done), oldest first, for the rate.
+    samples: Vec<(Instant, u64)>,
+    unpacking: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Layer {
+    done: u64,
+    total: u64,
+    unpacked: bool,
+}
+
+impl Layers {
+    fn note(&mut self, report: CreateImageInfo, now: Instant) {
+        let (Some(id), Some(status)) = (report.id, report.status) else { return };
+        let detail = report.progress_detail.unwrap_or_default();
+        let bytes = |n: Option<i64>| n.and_then(|n| u64::try_from(n).ok());
+        let layer = self.by_id.entry(id).or_default();
+        match status.as_str() {
+            "Downloading" => {
+                layer.done = bytes(detail.current).unwrap_or(layer.done);
+                layer.total = bytes(detail.total).unwrap_or(layer.total).max(layer.done);
+            }
+            "Extracting" | "Download complete" | "Verifying Checksum" => layer.done = layer.total,
+            "Pull complete" | "Already exists" => {
+                layer.done = layer.total;
+                layer.unpacked = true;
+            }
+            _ => {}
+        }
+        self.unpacking = status == "Extracting";
+        let done = self.done();
+        self.samples.push((now, done));
+        let keep = self.samples.iter().position(|(at, _)| now.duration_since(*at) <= RATE_WINDOW);
+        self.samples.drain(..keep.unwrap_or_default().saturating_sub(1));
+    }
+
+    fn done(&self) -> u64 {
+        self.by_id.values().map(|layer| layer.done).sum()
+    }
+
+    fn total(&self) -> u64 {
+        self.by_id.values().map(|layer| layer.total).sum()
+    }
+
+    /// Bytes that will certainly still be written: unpacked layers are at least as large.
+    fn to_come(&self) -> Bytes {
+        let waiting = self.by_id.values().filter(|layer| !layer.unpacked);
+        Bytes(waiting.map(|layer| layer.total + layer.total - layer.done).sum())
+    }
+
+    fn fraction(&self) -> Option<f32> {
+        let total = self.total();
+        (total > 0).then(|| (self.done() as f64 / total as f64) as f32)
+    }
+
+    /// `1.2 GiB of 9.1 GiB, 85.0 MiB/s`
+    fn detail(&self) -> String {
+        let (done, total) = (Bytes(self.done()), Bytes(self.total()));
+        match self.rate() {
+            _ if total == Bytes::ZERO => "waiting for the registry".to_owned(),
+            _ if self.unpacking && done == total => format!("unpacking {total}"),
+            Some(rate) => format!("{done} of {total}, {rate}/s"),
+            None => format!("{done} of {total}"),
+        }
+    }
+
+    fn rate(&self) -> Option<Bytes> {
+        let ((first, before), (last, after)) = (self.samples.first()?, self.samples.last()?);
+        let seconds = last.duration_since(*first).as_secs_f64();
+        (seconds > 0.2).then(|| Bytes((after.saturating_sub(*before) as f64 / seconds) as u64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bollard::models::ProgressDetail;
+
+    use super::*;
+
+    fn report(id: &str, status: &str, current: i64, total: i64) -> CreateImageInfo {
+        CreateImageInfo {
+            id: Some(id.to_owned()),
+            status: Some(status.to_owned()),
+            progress_detail: Some(ProgressDetail { current: Some(current), total: Some(total) }),
+            ..CreateImageInfo::default()
+        }
+    }
+
+    #[test]
+    fn progress_adds_up_over_layers() {
+        let (start, mut layers) = (Instant::now(), Layers::default());
+        let mib = 1 << 20;
+        layers.note(report("a", "Downloading", 0, 100 * mib), start);
+        layers.note(report("b", "Downloading", 0, 300 * mib), start);
+        assert_eq!(layers.fraction(), Some(0.0));
+        let later = start + Duration::from_secs(2);
+        layers.note(report("b", "Downloading", 100 * mib, 300 * mib), later);
+        assert_eq!(layers.fraction(), Some(0.25));
+        assert_eq!(layers.detail(), "100.0 MiB of 400.0 MiB, 50.0 MiB/s");
+        assert_eq!(layers.to_come(), Bytes::mib(200 + 500));
+        layers.note(report("a", "Pull complete", 0, 0), later);
+        assert_eq!(layers.fraction(), Some(0.5));
+        assert_eq!(layers.to_come(), Bytes::mib(500));
+    }
+
+    #[test]
+    fn samples_stay_bounded() {
+        let (start, mut layers) = (Instant::now(), Layers::default());
+        for n in 0..10_000 {
+            let now = start + Duration::from_millis(10 * n);
+            layers.note(report("a", "Downloading", n as i64, 10_000), now);
+        }
+        assert!(layers.samples.len() < 600, "{}", layers.samples.len());
+    }
+}

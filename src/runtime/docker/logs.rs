@@ -1,0 +1,113 @@
+//! A container's log, followed into a [`LogTail`], over restarts of the daemon.
+
+use std::time::Duration;
+
+use bollard::container::LogOutput;
+use bollard::errors::Error;
+use bollard::query_parameters::{LogsOptions, LogsOptionsBuilder};
+use futures_util::StreamExt as _;
+
+use super::client::{Client, PROMPT, epoch_seconds};
+use super::{errors, events, watched};
+use crate::runtime::LogTail;
+
+/// Lines of its past that an adopted container brings along.
+const PAST_LINES: &str = "500";
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// Follows until the container no longer runs. `after`: leave out lines up to this time.
+pub async fn follow(client: Client, id: String, log: LogTail, after: Option<String>) {
+    let mut last = after.as_deref().map(fixed_width).unwrap_or_default();
+    let mut waits = events::delays(RETRY_FIRST, RETRY_MAX);
+    loop {
+        match follow_once(&client, &id, &log, &mut last).await {
+            Ok(true) => return,
+            Ok(false) => waits = events::delays(RETRY_FIRST, RETRY_MAX),
+            Err(error) => {
+                if let Some(words) = errors::words(&error) {
+                    if !errors::is_missing(&error) {
+                        log.push(&format!("(Docker cannot show this container's log: {words})"));
+                    }
+                    return;
+                }
+            }
+        }
+        tokio::time::sleep(waits.next().unwrap_or(RETRY_MAX)).await;
+    }
+}
+
+/// `Ok(true)`: the log is complete, as the container ended.
+async fn follow_once(
+    client: &Client,
+    id: &str,
+    log: &LogTail,
+    last: &mut String,
+) -> Result<bool, Error> {
+    let Ok(docker) = client.docker().await else { return Ok(false) };
+    let mut frames = docker.logs(id, Some(options(last)));
+    while let Some(frame) = frames.next().await {
+        push(&frame?, log, last);
+    }
+    let Ok(inspected) = tokio::time::timeout(PROMPT, docker.inspect_container(id, None)).await
+    else {
+        return Ok(false);
+    };
+    Ok(inspected?.state.is_some_and(|state| !watched::is_running(&state)))
+}
+
+fn options(last: &str) -> LogsOptions {
+    let options = LogsOptionsBuilder::new().follow(true).stdout(true).stderr(true).timestamps(true);
+    let since = last.get(..19).and_then(epoch_seconds).and_then(|s| i32::try_from(s).ok());
+    match since {
+        Some(since) => options.since(since).build(),
+        None => options.tail(PAST_LINES).build(),
+    }
+}
+
+/// One frame is `TIME TEXT`; text of progress bars holds carriage returns.
+fn push(frame: &LogOutput, log: &LogTail, last: &mut String) {
+    let frame = String::from_utf8_lossy(frame.as_ref());
+    let (time, text) = frame.split_once(' ').unwrap_or((&frame, ""));
+    let time = fixed_width(time);
+    // `since` has a resolution of one second: what was already seen comes again.
+    if time <= *last {
+        return;
+    }
+    *last = time;
+    for line in text.split(['\n', '\r']).filter(|line| !line.is_empty()) {
+        log.push(line);
+    }
+}
+
+/// RFC 3339 in UTC with nine digits, so that text order is time order.
+fn fixed_width(time: &str) -> String {
+    let (seconds, fraction) = time.trim_end_matches('Z').split_once('.').unwrap_or((time, ""));
+    format!("{}.{fraction:0<9}", seconds.trim_end_matches('Z'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(text: &str) -> LogOutput {
+        LogOutput::StdOut { message: text.to_owned().into() }
+    }
+
+    #[test]
+    fn a_line_that_comes_again_is_left_out() {
+        let (log, mut last) = (LogTail::new(), String::new());
+        push(&frame("2026-01-01T00:00:00.120000000Z one\n"), &log, &mut last);
+        push(&frame("2026-01-01T00:00:00.130000000Z 10%\r20%\r\n"), &log, &mut last);
+        push(&frame("2026-01-01T00:00:00.120000000Z one\n"), &log, &mut last);
+        assert_eq!(log.last(9), ["one", "10%", "20%"]);
+    }
+
+    #[test]
+    fn docker_trims_fractions_and_order_survives() {
+        assert!(
+            fixed_width("2026-01-01T00:00:00.12Z") < fixed_width("2026-01-01T00:00:00.120000001Z")
+        );
+        assert!(fixed_width("2026-01-01T00:00:00Z") < fixed_width("2026-01-01T00:00:00.1Z"));
+    }
+}

@@ -1,0 +1,144 @@
+//! Engines as Docker containers.
+//!
+//! Reading order: `preflight`, `fetch`, `create` (pure) and `start`, `stop`; `events` follows the
+//! daemon and `watched` tells who waits for a container that it ended; `find` is for adoption.
+//! bollard logs whole requests, environments included, at debug: keep it at `bollard=info`.
+
+mod client;
+mod create;
+mod errors;
+mod events;
+mod fetch;
+mod find;
+mod labels;
+mod logs;
+mod place;
+mod preflight;
+mod registry;
+mod start;
+mod stop;
+mod watched;
+
+use std::sync::{Arc, OnceLock};
+
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Foreign, Found, Identity, LaunchSpec, Progress, Running, RuntimeHandle};
+use crate::config::catalog::{DockerSpec, ModelSpec, RuntimeSpec, StopSpec};
+use crate::orchestrator::view::Health;
+use crate::scheduler::event::{Fault, FaultKind};
+
+pub use find::NamedContainer;
+
+/// Cheap to clone; connects lazily, so that a machine without Docker costs nothing.
+#[derive(Clone, Debug)]
+pub struct DockerRuntime {
+    client: client::Client,
+    watched: Arc<watched::Watched>,
+    place: Arc<place::PlaceCell>,
+    follower: Arc<OnceLock<AbortOnDropHandle<()>>>,
+}
+
+impl DockerRuntime {
+    /// `host`: `unix:///run/docker.sock`, `tcp://127.0.0.1:2375`; `None`: DOCKER_HOST or default.
+    pub fn new(host: Option<String>) -> DockerRuntime {
+        DockerRuntime {
+            client: client::Client::new(host),
+            watched: Arc::new(watched::Watched::new()),
+            place: Arc::default(),
+            follower: Arc::default(),
+        }
+    }
+
+    /// Begins to follow the daemon's events and health (only called if a model uses Docker).
+    /// Also done by the first start or find; must be called within a tokio runtime.
+    pub fn connect(&self) {
+        self.follower.get_or_init(|| {
+            let follow = events::follow(self.client.clone(), Arc::clone(&self.watched));
+            AbortOnDropHandle::new(tokio::spawn(follow))
+        });
+    }
+
+    /// `ok` flips when the daemon goes away or comes back.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.watched.health()
+    }
+
+    /// Daemon reachable; image name, volumes, network and runtime valid; a named container exists
+    /// and is not restarted by Docker itself.
+    pub async fn preflight(&self, spec: &LaunchSpec) -> Result<(), Fault> {
+        preflight::preflight(self, spec).await
+    }
+
+    /// Makes the image present, as the pull policy says. Cancel by dropping the future.
+    pub async fn fetch(&self, spec: &LaunchSpec, progress: &Progress) -> Result<(), Fault> {
+        fetch::fetch(self, &spec.model, progress).await
+    }
+
+    /// The same for a model that is not about to start (`wharf pull`).
+    pub async fn fetch_model(&self, model: &ModelSpec, progress: &Progress) -> Result<(), Fault> {
+        fetch::fetch(self, model, progress).await
+    }
+
+    /// Creates and starts the container, or starts the named one (one that runs is left as it is).
+    pub async fn start(&self, spec: &LaunchSpec) -> Result<Running, Fault> {
+        self.connect();
+        start::start(self, spec).await
+    }
+
+    /// `Ok`: it does not run any more, and is removed unless named. Gone already is `Ok`.
+    pub async fn stop(&self, running: &Running, stop: &StopSpec) -> Result<(), Fault> {
+        match &running.handle {
+            RuntimeHandle::Docker { id, named, .. } => stop::stop(self, id, *named, stop).await,
+            RuntimeHandle::Process { .. } | RuntimeHandle::External => Ok(()),
+        }
+    }
+
+    /// Every container of this installation by label, running or not.
+    pub async fn find(&self, installation: &str) -> Result<Vec<Found>, Fault> {
+        self.connect();
+        find::find(self, installation).await
+    }
+
+    /// The container named in the configuration; `None`: there is none of that name.
+    pub async fn find_named(&self, name: &str) -> Result<Option<NamedContainer>, Fault> {
+        find::find_named(&self.client, name).await
+    }
+
+    /// A named container that runs already, as an instance; `None`: it does not run.
+    pub async fn adopt_named(
+        &self,
+        name: &str,
+        identity: Identity,
+        container_port: u16,
+    ) -> Result<Option<Running>, Fault> {
+        self.connect();
+        find::adopt_named(self, name, identity, container_port).await
+    }
+
+    /// Is it (still) running? Used when the daemon came back.
+    pub async fn is_alive(&self, running: &Running) -> Result<bool, Fault> {
+        find::is_alive(&self.client, running).await
+    }
+
+    /// Host pids of the container; empty where they cannot be read.
+    pub async fn pids(&self, id: &str) -> Vec<u32> {
+        find::pids(&self.client, id).await
+    }
+
+    /// Running containers with a GPU that are none of ours.
+    pub async fn foreign(&self, installation: &str) -> Vec<Foreign> {
+        find::foreign(self, installation).await
+    }
+}
+
+fn docker_spec(model: &ModelSpec) -> Result<&DockerSpec, Fault> {
+    match &model.runtime {
+        RuntimeSpec::Docker(spec) => Ok(spec),
+        RuntimeSpec::Process(_) | RuntimeSpec::External(_) => {
+            let message = format!("{} does not run in Docker", model.name);
+            Err(Fault::new(FaultKind::Internal, message))
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The client commands against the real control API on loopback: exit codes, and what people read.
+
+#[path = "support/control/mod.rs"]
+mod control;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use control::*;
+use serde_json::Value;
+use wharf::cli::client::{Client, Connection};
+use wharf::cli::{ensure, load, status, swaps, unload};
+use wharf::orchestrator::handle::Message;
+use wharf::scheduler::action::{Answer, Refusal};
+use wharf::scheduler::event::Event;
+use wharf::telemetry::metrics::Metrics;
+use wharf::units::*;
+
+#[derive(Debug, Parser)]
+enum Command {
+    Status(status::Args),
+    Ensure(ensure::Args),
+    Load(load::Args),
+    Unload(unload::Args),
+    Swaps(swaps::Args),
+}
+
+/// Runs `wharf ARGS… --url URL` as the program would.
+async fn wharf(url: &str, args: &[&str]) -> ExitCode {
+    let words = [&["wharf"], args, &["--url", url]].concat();
+    match Command::try_parse_from(words).expect("valid arguments") {
+        Command::Status(args) => status::run(args).await,
+        Command::Ensure(args) => ensure::run(args).await,
+        Command::Load(args) => load::run(args).await,
+        Command::Unload(args) => unload::run(args).await,
+        Command::Swaps(args) => swaps::run(args).await,
+    }
+}
+
+/// Serves the world; its owner answers every ask by `decide`.
+async fn serve(decide: fn(&Event) -> Answer) -> (String, Vec<wharf::orchestrator::Lease>) {
+    let (mut puppet, leases) = world();
+    let router = wharf::api::router(puppet.handle.clone(), Arc::new(Metrics::new()));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    tokio::spawn(async move {
+        while let Some(message) = puppet.inbox.recv().await {
+            if let Message::Ask { event, reply, .. } = message {
+                let _ = reply.send(decide(&event));
+            }
+        }
+    });
+    (url, leases)
+}
+
+fn yes(event: &Event) -> Answer {
+    match event {
+        Event::UnloadAsked { .. } => Answer::Unloaded { was_loaded: true },
+        _ => Answer::Ready { instance: InstanceId(7), swap: Some(SwapId(7)), swapped: true },
+    }
+}
+
+fn no(_event: &Event) -> Answer {
+    Answer::Refused(Refusal::StartFailed {
+        swap: Some(SwapId(8)),
+        fault: fault(),
+        retry_at: Time(2_000_000),
+    })
+}
+
+#[tokio::test]
+async fn exit_codes_say_what_happened() {
+    let (url, _leases) = serve(yes).await;
+    for args in [
+        &["status"][..],
+        &["status", "--json"],
+        &["ensure", "mistral", "--timeout", "2m"],
+        &["ensure", "gpt-4o-mini", "--no-wait", "--json"],
+        &["load", "org/coder:7b"],
+        &["unload", "org/coder:7b", "--force"],
+        &["swaps"],
+        &["swaps", "s8"],
+        &["swaps", "--model", "org/coder:7b", "--limit", "3", "--json"],
+    ] {
+        assert_eq!(wharf(&url, args).await, ExitCode::SUCCESS, "{args:?}");
+    }
+    for args in [&["ensure", "nope"][..], &["load", "nope/x"], &["swaps", "s99"]] {
+        assert_eq!(wharf(&url, args).await, ExitCode::from(4), "{args:?}");
+    }
+    let (url, _leases) = serve(no).await;
+    assert_eq!(wharf(&url, &["ensure", "tiny"]).await, ExitCode::from(5));
+    assert_eq!(wharf(&url, &["load", "tiny", "--json"]).await, ExitCode::from(5));
+
+    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}", nobody.local_addr().expect("bound"));
+    drop(nobody);
+    assert_eq!(wharf(&url, &["status"]).await, ExitCode::from(3));
+    assert_eq!(wharf("https://127.0.0.1", &["status"]).await, ExitCode::from(2));
+}
+
+async fn answers(url: &str, path: &str) -> Value {
+    let connection = Connection { url: url.to_owned(), json: false };
+    Client::new(&connection).expect("a URL").get(path).await.expect("an answer")
+}
+
+#[tokio::test]
+async fn status_reads_like_a_table() {
+    let (url, _leases) = serve(yes).await;
+    let told =
+        status::describe(&url, &answers(&url, "/status").await, &answers(&url, "/gpus").await);
+    assert!(told.contains("healthy, multi-active; 1 of 3 models ready, 2 in flight, 2 waiting"));
+    let line = |beginning: &str| {
+        let line = told.lines().find(|line| line.starts_with(beginning));
+        line.unwrap_or_else(|| panic!("no {beginning} in\n{told}"))
+    };
+    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert_eq!(words(line("mistral")), "mistral ready 0 2 0 - -");
+    assert!(words(line("org/coder:7b")).contains("starting (start) 0 0 2 9.0 s"));
+    assert!(line("tiny").contains("CUDA out of memory"), "{told}");
+    assert!(line("swap s9").contains("load_weights 40 %, about 9.0 s left"), "{told}");
+    assert!(
+        line("GPU 0").ends_with("18.0 of 24.0 GiB used, 20.0 GiB promised (mistral, org/coder:7b)")
+    );
+}
+
+#[tokio::test]
+async fn swaps_and_ensure_tell_phases_in_order() {
+    let (url, _leases) = serve(yes).await;
+    let list = swaps::list(&answers(&url, "/swaps").await);
+    assert_eq!(list.lines().count(), 4, "{list}");
+    assert!(list.lines().nth(1).is_some_and(|line| line.contains("start …")), "{list}");
+    assert!(list.contains("drain 0.5 s, prove 1.2 s, start 7.0 s"), "{list}");
+    let one = swaps::one(&answers(&url, "/swaps/s8").await);
+    for part in ["idle 41 s", "CUDA out of memory: declare", "  | loading", "2 requests wait"] {
+        assert!(one.contains(part), "{part} in\n{one}");
+    }
+    let connection = Connection { url: url.clone(), json: false };
+    let client = Client::new(&connection).expect("a URL");
+    let body = serde_json::json!({"model": "mistral"});
+    let limit = wharf::cli::client::READ_TIMEOUT;
+    let answer = client.post("/ensure_model", &body, limit).await.expect("ready");
+    let told = ensure::describe(&answer);
+    assert!(told.starts_with("mistral is ready after 9.0 s (swap s7)\n  drain 0.5 s"), "{told}");
+}

@@ -1,0 +1,266 @@
+//! What the Docker tests share: a daemon, specs, and a folder of containers that cleans up.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bollard::query_parameters::{ListContainersOptionsBuilder, RemoveContainerOptionsBuilder};
+use bollard::{API_DEFAULT_VERSION, Docker};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use wharf::config::catalog::{
+    DockerSpec, EngineKind, GpuRequest, Health, ModelSpec, PullPolicy, RuntimeSpec, StopSpec, Vram,
+};
+use wharf::runtime::docker::DockerRuntime;
+use wharf::runtime::{Found, Identity, LaunchSpec, Running};
+use wharf::units::{InstanceId, ModelName, Priority};
+
+pub const BUSYBOX: &str = "wharf-test/busybox:1";
+/// Ample for a machine that is busy with other things.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+pub fn support(script: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support").join(script)
+}
+
+/// Says so where people and the test script see it.
+pub fn skipped(test: &str, why: &str) {
+    eprintln!("SKIPPED: {test}: {why}");
+    if let Some(file) = std::env::var_os("WHARF_SKIP_FILE") {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(file);
+        writeln!(file.expect("the skip file"), "{test}: {why}").expect("a line");
+    }
+}
+
+/// Containers of one test, on one daemon.
+pub struct Yard {
+    pub host: String,
+    pub docker: Docker,
+    pub runtime: DockerRuntime,
+    pub installation: String,
+}
+
+impl Yard {
+    /// On the daemon that the test script names; `None` (and loudly so): there is none.
+    pub async fn open(test: &str) -> Option<Yard> {
+        match std::env::var("WHARF_TEST_DOCKER") {
+            Ok(host) if !host.is_empty() => Some(Yard::on(&host, test).await),
+            _ => {
+                skipped(test, "WHARF_TEST_DOCKER names no Docker Engine");
+                None
+            }
+        }
+    }
+
+    pub async fn on(host: &str, test: &str) -> Yard {
+        let docker = if host.starts_with("tcp://") {
+            Docker::connect_with_http(host, 60, API_DEFAULT_VERSION)
+        } else {
+            Docker::connect_with_unix(host, 60, API_DEFAULT_VERSION)
+        };
+        let docker = docker.expect("a client");
+        if docker.inspect_image(BUSYBOX).await.is_err() {
+            run(Command::new(support("image.sh")).args([host, "--busybox"]));
+        }
+        let runtime = DockerRuntime::new(Some(host.to_owned()));
+        let installation = format!("{}-{test}", std::process::id());
+        Yard { host: host.to_owned(), docker, runtime, installation }
+    }
+
+    /// A spec that runs a shell script in busybox.
+    pub fn spec(&self, script: &str) -> LaunchSpec {
+        self.spec_with(|docker| docker.args = vec!["sh".into(), "-c".into(), script.into()])
+    }
+
+    /// A spec that serves `/health` on its container port.
+    pub fn server(&self) -> LaunchSpec {
+        self.spec("echo listening; exec busybox httpd -f -p 8000 -h /www")
+    }
+
+    pub fn spec_with(&self, change: impl FnOnce(&mut DockerSpec)) -> LaunchSpec {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let mut docker = DockerSpec {
+            image: Some(BUSYBOX.to_owned()),
+            env: BTreeMap::from([("PATH".to_owned(), "/bin".to_owned())]),
+            pull: PullPolicy::Never,
+            ..DockerSpec::default()
+        };
+        change(&mut docker);
+        let model = model(RuntimeSpec::Docker(docker));
+        let port = free_port();
+        LaunchSpec {
+            identity: Identity {
+                installation: self.installation.clone(),
+                instance: InstanceId(number),
+                model: model.name.clone(),
+                spec_hash: "hash".to_owned(),
+                gpus: Vec::new(),
+                port,
+            },
+            model: Arc::new(model),
+            gpus: Vec::new(),
+            port,
+            container_port: 8000,
+            args: Vec::new(),
+            env: BTreeMap::new(),
+            log_dir: PathBuf::new(),
+        }
+    }
+
+    /// Every container of this test, running or not.
+    pub async fn containers(&self) -> Vec<String> {
+        let label = format!("wharf.installation={}", self.installation);
+        let filters = HashMap::from([("label", vec![label])]);
+        let options = ListContainersOptionsBuilder::new().all(true).filters(&filters).build();
+        let list = self.docker.list_containers(Some(options)).await.expect("a list");
+        list.into_iter().filter_map(|container| container.id).collect()
+    }
+
+    pub async fn found(&self) -> Vec<Found> {
+        self.runtime.find(&self.installation).await.expect("the containers")
+    }
+
+    pub async fn clean(&self) {
+        for id in self.containers().await {
+            self.remove(&id).await;
+        }
+    }
+
+    pub async fn remove(&self, id: &str) {
+        let options = RemoveContainerOptionsBuilder::new().force(true).v(true).build();
+        let _ = self.docker.remove_container(id, Some(options)).await;
+    }
+}
+
+pub fn model(runtime: RuntimeSpec) -> ModelSpec {
+    ModelSpec {
+        name: ModelName::new("org/busy:1"),
+        aliases: Vec::new(),
+        display_name: None,
+        description: None,
+        model_type: "llm".to_owned(),
+        tags: Vec::new(),
+        unlisted: false,
+        engine: EngineKind::Openai,
+        runtime,
+        gpus: GpuRequest::None,
+        vram: Vram::Unknown,
+        ram: None,
+        size_gb: None,
+        priority: Priority::Normal,
+        pinned: false,
+        warmup: false,
+        ttl: None,
+        concurrency: None,
+        health: Health { path: Some("/health".to_owned()), stall: DEADLINE },
+        start_timeout: None,
+        stop: stop_spec(5),
+        canary: false,
+        upstream_name: None,
+        port: None,
+        waiting: None,
+        sleep: None,
+        line: 1,
+    }
+}
+
+pub fn stop_spec(seconds: u64) -> StopSpec {
+    StopSpec { signal: "SIGTERM".to_owned(), grace: Duration::from_secs(seconds) }
+}
+
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.local_addr().expect("its number").port()
+}
+
+pub fn run(command: &mut Command) -> String {
+    let output = command.output().expect("a program");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {errors}");
+    String::from_utf8(output.stdout).expect("text").trim().to_owned()
+}
+
+/// Polls until `probe` yields something; panics with `what` at the deadline.
+pub async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        if let Some(value) = probe().await {
+            return value;
+        }
+        assert!(Instant::now() < end, "not within {DEADLINE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Body of `GET base/health` once it answers.
+pub async fn healthy(base: &str) -> String {
+    let address = base.strip_prefix("http://").expect("http").to_owned();
+    eventually(&format!("{base}/health answers"), async || {
+        let mut stream = TcpStream::connect(&address).await.ok()?;
+        stream.write_all(b"GET /health HTTP/1.0\r\n\r\n").await.ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.ok()?;
+        answer.contains(" 200 ").then(|| answer.rsplit("\r\n\r\n").next().unwrap().to_owned())
+    })
+    .await
+}
+
+pub async fn exit_of(running: &Running) -> wharf::runtime::ExitReport {
+    let mut exit = running.exit.clone();
+    let ended = tokio::time::timeout(DEADLINE, exit.wait_for(Option::is_some)).await;
+    ended.expect("an exit in time").expect("a sender").clone().expect("a report")
+}
+
+/// A Docker Engine of the test's own, for what would disturb others.
+pub struct OwnDaemon {
+    dir: tempfile::TempDir,
+    flags: Vec<String>,
+    pub host: String,
+}
+
+impl OwnDaemon {
+    /// `None` (and loudly so): this machine cannot run one.
+    pub fn start(test: &str, flags: &[&str]) -> Option<OwnDaemon> {
+        let asked = Command::new(support("dockerd.sh")).arg("available").output().expect("bash");
+        if !asked.status.success() || std::env::var_os("WHARF_TEST_DOCKER").is_none() {
+            skipped(test, "no Docker Engine of its own can be started here");
+            return None;
+        }
+        // Directly under /tmp: a socket's path is short.
+        let dir = tempfile::Builder::new().prefix("whd").tempdir_in("/tmp").expect("a folder");
+        let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+        let mut daemon = OwnDaemon { dir, flags, host: String::new() };
+        daemon.host = daemon.up();
+        Some(daemon)
+    }
+
+    fn script(&self, verb: &str) -> Command {
+        let mut command = Command::new(support("dockerd.sh"));
+        command.arg(verb).arg(self.dir.path());
+        command
+    }
+
+    pub fn up(&self) -> String {
+        run(self.script("start").args(&self.flags))
+    }
+
+    pub fn crash(&self) {
+        run(&mut self.script("kill"));
+    }
+
+    /// An orderly end that leaves the containers to the daemon's own habits.
+    pub fn down(&self) {
+        run(&mut self.script("down"));
+    }
+}
+
+impl Drop for OwnDaemon {
+    fn drop(&mut self) {
+        let _ = self.script("stop").output();
+    }
+}

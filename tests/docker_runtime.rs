@@ -1,0 +1,532 @@
+//! The Docker runtime against a real Docker Engine.
+//!
+//! Run with WHARF_TEST_DOCKER=unix:///… (see tests/support/dockerd.sh); otherwise every test says
+//! that it was skipped.
+
+#[path = "docker/mod.rs"]
+mod docker;
+
+use std::time::{Duration, Instant};
+
+use bollard::models::{ContainerCreateBody, HostConfig, RestartPolicy, RestartPolicyNameEnum};
+use bollard::query_parameters::{CreateContainerOptionsBuilder, KillContainerOptionsBuilder};
+use docker::{BUSYBOX, OwnDaemon, Yard, eventually, exit_of, healthy, stop_spec};
+use wharf::config::catalog::PullPolicy;
+use wharf::runtime::docker::DockerRuntime;
+use wharf::runtime::{GpuDevice, Progress, RuntimeHandle};
+use wharf::scheduler::event::FaultKind;
+use wharf::units::{Bytes, GpuId};
+
+fn id_of(running: &wharf::runtime::Running) -> String {
+    match &running.handle {
+        RuntimeHandle::Docker { id, .. } => id.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_is_started_reached_and_removed() {
+    let Some(yard) = Yard::open("lifecycle").await else { return };
+    lifecycle(&yard).await;
+}
+
+async fn lifecycle(yard: &Yard) {
+    let spec = yard.server();
+    yard.runtime.preflight(&spec).await.expect("preflight");
+    yard.runtime.fetch(&spec, &Progress::new().0).await.expect("the image is there");
+    let running = yard.runtime.start(&spec).await.expect("a start");
+    assert_eq!(running.endpoint.base, format!("http://127.0.0.1:{}", spec.port));
+    assert_eq!(healthy(&running.endpoint.base).await, "ready\n");
+    eventually("the log line", async || {
+        running.log.last(5).contains(&"listening".to_owned()).then_some(())
+    })
+    .await;
+    assert!(!yard.runtime.pids(&id_of(&running)).await.is_empty());
+    assert!(yard.runtime.is_alive(&running).await.expect("an answer"));
+    let health = yard.runtime.health();
+    eventually("health", async || health.borrow().ok.then_some(())).await;
+    assert!(health.borrow().detail.contains("Docker Engine"), "{:?}", health.borrow());
+
+    let found = yard.found().await;
+    assert_eq!(found.len(), 1);
+    assert!(found[0].alive);
+    assert_eq!(found[0].running.identity, spec.identity);
+    assert_eq!(found[0].running.endpoint, running.endpoint);
+
+    yard.runtime.stop(&running, &spec.model.stop).await.expect("a stop");
+    assert!(yard.containers().await.is_empty());
+    assert!(!yard.runtime.is_alive(&running).await.expect("an answer"));
+    exit_of(&running).await;
+    yard.runtime.stop(&running, &spec.model.stop).await.expect("stopping twice is fine");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_created_follows_the_spec() {
+    let Some(yard) = Yard::open("spec").await else { return };
+    let volume = std::env::temp_dir();
+    let mut spec = yard.spec_with(|docker| {
+        docker.args = vec!["sh".into(), "-c".into(), "echo $A $B $0 $1; sleep 600".into()];
+        docker.env.insert("A".into(), "configured".into());
+        docker.volumes = vec![format!("{}:/data:ro", volume.display())];
+        docker.shm_size = Some(Bytes::mib(96));
+        docker.ipc = Some("private".into());
+        docker.ulimits.insert("nofile".into(), (1024, 2048));
+        docker.labels.insert("team".into(), "a".into());
+        docker.user = Some("65534".into());
+        docker.memory = Some(Bytes::mib(64));
+    });
+    spec.args = vec!["derived".into(), "args".into()];
+    spec.env = [("A", "derived"), ("B", "derived")].map(|(k, v)| (k.into(), v.into())).into();
+    let running = yard.runtime.start(&spec).await.expect("a start");
+    eventually("arguments and environment", async || {
+        running.log.last(9).contains(&"configured derived derived args".to_owned()).then_some(())
+    })
+    .await;
+    let made = yard.docker.inspect_container(&id_of(&running), None).await.expect("it");
+    let host = made.host_config.expect("a host config");
+    assert_eq!(host.restart_policy.and_then(|p| p.name), Some(RestartPolicyNameEnum::NO));
+    assert_eq!(host.init, Some(true));
+    assert_eq!(host.shm_size, Some(96 << 20));
+    assert_eq!(host.memory, Some(64 << 20));
+    assert_eq!(host.binds.expect("binds").len(), 1);
+    assert_eq!(host.ulimits.expect("ulimits")[0].hard, Some(2048));
+    let config = made.config.expect("a config");
+    assert_eq!(config.user.as_deref(), Some("65534"));
+    let labels = config.labels.expect("labels");
+    assert_eq!(labels["team"], "a");
+    assert_eq!(labels["wharf.model"], "org/busy:1");
+    yard.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_not_there_is_named() {
+    let Some(yard) = Yard::open("image").await else { return };
+    let spec = yard.spec_with(|docker| docker.image = Some("wharf-test/none:1".into()));
+    for fault in [
+        yard.runtime.preflight(&spec).await.expect_err("no image"),
+        yard.runtime.fetch(&spec, &Progress::new().0).await.expect_err("no image"),
+        yard.runtime.start(&spec).await.expect_err("no image"),
+    ] {
+        assert_eq!(fault.kind, FaultKind::ImageMissing, "{}", fault.message);
+        assert!(fault.message.contains("wharf-test/none:1"), "{}", fault.message);
+    }
+    assert!(yard.containers().await.is_empty());
+    let bad = yard.spec_with(|docker| docker.image = Some("Not An Image".into()));
+    let fault = yard.runtime.preflight(&bad).await.expect_err("a bad name");
+    assert_eq!(fault.kind, FaultKind::BadSpec);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_cannot_be_reached_is_named() {
+    let Some(yard) = Yard::open("registry").await else { return };
+    let registry = format!("127.0.0.1:{}", docker::free_port());
+    let spec = yard.spec_with(|docker| {
+        docker.image = Some(format!("{registry}/org/model:1"));
+        docker.pull = PullPolicy::Missing;
+    });
+    let fault = yard.runtime.fetch(&spec, &Progress::new().0).await.expect_err("no registry");
+    assert_eq!(fault.kind, FaultKind::FetchFailed, "{}", fault.message);
+    assert!(fault.message.contains(&registry), "{}", fault.message);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taken_port_is_named_and_nothing_is_left() {
+    let Some(yard) = Yard::open("port").await else { return };
+    let spec = yard.server();
+    let stranger = std::net::TcpListener::bind(("127.0.0.1", spec.port)).expect("the port");
+    let fault = yard.runtime.start(&spec).await.expect_err("the port is taken");
+    assert_eq!(fault.kind, FaultKind::PortTaken, "{}", fault.message);
+    assert!(fault.message.contains(&spec.port.to_string()), "{}", fault.message);
+    assert!(yard.containers().await.is_empty());
+    drop(stranger);
+
+    let first = yard.runtime.start(&spec).await.expect("the port is free again");
+    let mut second = yard.server();
+    second.port = spec.port;
+    let fault = yard.runtime.start(&second).await.expect_err("our own port");
+    assert_eq!(fault.kind, FaultKind::PortTaken, "{}", fault.message);
+    assert!(fault.message.contains("wharf-org-busy-1-"), "{}", fault.message);
+    yard.runtime.stop(&first, &stop_spec(1)).await.expect("a stop");
+    assert!(yard.containers().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_gpu_driver_and_an_unknown_runtime_are_named() {
+    let Some(yard) = Yard::open("gpu").await else { return };
+    let uuid = "GPU-00000000-0000-0000-0000-000000000000".to_owned();
+    for cdi in [false, true] {
+        let mut spec = yard.spec_with(|docker| docker.cdi = cdi);
+        spec.gpus = vec![GpuDevice { id: GpuId(0), uuid: uuid.clone() }];
+        let fault = yard.runtime.start(&spec).await.expect_err("no driver");
+        assert_eq!(fault.kind, FaultKind::GpuDriverMissing, "{}", fault.message);
+        assert!(fault.message.contains("NVIDIA Container Toolkit"), "{}", fault.message);
+    }
+    let spec = yard.spec_with(|docker| docker.runtime = Some("nvidia-nope".into()));
+    for fault in [
+        yard.runtime.preflight(&spec).await.expect_err("no runtime"),
+        yard.runtime.start(&spec).await.expect_err("no runtime"),
+    ] {
+        assert_eq!(fault.kind, FaultKind::BadSpec, "{}", fault.message);
+        assert!(fault.message.contains("nvidia-nope"), "{}", fault.message);
+    }
+    assert!(yard.containers().await.is_empty());
+
+    let mut simulated = yard.server();
+    simulated.gpus = vec![GpuDevice { id: GpuId(0), uuid: "SIM-0".into() }];
+    let running = yard.runtime.start(&simulated).await.expect("simulated GPUs need no driver");
+    yard.runtime.stop(&running, &stop_spec(1)).await.expect("a stop");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_is_not_in_the_image_is_named() {
+    let Some(yard) = Yard::open("command").await else { return };
+    let spec = yard.spec_with(|docker| {
+        docker.entrypoint = Some(vec!["/bin/nope".into()]);
+        docker.init = Some(false);
+    });
+    let fault = yard.runtime.start(&spec).await.expect_err("no such program");
+    assert_eq!(fault.kind, FaultKind::CommandMissing, "{}", fault.message);
+    assert!(yard.containers().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exit_comes_with_its_code_and_the_last_log_lines() {
+    let Some(yard) = Yard::open("exit").await else { return };
+    let spec = yard.spec("sleep 0.3; echo first; echo fatal: no weights >&2; exit 3");
+    let running = yard.runtime.start(&spec).await.expect("a start");
+    let report = exit_of(&running).await;
+    assert_eq!((report.code, report.signal, report.oom_killed), (Some(3), None, false));
+    // Already complete when the exit is known.
+    assert_eq!(running.log.last(2), ["first", "fatal: no weights"]);
+    assert!(!yard.found().await[0].alive);
+    yard.runtime.stop(&running, &stop_spec(1)).await.expect("removed");
+    assert!(yard.containers().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instant_exit_is_not_missed() {
+    let Some(yard) = Yard::open("instant").await else { return };
+    for _ in 0..5 {
+        let running = yard.runtime.start(&yard.spec("exit 7")).await.expect("a start");
+        assert_eq!(exit_of(&running).await.code, Some(7));
+    }
+    yard.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn running_out_of_host_memory_is_told_apart() {
+    let Some(yard) = Yard::open("oom").await else { return };
+    let spec = yard.spec_with(|docker| {
+        docker.args = vec!["tail".into(), "/dev/zero".into()];
+        docker.memory = Some(Bytes::mib(16));
+    });
+    let running = yard.runtime.start(&spec).await.expect("a start");
+    let report = exit_of(&running).await;
+    assert!(report.oom_killed, "{report:?}");
+    assert!(report.to_string().contains("out of memory"), "{report}");
+    yard.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_ignores_its_signal_is_killed_after_the_grace() {
+    let Some(yard) = Yard::open("grace").await else { return };
+    let spec = yard.spec("trap 'echo not yet' TERM; echo armed; while :; do sleep 0.1; done");
+    let running = yard.runtime.start(&spec).await.expect("a start");
+    eventually("the trap", async || (running.log.last(1) == ["armed"]).then_some(())).await;
+    let begun = Instant::now();
+    yard.runtime.stop(&running, &stop_spec(1)).await.expect("a stop");
+    assert!(begun.elapsed() >= Duration::from_secs(1));
+    let report = exit_of(&running).await;
+    assert_eq!(report.signal, Some(9), "{report:?}");
+    assert!(yard.containers().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_container_can_be_stopped() {
+    let Some(yard) = Yard::open("paused").await else { return };
+    let running = yard.runtime.start(&yard.server()).await.expect("a start");
+    yard.docker.pause_container(&id_of(&running)).await.expect("paused");
+    assert!(yard.runtime.is_alive(&running).await.expect("an answer"));
+    yard.runtime.stop(&running, &stop_spec(2)).await.expect("a stop");
+    assert!(yard.containers().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_with_our_name_stays_and_a_leftover_goes() {
+    let Some(yard) = Yard::open("name").await else { return };
+    let spec = yard.server();
+    let running = yard.runtime.start(&spec).await.expect("a start");
+    let RuntimeHandle::Docker { name, .. } = &running.handle else { panic!("no container") };
+
+    // The same instance again (Wharf was killed in the middle): its own leftover goes.
+    let again = yard.runtime.start(&spec).await.expect("the leftover is replaced");
+    assert_ne!(id_of(&again), id_of(&running));
+    assert_eq!(yard.containers().await, [id_of(&again)]);
+    yard.runtime.stop(&again, &stop_spec(1)).await.expect("a stop");
+
+    let body = ContainerCreateBody { image: Some(BUSYBOX.into()), ..Default::default() };
+    let options = CreateContainerOptionsBuilder::new().name(name).build();
+    let stranger = yard.docker.create_container(Some(options), body).await.expect("a stranger");
+    let fault = yard.runtime.start(&spec).await.expect_err("the name is taken");
+    assert_eq!(fault.kind, FaultKind::NameConflict, "{}", fault.message);
+    assert!(fault.message.contains(name), "{}", fault.message);
+    yard.docker.inspect_container(&stranger.id, None).await.expect("the stranger stays");
+    yard.remove(&stranger.id).await;
+}
+
+async fn named(yard: &Yard, name: &str, policy: RestartPolicyNameEnum, script: &str) -> String {
+    let options = CreateContainerOptionsBuilder::new().name(name).build();
+    let restart_policy = RestartPolicy { name: Some(policy), maximum_retry_count: None };
+    let body = ContainerCreateBody {
+        image: Some(BUSYBOX.into()),
+        cmd: Some(["sh", "-c", script].map(str::to_owned).into()),
+        env: Some(vec!["PATH=/bin".into()]),
+        host_config: Some(HostConfig {
+            restart_policy: Some(restart_policy),
+            init: Some(true),
+            ..HostConfig::default()
+        }),
+        ..ContainerCreateBody::default()
+    };
+    yard.docker.create_container(Some(options), body).await.expect("a named container").id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_named_container_is_started_and_stopped_but_never_removed() {
+    let Some(yard) = Yard::open("named").await else { return };
+    let name = format!("coder-{}", std::process::id());
+    let script = "echo run; exec busybox httpd -f -p 8000 -h /www";
+    let id = named(&yard, &name, RestartPolicyNameEnum::NO, script).await;
+    let spec = yard.spec_with(|docker| {
+        docker.container = Some(name.clone());
+        docker.image = None;
+    });
+    yard.runtime.preflight(&spec).await.expect("preflight");
+    assert!(!yard.runtime.find_named(&name).await.expect("an answer").expect("it").alive);
+    for _ in 0..2 {
+        let running = yard.runtime.start(&spec).await.expect("a start");
+        assert_eq!(id_of(&running), id);
+        healthy(&running.endpoint.base).await;
+        assert!(yard.runtime.find_named(&name).await.expect("an answer").expect("it").alive);
+        let adopted = yard.runtime.adopt_named(&name, spec.identity.clone(), 8000).await;
+        let adopted = adopted.expect("an answer").expect("it runs");
+        assert_eq!(adopted.endpoint, running.endpoint);
+        // Lines of the run before are not repeated.
+        eventually("its log", async || (running.log.last(9) == ["run"]).then_some(())).await;
+        yard.runtime.stop(&running, &spec.model.stop).await.expect("a stop");
+        exit_of(&running).await;
+        assert!(!yard.runtime.find_named(&name).await.expect("an answer").expect("it").alive);
+    }
+    yard.remove(&id).await;
+    let fault = yard.runtime.preflight(&spec).await.expect_err("it is gone");
+    assert_eq!(fault.kind, FaultKind::BadSpec);
+    assert!(fault.message.contains(&name), "{}", fault.message);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_named_container_that_docker_restarts_is_refused() {
+    let Some(yard) = Yard::open("policy").await else { return };
+    let name = format!("always-{}", std::process::id());
+    let id = named(&yard, &name, RestartPolicyNameEnum::UNLESS_STOPPED, "sleep 600").await;
+    let spec = yard.spec_with(|docker| docker.container = Some(name.clone()));
+    let fault = yard.runtime.preflight(&spec).await.expect_err("the policy");
+    assert_eq!(fault.kind, FaultKind::BadSpec);
+    let fix = format!("docker update --restart=no {name}");
+    assert!(fault.message.contains(&fix), "{}", fault.message);
+    yard.remove(&id).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_are_found_again_after_a_crash() {
+    let Some(yard) = Yard::open("adopt").await else { return };
+    let (server, dead) = (yard.server(), yard.spec("exit 0"));
+    let first = DockerRuntime::new(Some(yard.host.clone()));
+    healthy(&first.start(&server).await.expect("a start").endpoint.base).await;
+    exit_of(&first.start(&dead).await.expect("a start")).await;
+    drop(first);
+
+    let found = yard.found().await;
+    assert_eq!(found.len(), 2, "{found:?}");
+    let alive: Vec<bool> = found.iter().map(|found| found.alive).collect();
+    assert_eq!(alive, [true, false]);
+    assert!(found[1].running.exit.borrow().is_some());
+    let adopted = &found[0].running;
+    assert_eq!(adopted.identity, server.identity);
+    healthy(&adopted.endpoint.base).await;
+    eventually("its past log", async || {
+        adopted.log.last(9).contains(&"listening".to_owned()).then_some(())
+    })
+    .await;
+    let kill = KillContainerOptionsBuilder::new().signal("SIGKILL").build();
+    yard.docker.kill_container(&id_of(adopted), Some(kill)).await.expect("killed");
+    assert_eq!(exit_of(adopted).await.signal, Some(9));
+    for found in yard.found().await {
+        yard.runtime.stop(&found.running, &stop_spec(1)).await.expect("reaped");
+    }
+    assert!(yard.containers().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_is_dropped_leaves_nothing() {
+    let Some(yard) = Yard::open("dropped").await else { return };
+    // At every stage from "not yet asked" to "already running".
+    for millis in [0, 1, 3, 6, 12, 25, 50, 100, 200, 400] {
+        let limit = Duration::from_millis(millis);
+        if let Ok(Ok(done)) = tokio::time::timeout(limit, yard.runtime.start(&yard.server())).await
+        {
+            yard.runtime.stop(&done, &stop_spec(1)).await.expect("a stop");
+        }
+    }
+    // What is on its way must have arrived: a start asked for last is done last.
+    let last = yard.runtime.start(&yard.server()).await.expect("a start");
+    yard.runtime.stop(&last, &stop_spec(1)).await.expect("a stop");
+    eventually("nothing is left", async || yard.containers().await.is_empty().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_absent_daemon_is_unreachable_everywhere() {
+    let runtime = DockerRuntime::new(Some("unix:///nonexistent/docker.sock".into()));
+    runtime.connect();
+    assert!(!runtime.health().borrow().ok);
+    let fault = runtime.find("x").await.expect_err("no daemon");
+    assert_eq!(fault.kind, FaultKind::RuntimeUnreachable);
+    let health = runtime.health();
+    eventually("the reason", async || {
+        health.borrow().detail.contains("/nonexistent/docker.sock").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_daemon_may_go_away_and_come_back() {
+    let test = "live-restore";
+    let Some(daemon) = OwnDaemon::start(test, &["--live-restore"]) else { return };
+    let yard = Yard::on(&daemon.host, test).await;
+    let lasting = yard.runtime.start(&yard.server()).await.expect("a start");
+    let script = "while [ ! -e /tmp/end ]; do sleep 0.1; done; exit 5";
+    let dying = yard.runtime.start(&yard.spec(script)).await.expect("a start");
+    healthy(&lasting.endpoint.base).await;
+    let mut health = yard.runtime.health();
+    health.wait_for(|health| health.ok).await.expect("healthy");
+    let inside = yard.runtime.pids(&id_of(&dying)).await;
+
+    daemon.crash();
+    health.wait_for(|health| !health.ok).await.expect("it is seen");
+    let fault = yard.runtime.stop(&lasting, &stop_spec(1)).await.expect_err("no daemon");
+    assert_eq!(fault.kind, FaultKind::RuntimeUnreachable, "{}", fault.message);
+    // One ends while nobody watches.
+    std::fs::write(format!("/proc/{}/root/tmp/end", inside[0]), "").expect("its file system");
+    eventually("it ended", async || {
+        (!std::path::Path::new(&format!("/proc/{}", inside[0])).exists()).then_some(())
+    })
+    .await;
+    assert!(lasting.exit.borrow().is_none() && dying.exit.borrow().is_none());
+
+    daemon.up();
+    health.wait_for(|health| health.ok).await.expect("healthy again");
+    exit_of(&dying).await;
+    assert!(yard.runtime.is_alive(&lasting).await.expect("an answer"));
+    assert!(lasting.exit.borrow().is_none());
+    healthy(&lasting.endpoint.base).await;
+    yard.runtime.stop(&lasting, &stop_spec(2)).await.expect("a stop");
+    exit_of(&lasting).await;
+    yard.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_that_end_with_the_daemon_are_reported() {
+    let test = "restart";
+    let port = docker::free_port();
+    let address = format!("tcp://127.0.0.1:{port}");
+    let Some(daemon) = OwnDaemon::start(test, &["-H", &address]) else { return };
+    // Over TCP, on the way.
+    let yard = Yard::on(&address, test).await;
+    lifecycle(&yard).await;
+    let running = yard.runtime.start(&yard.server()).await.expect("a start");
+    let mut health = yard.runtime.health();
+    health.wait_for(|health| health.ok).await.expect("healthy");
+    daemon.down();
+    health.wait_for(|health| !health.ok).await.expect("it is seen");
+    daemon.up();
+    health.wait_for(|health| health.ok).await.expect("healthy again");
+    exit_of(&running).await;
+    assert!(!yard.runtime.is_alive(&running).await.expect("an answer"));
+    yard.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_with_a_gpu_that_are_not_ours_are_foreign() {
+    let test = "foreign";
+    let runc = docker::run(std::process::Command::new("sh").args(["-c", "command -v runc || :"]));
+    let flag = format!("nvidia={runc}");
+    let Some(daemon) = OwnDaemon::start(test, &["--add-runtime", &flag]) else { return };
+    let yard = Yard::on(&daemon.host, test).await;
+    let ours = yard.spec_with(|docker| {
+        docker.runtime = Some("nvidia".into());
+        docker.args = vec!["sleep".into(), "600".into()];
+    });
+    yard.runtime.preflight(&ours).await.expect("the runtime is known");
+    yard.runtime.start(&ours).await.expect("a start");
+    assert!(yard.runtime.foreign(&yard.installation).await.is_empty());
+    // Seen by another installation, it is a stranger's.
+    let other = DockerRuntime::new(Some(daemon.host.clone()));
+    let foreign = other.foreign("another").await;
+    assert_eq!(foreign.len(), 1, "{foreign:?}");
+    assert_eq!(foreign[0].image, BUSYBOX);
+    assert!(!foreign[0].pids.is_empty());
+    yard.clean().await;
+}
+
+/// This test program runs again inside a container, on a network of its own.
+const INSIDE: &str = "WHARF_TEST_INSIDE";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_container_instances_are_reached_over_its_network() {
+    let test = "inside";
+    if let Ok(host) = std::env::var(INSIDE) {
+        return inside(&host).await;
+    }
+    let Some(yard) = Yard::open(test).await else { return };
+    let Some(socket) = yard.host.strip_prefix("unix://") else {
+        return docker::skipped(test, "needs a Docker Engine on a unix socket");
+    };
+    let image = "wharf-test/self:1";
+    let program = std::env::current_exe().expect("this program");
+    docker::run(
+        std::process::Command::new(docker::support("image.sh"))
+            .args([&yard.host, image])
+            .arg(&program),
+    );
+    let network = format!("whnet-{}", std::process::id());
+    let cli = |args: &[&str]| {
+        docker::run(std::process::Command::new("docker").args(["-H", &yard.host]).args(args))
+    };
+    cli(&["network", "create", &network]);
+    let variable = format!("{INSIDE}=unix:///docker.sock");
+    let volume = format!("{socket}:/docker.sock");
+    let name = "in_a_container_instances_are_reached_over_its_network";
+    let arguments = ["run", "--rm", "--network", &network, "-v", &volume, "-e", &variable, image];
+    let output = std::process::Command::new("docker")
+        .args(["-H", &yard.host])
+        .args(arguments)
+        .args(["--exact", name, "--nocapture"])
+        .output()
+        .expect("docker");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
+    cli(&["network", "rm", &network]);
+    assert!(output.status.success() && said.contains("reached over"), "{said}");
+}
+
+async fn inside(host: &str) {
+    let yard = Yard::on(host, "inside").await;
+    let spec = yard.server();
+    let running = yard.runtime.start(&spec).await.expect("a start");
+    let base = &running.endpoint.base;
+    assert!(base.ends_with(":8000") && !base.contains("127.0.0.1"), "{base}");
+    healthy(base).await;
+    println!("reached over {base}");
+    assert_eq!(yard.found().await[0].running.endpoint, running.endpoint);
+    yard.runtime.stop(&running, &stop_spec(2)).await.expect("a stop");
+    assert!(yard.containers().await.is_empty());
+}

@@ -1,0 +1,32 @@
+//! The official Python client. Needs WHARF_TEST_PYTHON (an interpreter with the package openai);
+//! the test command sets it.
+
+mod support;
+
+use support::{gpu, serve, standin};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_official_python_client_works_and_raises_its_typed_exceptions() {
+    let Ok(python) = std::env::var("WHARF_TEST_PYTHON") else {
+        support::skip("official openai client: WHARF_TEST_PYTHON is not set");
+        return;
+    };
+    let models = standin("ada", "14GiB", "--load 200ms")
+        + &standin("bob", "14GiB", "--load 200ms")
+        + &standin("broken", "4GiB", "--load 50ms --fatal-line 'CUDA out of memory' --exit-code 1");
+    let world = serve(&gpu("24GiB", "100ms"), &models, &[]).await;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/openai_client.py");
+    let output = tokio::process::Command::new(python)
+        .args([script, &world.server.talk.gateway, "ada", "bob", "broken"])
+        .output()
+        .await
+        .unwrap();
+    println!("{}", String::from_utf8_lossy(&output.stdout));
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        String::from_utf8_lossy(&output.stderr),
+        world.log()
+    );
+    world.stop().await;
+}

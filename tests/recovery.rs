@@ -1,0 +1,167 @@
+//! `kill -9` of Wharf at bad moments: what is healthy is adopted, the rest is reaped, strangers
+//! are left alone.
+
+mod support;
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use support::{EXE, World, gpu, serve, standin};
+
+fn models() -> String {
+    standin("ada", "14GiB", "--load 600ms")
+        + &standin("bob", "14GiB", "--load 600ms --shutdown drain:2s")
+}
+
+async fn world() -> World {
+    serve(&(gpu("24GiB", "100ms") + "\nswap: { min_residency: 100ms }"), &models(), &[]).await
+}
+
+/// A background request whose fate does not matter.
+fn ask(world: &World, model: &'static str) -> tokio::task::JoinHandle<()> {
+    let talk = world.server.talk.clone();
+    tokio::spawn(async move {
+        let _ = talk.chat(model, false, &[]).await;
+    })
+}
+
+fn is(model: &str, state: &str) -> impl Fn(&Value) -> bool {
+    let (model, state) = (model.to_owned(), state.to_owned());
+    move |status| status["models"][&model]["state"] == json!(state)
+}
+
+#[tokio::test]
+async fn a_running_engine_is_adopted_without_a_reload_and_a_stranger_is_left_alone() {
+    let mut world = world().await;
+    // The same program, another installation: none of ours.
+    let mut stranger = Command::new(EXE)
+        .args(["engine", "--host", "127.0.0.1", "--port", "0", "--name", "stranger"])
+        .env("WHARF_INSTALLATION", "somebody-else")
+        .env("WHARF_INSTANCE", "1")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    let before = world.engine_pids();
+    world.server.kill_and_restart().await.unwrap();
+    assert!(is("ada", "ready")(&world.status().await), "adopted: {}", world.log());
+    assert_eq!(world.engine_pids(), before, "the very same process");
+    assert!(world.server.talk.chat("ada", true, &[]).await.unwrap().is_from("ada"));
+    assert!(world.swaps().await.is_empty(), "no load was needed");
+    // An adopted engine is as good as any: it can be swapped out.
+    assert!(world.server.talk.chat("bob", false, &[]).await.unwrap().is_from("bob"));
+    assert!(stranger.try_wait().unwrap().is_none(), "the stranger lives");
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn killed_in_the_middle_of_a_start_the_half_started_engine_is_reaped_or_adopted_whole() {
+    let mut world = world().await;
+    let asked = ask(&world, "ada");
+    world.until("ada starts", |status| status["swaps"][0]["phase"] == "start").await;
+    world.server.kill().unwrap();
+    asked.abort();
+    world.server.restart().await.unwrap();
+    // Whatever was found: at most one engine, and it serves.
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    assert_eq!(world.engine_pids().len(), 1, "{}", world.log());
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn killed_in_the_middle_of_a_stop_nothing_is_left_behind() {
+    let mut world = world().await;
+    assert!(world.server.talk.chat("bob", false, &[]).await.unwrap().is_from("bob"));
+    let asked = ask(&world, "ada");
+    world.until("bob stops", |status| status["swaps"][0]["phase"] == "vacate").await;
+    world.server.kill().unwrap();
+    asked.abort();
+    world.server.restart().await.unwrap();
+    assert!(
+        world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"),
+        "{}",
+        world.log()
+    );
+    world.until("bob is gone", is("bob", "stopped")).await;
+    assert_eq!(world.engine_pids().len(), 1);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_engine_whose_configuration_changed_is_not_adopted() {
+    let mut world = world().await;
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    let before = world.engine_pids();
+    world.server.kill().unwrap();
+    let path = world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap().replace("--load 600ms", "--load 200ms");
+    std::fs::write(&path, yaml).unwrap();
+    world.server.restart().await.unwrap();
+    assert!(world.engine_pids().is_empty(), "reaped: {}", world.log());
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    assert_ne!(world.engine_pids(), before);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_second_wharf_on_the_same_store_is_kept_out() {
+    let world = world().await;
+    let second = Command::new(EXE)
+        .args([
+            "serve",
+            "--config",
+            "models.yaml",
+            "--gateway",
+            "127.0.0.1:0",
+            "--orchestrator",
+            "127.0.0.1:0",
+        ])
+        .current_dir(world.dir.path())
+        .output()
+        .unwrap();
+    assert!(!second.status.success());
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(said.contains("another wharf"), "{said}");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_bad_reload_changes_nothing_and_a_good_one_only_what_changed() {
+    let world = world().await;
+    let talk = &world.server.talk;
+    assert!(talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    let before = world.engine_pids();
+    let path = world.dir.path().join("models.yaml");
+    let good = std::fs::read_to_string(&path).unwrap();
+    let hangup = || {
+        let pid = i32::try_from(world.server.pid()).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGHUP)
+            .unwrap();
+    };
+    std::fs::write(&path, good.replace("vram: 14GiB", "vrma: 14GiB")).unwrap();
+    hangup();
+    wait_for(&world, "vrma").await;
+    assert!(talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    let changed = good.replace("  bob:", "  carl:").replace("--name bob", "--name carl");
+    std::fs::write(&path, changed).unwrap();
+    hangup();
+    world.until("carl is there", |status| status["models"]["carl"].is_object()).await;
+    assert_eq!(world.engine_pids(), before, "ada was not touched");
+    assert!(talk.chat("carl", false, &[]).await.unwrap().is_from("carl"));
+    assert_eq!(talk.chat("bob", false, &[]).await.unwrap().status, 404);
+    world.stop().await;
+}
+
+async fn wait_for(world: &World, text: &str) {
+    for _ in 0..500 {
+        if world.log().contains(text) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the log never said {text:?}:\n{}", world.log());
+}
