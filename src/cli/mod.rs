@@ -1,1 +1,3 @@
 //! See design: filled in by its own files.
+
+pub mod pull;
