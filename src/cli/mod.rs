@@ -6,6 +6,7 @@ pub mod demo;
 pub mod engine;
 pub mod ensure;
 pub mod load;
+pub mod pull;
 pub mod serve;
 pub mod status;
 pub mod swaps;
@@ -53,6 +54,8 @@ enum Command {
     Load(load::Args),
     /// Unload a model
     Unload(unload::Args),
+    /// Bring images and weights here, so that no swap has to wait for a download
+    Pull(pull::Args),
     /// The ledger of swaps
     Swaps(swaps::Args),
     /// Run the stand-in engine
@@ -88,6 +91,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Ensure(args) => ensure::run(args).await,
         Command::Load(args) => load::run(args).await,
         Command::Unload(args) => unload::run(args).await,
+        Command::Pull(args) => pull::run(args).await?,
         Command::Swaps(args) => swaps::run(args).await,
         Command::Engine(args) => engine::run(args).await?,
     })
