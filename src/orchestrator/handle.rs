@@ -187,11 +187,6 @@ impl Handle {
         answer
     }
 
-    /// The owner's task lives.
-    pub fn is_alive(&self) -> bool {
-        !self.inbox.0.is_closed()
-    }
-
     fn next_ask(&self) -> AskId {
         AskId(self.shared.next_ask.fetch_add(1, Ordering::Relaxed))
     }
@@ -258,6 +253,10 @@ impl Handle {
 
     pub fn publish_for_tests(&self, view: View) {
         self.shared.view.store(Arc::new(view));
+    }
+
+    pub fn catalog_for_tests(&self, catalog: Catalog) {
+        self.shared.catalog.store(Arc::new(catalog));
     }
 
     /// A gate of one instance, published; open if `permits` is not zero.
