@@ -73,19 +73,19 @@ fn summary(catalog: &Catalog, overrides: &[Override]) -> String {
     let engines: Vec<&str> = models.iter().map(|m| engine(m.engine)).collect();
     let runtimes: Vec<&str> = models.iter().map(|m| runtime(&m.runtime)).collect();
     let warm = models.iter().filter(|m| m.warmup).count();
-    let plural = if models.len() == 1 { "" } else { "s" };
+    let several =
+        |n: usize, one: &str, more: &str| format!("{n} {}", if n == 1 { one } else { more });
     let settings = &catalog.settings;
     let mode = match settings.swap.mode {
         SwapMode::MultiActive => "multi-active",
         SwapMode::SingleActive => "single-active",
     };
     let mut text = format!(
-        "ok: {} model{plural} ({}; {}), {} aliases, {warm} loaded at start, {mode}, gateway {}, \
-         orchestrator {}",
-        models.len(),
+        "ok: {} ({}; {}), {}, {warm} loaded at start, {mode}, gateway {}, orchestrator {}",
+        several(models.len(), "model", "models"),
         counted(&engines),
         counted(&runtimes),
-        catalog.aliases.len(),
+        several(catalog.aliases.len(), "alias", "aliases"),
         settings.gateway,
         settings.orchestrator,
     );

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::problem::{Place, Problem, Severity, nearest};
+use super::subst::Env;
 use super::tree::{Flaw, Key, Kind, Node, join};
 use super::values;
 use crate::units::Bytes;
@@ -67,6 +68,7 @@ impl Sink {
             expected,
             help: None,
             source: String::new(),
+            shown: (0, 0),
         });
         &mut self.problems[at]
     }
@@ -83,24 +85,36 @@ impl Problem {
 pub(super) struct At<'n> {
     pub node: &'n Node,
     pub spot: Spot,
+    /// Its key: where to say that something is missing. A list's item has itself.
+    pub key: Place,
 }
 
 impl<'n> At<'n> {
     pub(super) fn root(node: &'n Node) -> At<'n> {
-        At { node, spot: Spot { place: node.place, path: String::new() } }
+        At { node, spot: Spot { place: node.place, path: String::new() }, key: node.place }
     }
 
-    pub(super) fn child(&self, key: &str, node: &'n Node) -> At<'n> {
-        At { node, spot: Spot { place: node.place, path: join(&self.spot.path, key) } }
+    pub(super) fn item(&self, index: usize, node: &'n Node) -> At<'n> {
+        let path = join(&self.spot.path, &format!("[{index}]"));
+        At { node, spot: Spot { place: node.place, path }, key: node.place }
     }
 
-    fn wrong(&self, sink: &mut Sink, expected: &str) {
-        let found = self.found();
-        sink.error(
-            &self.spot,
-            format!("{} is not {}", found, article(expected)),
-            expected_text(expected),
-        );
+    pub(super) fn entry(&self, key: &Key, node: &'n Node) -> At<'n> {
+        let path = join(&self.spot.path, &key.text);
+        At { node, spot: Spot { place: node.place, path }, key: key.place }
+    }
+
+    pub(super) fn key_spot(&self) -> Spot {
+        Spot { place: self.key, path: self.spot.path.clone() }
+    }
+
+    fn wrong(&self, sink: &mut Sink, what: &str) {
+        if matches!(self.node.kind, Kind::Null) {
+            sink.error(&self.key_spot(), "this has no value", expected_text(what));
+            return;
+        }
+        let message = format!("{} is not {}", self.found(), article(what));
+        sink.error(&self.spot, message, expected_text(what));
     }
 
     /// The value as a message may show it: what the file says, cut short.
@@ -217,11 +231,8 @@ impl<'n> At<'n> {
             Ok(value) => Some(value),
             Err(hint) => {
                 let expected = if hint.is_empty() { expected_text(what) } else { hint };
-                sink.error(
-                    &self.spot,
-                    format!("{} is not {}", self.found(), article(what)),
-                    expected,
-                );
+                let message = format!("{} is not {}", self.found(), article(what));
+                sink.error(&self.spot, message, expected);
                 None
             }
         }
@@ -233,21 +244,22 @@ impl<'n> At<'n> {
             return Some(*value);
         }
         let names = choices.iter().map(|(name, _)| *name);
-        let all = one_of(names.clone());
+        let all: Vec<String> = names.clone().map(|name| format!("`{name}`")).collect();
         let expected = match nearest(text, names) {
             Some(name) => format!("did you mean `{name}`?"),
-            None => format!("expected {all}"),
+            None => "expected one of these".to_owned(),
         };
-        sink.error(&self.spot, format!("{} is none of {all}", self.found()), expected);
+        let message = format!("{} is not one of {}", self.found(), all.join(", "));
+        sink.error(&self.spot, message, expected);
         None
     }
 
     /// The items of a list; a single scalar is no list.
     pub(super) fn list(&self, sink: &mut Sink, what: &str) -> Option<Vec<At<'n>>> {
         match &self.node.kind {
-            Kind::List(items) => Some(
-                items.iter().enumerate().map(|(i, n)| self.child(&format!("[{i}]"), n)).collect(),
-            ),
+            Kind::List(items) => {
+                Some(items.iter().enumerate().map(|(i, node)| self.item(i, node)).collect())
+            }
             Kind::Null | Kind::Scalar(_) | Kind::Map(_) => {
                 self.wrong(sink, what);
                 None
@@ -283,12 +295,12 @@ impl<'n> At<'n> {
     pub(super) fn pairs(
         &self,
         sink: &mut Sink,
-        outer: Option<&dyn Fn(&str) -> Option<String>>,
+        outer: Option<Env<'_>>,
     ) -> Option<BTreeMap<String, String>> {
         let mut pairs = BTreeMap::new();
         if let Kind::Map(entries) = &self.node.kind {
             for (key, node) in entries {
-                let value = self.child(&key.text, node).free_text(sink, "a text");
+                let value = self.entry(key, node).free_text(sink, "a text");
                 pairs.insert(key.text.clone(), value.unwrap_or_default());
             }
             return Some(pairs);
@@ -350,14 +362,20 @@ pub(super) enum Unread {
 impl<'n> Table<'n> {
     pub(super) fn take(&mut self, name: &'static str) -> Option<At<'n>> {
         self.taken.push(name);
-        let (_, node) = self.entries.iter().find(|(key, _)| key.text == name)?;
-        Some(self.at.child(name, node))
+        let (key, node) = self.entries.iter().find(|(key, _)| key.text == name)?;
+        Some(self.at.entry(key, node))
     }
 
     /// The place of a key itself, for problems with its being there.
     pub(super) fn key_spot(&self, name: &str) -> Option<Spot> {
         let (key, _) = self.entries.iter().find(|(key, _)| key.text == name)?;
         Some(Spot { place: key.place, path: join(&self.at.spot.path, name) })
+    }
+
+    /// Whether a key stands here that was probably meant to be `name`.
+    pub(super) fn has_slip_of(&self, name: &str) -> bool {
+        let near = |key: &Key| nearest(&key.text, [name]).is_some();
+        self.entries.iter().any(|(key, _)| !self.taken.contains(&&*key.text) && near(key))
     }
 
     /// Reports every key that was not taken.
@@ -394,14 +412,6 @@ impl<'n> Table<'n> {
         let name = if name.is_empty() { "(empty)" } else { name };
         sink.error(spot, format!("unknown key `{}`", name.escape_debug()), expected)
             .help(format!("{owner} takes: {known}"));
-    }
-}
-
-pub(super) fn one_of<'a>(names: impl Iterator<Item = &'a str>) -> String {
-    let names: Vec<String> = names.map(|name| format!("`{name}`")).collect();
-    match names.split_last() {
-        Some((last, rest)) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
-        _ => names.join(""),
     }
 }
 

@@ -19,6 +19,15 @@ pub(super) enum Switch<T> {
     On(T),
 }
 
+impl<T> Switch<T> {
+    pub(super) fn on(self) -> Option<T> {
+        match self {
+            Switch::Off => None,
+            Switch::On(value) => Some(value),
+        }
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Fields {
     pub display_name: Option<String>,
@@ -58,6 +67,8 @@ pub(super) struct Fields {
     pub spots: BTreeMap<&'static str, Spot>,
     /// An adapter of another model: not supported yet, told already.
     pub is_adapter: bool,
+    /// A key that would have brought what is missing is wrong: told already.
+    pub is_incomplete: bool,
 }
 
 impl Fields {
@@ -66,22 +77,30 @@ impl Fields {
     }
 }
 
-/// Reads an entry. `base` is the global `waiting`, which an entry may change in part.
-pub(super) fn read(
-    at: &At<'_>,
-    base: WaitingSettings,
-    env: Env<'_>,
-    sink: &mut Sink,
-) -> Option<Fields> {
+/// What an entry is read with.
+#[derive(Clone, Copy)]
+pub(super) struct Reading<'e> {
+    pub env: Env<'e>,
+    /// The global `waiting`, which an entry may change in part.
+    pub waiting: WaitingSettings,
+    /// False for templates and `defaults`, which may lack what their models bring.
+    pub whole: bool,
+}
+
+pub(super) fn read(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Option<Fields> {
     let mut table = at.table(sink, "`engine`, `docker` and other keys")?;
     let mut fields = Fields::default();
     about(&mut table, &mut fields, sink);
-    run(&mut table, &mut fields, env, sink);
+    run(&mut table, &mut fields, reading, sink);
     place(&mut table, &mut fields, sink);
-    serve(&mut table, &mut fields, base, sink);
+    serve(&mut table, &mut fields, reading.waiting, sink);
     fields.is_adapter = table.key_spot("adapter_of").is_some();
-    // Told one way or the other by the reader of the whole file.
+    // Followed by the reader of the whole file.
     table.take("template");
+    let misplaced = ["cmd", "image", "container", "args", "url", "proxy"];
+    let slips = ["docker", "process", "external", "engine", "template"];
+    fields.is_incomplete = misplaced.iter().any(|key| table.key_spot(key).is_some())
+        || slips.iter().any(|key| table.has_slip_of(key));
     for key in KEYS {
         if let Some(spot) = table.key_spot(key) {
             fields.spots.insert(key, spot);
@@ -92,25 +111,9 @@ pub(super) fn read(
 }
 
 /// Keys whose place later checks may want.
-const KEYS: [&str; 18] = [
-    "engine",
-    "docker",
-    "process",
-    "external",
-    "env",
-    "pull",
-    "gpus",
-    "vram",
-    "pinned",
-    "warmup",
-    "ttl",
-    "port",
-    "stop",
-    "sleep",
-    "aliases",
-    "upstream_name",
-    "canary",
-    "start_timeout",
+const KEYS: [&str; 12] = [
+    "docker", "process", "external", "env", "pull", "gpus", "vram", "pinned", "ttl", "port",
+    "stop", "sleep",
 ];
 
 const UNREAD: &[(&str, Unread)] = &[
@@ -167,15 +170,16 @@ fn flag(table: &mut Table<'_>, key: &'static str, sink: &mut Sink) -> bool {
     table.take(key).and_then(|at| at.boolean(sink)).unwrap_or_default()
 }
 
-fn run(table: &mut Table<'_>, fields: &mut Fields, env: Env<'_>, sink: &mut Sink) {
+fn run(table: &mut Table<'_>, fields: &mut Fields, reading: Reading<'_>, sink: &mut Sink) {
     if let Some(at) = table.take("engine") {
         fields.engine = engine(&at, sink);
         fields.engine_is_wrong = fields.engine.is_none();
     }
-    fields.docker = table.take("docker").and_then(|at| launch::docker(&at, env, sink));
-    fields.process = table.take("process").and_then(|at| launch::process(&at, env, sink));
-    fields.external = table.take("external").and_then(|at| launch::external(&at, env, sink));
-    fields.env = table.take("env").and_then(|at| at.pairs(sink, Some(env))).unwrap_or_default();
+    fields.docker = table.take("docker").and_then(|at| launch::docker(&at, reading, sink));
+    fields.process = table.take("process").and_then(|at| launch::process(&at, reading, sink));
+    fields.external = table.take("external").and_then(|at| launch::external(&at, reading, sink));
+    fields.env =
+        table.take("env").and_then(|at| at.pairs(sink, Some(reading.env))).unwrap_or_default();
     fields.pull = table.take("pull").and_then(|at| launch::pull(&at, sink));
     fields.port = table.take("port").and_then(|at| at.int(sink, 1..=u16::MAX));
     if let Some(mut stop) = table.take("stop").and_then(|at| at.table(sink, "`signal`, `grace`")) {
@@ -329,8 +333,7 @@ fn serve(table: &mut Table<'_>, fields: &mut Fields, base: WaitingSettings, sink
         fields.start_timeout = at.some_duration(sink);
     }
     fields.canary = flag(table, "canary", sink);
-    fields.upstream_name =
-        table.take("upstream_name").and_then(|at| at.string(sink, "the engine's name for it"));
+    fields.upstream_name = table.take("upstream_name").and_then(|at| at.string(sink, "a name"));
     fields.waiting = table.take("waiting").and_then(|at| settings::waiting(&at, base, sink));
 }
 

@@ -44,7 +44,9 @@ impl Search {
         let Some((bytes, _)) = needs.first() else { return true };
         if left == 0 {
             let next = needs.get(1).map_or(0, |(_, gpus)| *gpus);
-            return self.place(&needs[1..], 0, next);
+            // Of equal needs the later one goes to the same GPU or a later one, never back.
+            let alike = next == 1 && needs.get(1) == needs.first();
+            return self.place(&needs[1..], if alike { from - 1 } else { 0 }, next);
         }
         let mut tried: Vec<Bytes> = Vec::new();
         for gpu in from..self.free.len() {
@@ -80,7 +82,7 @@ mod tests {
     fn finds_the_one_placement_that_works() {
         let free = [Bytes::gib(24), Bytes::gib(16)];
         assert!(fits(&free, &[any(10, 1), any(14, 1), any(16, 1)]));
-        assert!(!fits(&free, &[any(12, 1), any(14, 1), any(12, 1)]));
+        assert!(!fits(&free, &[any(13, 1), any(14, 1), any(12, 1)]));
         assert!(fits(&free, &[any(12, 2), any(12, 1)]));
         assert!(!fits(&free, &[any(17, 2)]));
     }
@@ -95,9 +97,10 @@ mod tests {
     }
 
     #[test]
-    fn many_equal_needs_end_soon() {
+    fn many_equal_needs_are_decided() {
         let free = vec![Bytes::gib(24); 8];
-        let needs: Vec<Need> = (0..25).map(|_| any(7, 1)).collect();
-        assert!(!fits(&free, &needs) || needs.len() <= 24);
+        let needs = |n| (0..n).map(|_| any(7, 1)).collect::<Vec<Need>>();
+        assert!(fits(&free, &needs(24)));
+        assert!(!fits(&free, &needs(25)));
     }
 }

@@ -4,21 +4,21 @@ use std::collections::BTreeMap;
 
 use super::catalog::{DockerSpec, ExternalSpec, ProcessSpec, PullPolicy};
 use super::decode::{At, Sink, Spot, Table, Unread};
-use super::subst::Env;
+use super::fields::Reading;
 use super::tree::Node;
 
 const ARGS_HINT: Unread = Unread::Hint("did you mean `args`?");
 const ENV_HINT: Unread = Unread::Hint("did you mean `env`?");
 const MODEL_HINT: Unread = Unread::Hint("this is a key of the model itself, one level up");
 
-pub(super) fn docker(at: &At<'_>, env: Env<'_>, sink: &mut Sink) -> Option<DockerSpec> {
+pub(super) fn docker(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Option<DockerSpec> {
     let mut table = at.table(sink, "`image` (or `container`), `args` and other keys")?;
     let mut spec = DockerSpec {
         container: text(&mut table, "container", "a container's name", sink),
         image: text(&mut table, "image", "an image such as vllm/vllm-openai:v0.31.0", sink),
         args: words(&mut table, "args", sink).unwrap_or_default(),
         entrypoint: words(&mut table, "entrypoint", sink),
-        env: table.take("env").and_then(|at| at.pairs(sink, Some(env))).unwrap_or_default(),
+        env: table.take("env").and_then(|at| at.pairs(sink, Some(reading.env))).unwrap_or_default(),
         volumes: table.take("volumes").map(|at| volumes(&at, sink)).unwrap_or_default(),
         ipc: text(&mut table, "ipc", "`host`, `private` or `shareable`", sink),
         shm_size: table.take("shm_size").and_then(|at| at.size(sink)),
@@ -36,7 +36,7 @@ pub(super) fn docker(at: &At<'_>, env: Env<'_>, sink: &mut Sink) -> Option<Docke
     if let Some(at) = table.take("pull") {
         spec.pull = pull(&at, sink).unwrap_or_default();
     }
-    check_docker(&table, &spec, sink);
+    check_docker(&table, &spec, reading.whole, sink);
     table.finish(
         sink,
         &[
@@ -63,7 +63,7 @@ pub(super) fn docker(at: &At<'_>, env: Env<'_>, sink: &mut Sink) -> Option<Docke
     Some(spec)
 }
 
-fn check_docker(table: &Table<'_>, spec: &DockerSpec, sink: &mut Sink) {
+fn check_docker(table: &Table<'_>, spec: &DockerSpec, whole: bool, sink: &mut Sink) {
     if let Some(name) = &spec.container {
         // A container that exists has all of this already; setting it here would have no effect.
         const OTHERS: [&str; 16] = [
@@ -92,8 +92,8 @@ fn check_docker(table: &Table<'_>, spec: &DockerSpec, sink: &mut Sink) {
                  `image` makes a new one. Only `port` goes with `container`",
             );
         }
-    } else if table.key_spot("image").is_none() {
-        sink.error(&table.at.spot, "`docker` names no image", "expected `image: …`")
+    } else if whole && table.key_spot("image").is_none() && !table.has_slip_of("image") {
+        sink.error(&table.at.key_spot(), "`docker` names no image", "expected `image: …`")
             .help("or `container: …` to manage a container that exists already");
     }
     if let Some((spot, image)) = table.key_spot("image").zip(spec.image.as_ref())
@@ -152,7 +152,7 @@ fn ulimits(at: &At<'_>, sink: &mut Sink) -> BTreeMap<String, (i64, i64)> {
         return limits;
     }
     for (key, node) in at.node.entries() {
-        let entry = at.child(&key.text, node);
+        let entry = at.entry(key, node);
         let both = if entry.is_map() {
             let Some(mut table) = entry.table(sink, "`soft` and `hard`") else { continue };
             let soft = table.take("soft").and_then(|at| at.int(sink, -1..=i64::MAX));
@@ -176,13 +176,14 @@ fn ulimits(at: &At<'_>, sink: &mut Sink) -> BTreeMap<String, (i64, i64)> {
     limits
 }
 
-pub(super) fn process(at: &At<'_>, env: Env<'_>, sink: &mut Sink) -> Option<ProcessSpec> {
+pub(super) fn process(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Option<ProcessSpec> {
     let mut table = at.table(sink, "`cmd`, `env` and `cwd`")?;
     let cmd = table.take("cmd");
     let argv = cmd.as_ref().and_then(|at| at.words(sink)).unwrap_or_default();
     match &cmd {
+        None if !reading.whole => {}
         None => {
-            sink.error(&at.spot, "`process` has no `cmd`", "expected `cmd: …`");
+            sink.error(&at.key_spot(), "`process` has no `cmd`", "expected `cmd: …`");
         }
         Some(cmd) if argv.first().is_none_or(String::is_empty) => {
             // A command line that could not be split was told already.
@@ -194,7 +195,7 @@ pub(super) fn process(at: &At<'_>, env: Env<'_>, sink: &mut Sink) -> Option<Proc
     }
     let spec = ProcessSpec {
         argv,
-        env: table.take("env").and_then(|at| at.pairs(sink, Some(env))).unwrap_or_default(),
+        env: table.take("env").and_then(|at| at.pairs(sink, Some(reading.env))).unwrap_or_default(),
         cwd: text(&mut table, "cwd", "a folder", sink).map(Into::into),
     };
     table.finish(
@@ -224,12 +225,12 @@ fn check_command(argv: &[String], cmd: &At<'_>, sink: &mut Sink) {
     }
 }
 
-pub(super) fn external(at: &At<'_>, env: Env<'_>, sink: &mut Sink) -> Option<ExternalSpec> {
+pub(super) fn external(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Option<ExternalSpec> {
     let mut table = at.table(sink, "`url` and `api_key`")?;
     let url = match table.take("url") {
         Some(at) => at.parsed(sink, "a URL such as http://10.0.0.2:8000", url),
         // The swapper service's variable names the server that the models live on.
-        None => env("OLLAMA_BASE_URL").and_then(|text| match self::url(&text) {
+        None => (reading.env)("OLLAMA_BASE_URL").and_then(|text| match self::url(&text) {
             Ok(url) => Some(url),
             Err(hint) => {
                 sink.error(&at.spot, "OLLAMA_BASE_URL holds no usable URL", hint);
@@ -237,12 +238,14 @@ pub(super) fn external(at: &At<'_>, env: Env<'_>, sink: &mut Sink) -> Option<Ext
             }
         }),
     };
-    if url.is_none() && table.key_spot("url").is_none() && env("OLLAMA_BASE_URL").is_none() {
-        sink.error(&at.spot, "`external` has no `url`", "expected `url: http://host:port`");
+    let is_missing =
+        || table.key_spot("url").is_none() && (reading.env)("OLLAMA_BASE_URL").is_none();
+    if reading.whole && url.is_none() && is_missing() {
+        sink.error(&at.key_spot(), "`external` has no `url`", "expected `url: http://host:port`");
     }
     let spec = ExternalSpec {
         url: url.unwrap_or_default(),
-        api_key: text(&mut table, "api_key", "the endpoint's key", sink),
+        api_key: text(&mut table, "api_key", "a text such as ${env.NAME}", sink),
     };
     table.finish(sink, &[("key", Unread::Hint("did you mean `api_key`?"))]);
     Some(spec)
@@ -267,8 +270,8 @@ fn url(text: &str) -> Result<String, String> {
         None => return Err(format!("did you mean `http://{text}`?")),
         Some(_) => return Err("expected http://".to_owned()),
     }
-    let port = authority.port().map(|port| port.as_str().parse::<u16>());
-    if matches!(port, Some(Err(_))) || authority.host().is_empty() {
+    let names_port = authority.as_str().len() > authority.host().len();
+    if authority.host().is_empty() || names_port && authority.port_u16().is_none() {
         return Err(example);
     }
     if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
@@ -282,14 +285,14 @@ fn url(text: &str) -> Result<String, String> {
 pub(super) fn argument_spot(model: &Node, path: &str, argument: &str) -> Option<Spot> {
     for (part, key) in [("docker", "args"), ("process", "cmd")] {
         let Some(node) = model.get(part).and_then(|node| node.get(key)) else { continue };
-        let at =
-            At { node, spot: Spot { place: node.place, path: format!("{path}.{part}.{key}") } };
+        let spot = Spot { place: node.place, path: format!("{path}.{part}.{key}") };
+        let at = At { node, spot, key: node.place };
         let super::tree::Kind::List(items) = &node.kind else { return Some(at.spot) };
         let flag = argument.split(['=', ' ']).next().unwrap_or(argument);
         let stands = |text: &str| text == flag || text.starts_with(&format!("{flag}="));
         let found = items.iter().position(|item| item.text().is_some_and(stands));
         return Some(match found {
-            Some(i) => at.child(&format!("[{i}]"), &items[i]).spot,
+            Some(i) => at.item(i, &items[i]).spot,
             None => at.spot,
         });
     }
@@ -310,5 +313,19 @@ mod tests {
         for bad in ["", "http://", "https://a:1", "ftp://a", "http://a:99999", "http://a b"] {
             assert!(url(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn an_argument_is_found_where_it_stands() {
+        let (root, _) =
+            super::super::tree::parse("docker:\n  args:\n    - --model\n    - x\n    - --port=9\n");
+        let place = |argument: &str| {
+            let spot = argument_spot(&root, "models.m", argument).expect("docker.args");
+            (spot.place.line, spot.path)
+        };
+        assert_eq!(place("--port"), (5, "models.m.docker.args[2]".to_owned()));
+        assert_eq!(place("--port=9"), (5, "models.m.docker.args[2]".to_owned()));
+        assert_eq!(place("--port 9"), (5, "models.m.docker.args[2]".to_owned()));
+        assert_eq!(place("--other"), (3, "models.m.docker.args".to_owned()));
     }
 }

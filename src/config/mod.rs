@@ -83,6 +83,7 @@ pub fn parse(
     file: &str,
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Loaded, ConfigErrors> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut sink = Sink::default();
     let (root, flaws) = tree::parse(text);
     collect_secrets(&root, &mut sink.secrets);
@@ -111,7 +112,10 @@ fn read(
         return None;
     }
     let macros_node = root.get("macros").cloned();
-    let macros_at = macros_node.as_ref().map(|node| At::root(&root).child("macros", node));
+    let macros_at = macros_node.as_ref().map(|node| At {
+        spot: decode::Spot { place: node.place, path: "macros".to_owned() },
+        ..At::root(node)
+    });
     let macros = subst::Macros::read(macros_at.as_ref(), env, sink);
     if let Kind::Map(entries) = &mut root.kind {
         // Models and what they are made of are expanded one by one: `${model}` differs.
@@ -177,13 +181,7 @@ fn finished(sink: Sink, text: &str) -> Vec<Problem> {
     let Sink { mut problems, secrets } = sink;
     let lines: Vec<&str> = text.lines().collect();
     for problem in &mut problems {
-        let line = (problem.place.line as usize).checked_sub(1).and_then(|i| lines.get(i));
-        problem.source = line.map(|line| (*line).to_owned()).unwrap_or_default();
-        let texts = [&mut problem.message, &mut problem.expected, &mut problem.path];
-        for text in texts.into_iter().chain(problem.help.as_mut()) {
-            secrets::redact(text, &secrets);
-        }
-        secrets::redact(&mut problem.source, &secrets);
+        problem.finish(&lines, &secrets);
     }
     // Stable: problems of one place stay in the order in which they were found.
     problems.sort_by_key(|p| (p.place.line == 0, p.place.line, p.place.column));
@@ -191,6 +189,15 @@ fn finished(sink: Sink, text: &str) -> Vec<Problem> {
     // A template's error shows up once for every model that uses it.
     problems.retain(|p| p.place.line == 0 || told.insert((p.place, p.message.clone())));
     problems
+}
+
+fn texts(node: &Node, keep: &mut dyn FnMut(&str)) {
+    match &node.kind {
+        Kind::Null => {}
+        Kind::Scalar(scalar) => keep(&scalar.text),
+        Kind::List(items) => items.iter().for_each(|item| texts(item, keep)),
+        Kind::Map(entries) => entries.iter().for_each(|(_, value)| texts(value, keep)),
+    }
 }
 
 /// Literal secrets in the file: values under secret names, after secret flags, in URLs.
@@ -227,8 +234,8 @@ fn collect_secrets(node: &Node, secrets: &mut Vec<String>) {
         }
         Kind::Map(entries) => {
             for (key, value) in entries {
-                if let (true, Some(text)) = (secrets::is_secret_name(&key.text), value.text()) {
-                    keep(text);
+                if secrets::is_secret_name(&key.text) {
+                    texts(value, &mut keep);
                 }
             }
             entries.iter().for_each(|(_, value)| collect_secrets(value, secrets));

@@ -8,7 +8,7 @@ use super::catalog::{
     EngineKind, GpuProvider, GpuRequest, Health, ModelSpec, RuntimeSpec, StopSpec, Vram,
 };
 use super::decode::{At, Sink, Spot};
-use super::fields::{self, Fields, Switch};
+use super::fields::{self, Fields, Reading, Switch};
 use super::problem::nearest;
 use super::settings::ReadSettings;
 use super::subst::{Env, Macros};
@@ -72,7 +72,7 @@ pub(super) fn read(
         && map(&sources.templates, "one template per name", sink)
     {
         for (key, node) in at.node.entries() {
-            let at = at.child(&key.text, node);
+            let at = at.entry(key, node);
             reader.entry_alone(&at, sink);
             reader.templates.insert(&key.text, node);
         }
@@ -83,18 +83,22 @@ pub(super) fn read(
         return models;
     }
     for (key, node) in at.node.entries() {
-        models.extend(reader.model(key, &at.child(&key.text, node), sink));
+        models.extend(reader.model(key, &at.entry(key, node), sink));
     }
     models
 }
 
 impl Reader<'_> {
+    fn reading(&self, whole: bool) -> Reading<'_> {
+        Reading { env: self.env, waiting: self.settings.settings.waiting, whole }
+    }
+
     /// Checks a template (or `defaults`) by itself, so that its errors are told once and at
     /// their own path, used or not.
     fn entry_alone(&self, at: &At<'_>, sink: &mut Sink) {
         let mut node = at.node.clone();
         self.macros.apply(&mut node, &at.spot.path, Some("model"), sink);
-        let own = At { node: &node, spot: at.spot.clone() };
+        let own = At { node: &node, ..at.clone() };
         if !own.is_map() {
             own.table(sink, "keys of a model");
             return;
@@ -107,7 +111,7 @@ impl Reader<'_> {
             let message = format!("`{}` belongs to one model, not to several", key.text);
             sink.error(&spot, message, "move it into the model");
         }
-        fields::read(&own, self.settings.settings.waiting, self.env, sink);
+        fields::read(&own, self.reading(false), sink);
     }
 
     fn model(&self, key: &Key, at: &At<'_>, sink: &mut Sink) -> Option<ReadModel> {
@@ -116,8 +120,10 @@ impl Reader<'_> {
         check_name(name, "model", &spot, sink);
         let mut node = self.layered(at, sink);
         self.macros.apply(&mut node, &spot.path, Some(name), sink);
-        let own = At { node: &node, spot: at.spot.clone() };
-        let fields = fields::read(&own, self.settings.settings.waiting, self.env, sink)?;
+        let own = At { node: &node, ..at.clone() };
+        let mut fields = fields::read(&own, self.reading(true), sink)?;
+        let template = at.node.get("template").map(|name| name.text().unwrap_or_default());
+        fields.is_incomplete |= template.is_some_and(|name| !self.templates.contains_key(name));
         for (alias, spot) in &fields.aliases {
             check_name(alias, "alias", spot, sink);
         }
@@ -131,7 +137,8 @@ impl Reader<'_> {
     fn layered(&self, at: &At<'_>, sink: &mut Sink) -> Node {
         let mut node = at.node.clone();
         if let Some(template) = at.node.get("template") {
-            let spot = at.child("template", template).spot;
+            let spot =
+                Spot { place: template.place, path: super::tree::join(&at.spot.path, "template") };
             let name = template.text().unwrap_or_default();
             match self.templates.get(name) {
                 Some(template) => node = over(template, &node),
@@ -147,17 +154,19 @@ impl Reader<'_> {
             }
         }
         let Some(defaults) = self.defaults else { return node };
-        // A default for containers concerns only models that run in one, and only those that
-        // Wharf makes.
-        let concerns = |part: &str| match node.get(part) {
-            Some(own) => own.get("container").is_none(),
-            None => false,
-        };
-        let entries = defaults.entries().iter().filter(|(key, _)| {
-            !matches!(key.text.as_str(), "docker" | "process" | "external") || concerns(&key.text)
-        });
+        let entries =
+            defaults.entries().iter().filter(|(key, _)| concerns(&key.text, &node, defaults));
         let base = Node { place: node.place, kind: Kind::Map(entries.cloned().collect()) };
         over(&base, &node)
+    }
+
+    /// vLLM drains by itself when told to stop, for as long as `shutdown_timeout` lets it.
+    fn grace(&self, engine: EngineKind) -> Duration {
+        let given = self.settings.spots.contains_key("swap.shutdown_timeout");
+        if given || engine == EngineKind::Vllm {
+            return self.settings.settings.swap.shutdown_timeout;
+        }
+        GRACE
     }
 
     fn build(
@@ -171,7 +180,7 @@ impl Reader<'_> {
         if fields.is_adapter {
             return None;
         }
-        if fields.engine.is_none() && !fields.engine_is_wrong {
+        if fields.engine.is_none() && !fields.engine_is_wrong && !fields.is_incomplete {
             sink.error(spot, format!("model `{name}` names no engine"), "expected `engine: …`")
                 .help("engines are `vllm`, `llamacpp` and `openai` (whatever speaks that API)");
         }
@@ -179,16 +188,6 @@ impl Reader<'_> {
         let engine = fields.engine?;
         let runtime = runtime?;
         let external = matches!(runtime, RuntimeSpec::External(_));
-        let swap = &self.settings.settings.swap;
-        let health = match (engine, external) {
-            (EngineKind::Openai, _) => "/v1/models",
-            (EngineKind::Vllm | EngineKind::Llamacpp, _) => "/health",
-        };
-        let grace = match engine {
-            _ if self.settings.spots.contains_key("swap.shutdown_timeout") => swap.shutdown_timeout,
-            EngineKind::Vllm => swap.shutdown_timeout,
-            EngineKind::Llamacpp | EngineKind::Openai => GRACE,
-        };
         let gpu = &self.settings.settings.gpu;
         let no_gpus = gpu.provider == GpuProvider::None && gpu.memory.is_empty();
         let gpus = if external || no_gpus { GpuRequest::None } else { GpuRequest::Count(1) };
@@ -209,35 +208,31 @@ impl Reader<'_> {
             priority: fields.priority.unwrap_or_default(),
             pinned: fields.pinned,
             warmup: fields.warmup,
-            ttl: match fields.ttl {
-                Some(Switch::On(ttl)) => Some(ttl),
-                Some(Switch::Off) | None => None,
-            },
+            ttl: fields.ttl.and_then(Switch::on),
             concurrency: fields.concurrency,
-            health: Health {
-                path: match fields.health_path {
-                    Some(Switch::On(path)) => Some(path),
-                    Some(Switch::Off) => None,
-                    None => Some(health.to_owned()),
-                },
-                stall: fields.stall.unwrap_or(STALL),
-            },
+            health: health(engine, fields.health_path, fields.stall),
             start_timeout: fields.start_timeout,
             stop: StopSpec {
                 signal: fields.signal.unwrap_or_else(|| "SIGTERM".to_owned()),
-                grace: fields.grace.unwrap_or(grace),
+                grace: fields.grace.unwrap_or_else(|| self.grace(engine)),
             },
             canary: fields.canary,
             upstream_name: fields.upstream_name,
             port: fields.port,
             waiting: fields.waiting,
-            sleep: match fields.sleep {
-                Some(Switch::On(level)) => Some(level),
-                Some(Switch::Off) | None => None,
-            },
+            sleep: fields.sleep.and_then(Switch::on),
             line: spot.place.line,
         })
     }
+}
+
+fn health(engine: EngineKind, path: Option<Switch<String>>, stall: Option<Duration>) -> Health {
+    let usual = match engine {
+        EngineKind::Openai => "/v1/models",
+        EngineKind::Vllm | EngineKind::Llamacpp => "/health",
+    };
+    let path = path.unwrap_or_else(|| Switch::On(usual.to_owned()));
+    Health { path: path.on(), stall: stall.unwrap_or(STALL) }
 }
 
 /// Exactly one of `docker`, `process`, `external`, with the model's own `env` and `pull` in it.
@@ -247,6 +242,9 @@ fn runtime(name: &str, spot: &Spot, fields: &mut Fields, sink: &mut Sink) -> Opt
         .filter_map(|key| Some((key, fields.spot(key)?.clone())))
         .collect();
     if given.is_empty() {
+        if fields.is_incomplete {
+            return None;
+        }
         let message = format!("model `{name}` does not say how it is run");
         sink.error(spot, message, "expected one of `docker`, `process` and `external`");
         return None;
@@ -286,6 +284,27 @@ fn runtime(name: &str, spot: &Spot, fields: &mut Fields, sink: &mut Sink) -> Opt
         sink.error(at, message, "remove it, or use `docker` or `process`");
     }
     Some(RuntimeSpec::External(external))
+}
+
+/// Whether a default has a meaning for this model. What a model says of itself is checked
+/// strictly; a default for all is meant for those that it suits.
+fn concerns(key: &str, model: &Node, defaults: &Node) -> bool {
+    let external = model.get("external").is_some();
+    let existing = model.get("docker").is_some_and(|docker| docker.get("container").is_some());
+    let says = |key: &str, text: &str| model.get(key).and_then(Node::text) == Some(text);
+    match key {
+        "docker" | "process" | "external" => model.get(key).is_some() && !existing,
+        "env" => !external && !existing,
+        "pull" => model.get("docker").is_some() && !existing,
+        "gpus" | "stop" => !external,
+        "vram" => !external && !says("gpus", "0"),
+        "sleep" => {
+            let engine = model.get("engine").or_else(|| defaults.get("engine"));
+            !external && engine.and_then(Node::text) == Some("vllm")
+        }
+        "ttl" => !says("pinned", "true") && !says("warmup", "true"),
+        _ => true,
+    }
 }
 
 /// `own` laid over `base`.

@@ -38,9 +38,12 @@ pub struct Problem {
     /// How to mend it, where that takes a sentence.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub help: Option<String>,
-    /// The source line, secrets masked.
+    /// The source line, secrets masked; empty if there is none to show.
     #[serde(skip)]
     pub source: String,
+    /// The columns of `source` that are meant, from 0.
+    #[serde(skip)]
+    pub shown: (usize, usize),
 }
 
 impl Problem {
@@ -54,7 +57,22 @@ impl Problem {
             expected: String::new(),
             help: Some(help.to_owned()).filter(|h| !h.is_empty()),
             source: String::new(),
+            shown: (0, 0),
         }
+    }
+
+    /// Attaches the source line and hides secrets everywhere.
+    pub(super) fn finish(&mut self, lines: &[&str], known: &[String]) {
+        let texts = [&mut self.message, &mut self.expected, &mut self.path];
+        for text in texts.into_iter().chain(self.help.as_mut()) {
+            secrets::redact(text, known);
+        }
+        let Place { line, column, width } = self.place;
+        let Some(index) = (line as usize).checked_sub(1) else { return };
+        let shown = secrets::shown_line(lines, index, known);
+        let start = (column as usize).saturating_sub(1);
+        self.shown = (shown.column_of(start), shown.column_of(start + width as usize));
+        self.source = shown.text;
     }
 
     /// Writes the problem with its source line, as compilers do.
@@ -82,11 +100,14 @@ impl Problem {
     }
 
     fn render_source(&self, margin: usize, out: &mut impl fmt::Write) -> fmt::Result {
-        let Place { line, column, width } = self.place;
-        let shown = secrets::mask_line(&self.source);
-        let start = shown.column_of(column as usize - 1);
-        let end = shown.column_of((column + width) as usize - 1);
-        let (text, start, end) = window(&shown.text, start, end);
+        let line = self.place.line;
+        if self.source.is_empty() {
+            if !self.expected.is_empty() {
+                writeln!(out, "{:margin$} = {}", "", self.expected)?;
+            }
+            return Ok(());
+        }
+        let (text, start, end) = window(&self.source, self.shown.0, self.shown.1);
         let carets = "^".repeat(end.saturating_sub(start).max(1));
         let expected =
             if self.expected.is_empty() { String::new() } else { format!(" {}", self.expected) };
@@ -164,10 +185,16 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     let wanted = plain(word);
     // One slip for short words, a third of the letters for long ones.
     let bound = (wanted.chars().count() / 3).clamp(1, 4);
+    let steps = |candidate: &str| {
+        let candidate = plain(candidate);
+        let cut_short = wanted.len() > 2 && candidate.starts_with(&wanted);
+        let steps = distance(&wanted, &candidate);
+        let near = steps <= bound && steps < candidate.chars().count();
+        (near || cut_short).then_some(if cut_short { 1.min(steps) } else { steps })
+    };
     candidates
         .into_iter()
-        .map(|candidate| (distance(&wanted, &plain(candidate)), candidate))
-        .filter(|(d, candidate)| *d <= bound && *d < plain(candidate).chars().count())
+        .filter_map(|candidate| Some((steps(candidate)?, candidate)))
         .min()
         .map(|(_, candidate)| candidate)
 }
@@ -177,11 +204,9 @@ fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) =
         (a.chars().take(64).collect(), b.chars().take(64).collect());
     let mut rows = vec![vec![0; b.len() + 1]; a.len() + 1];
+    rows[0] = (0..=b.len()).collect();
     for (i, row) in rows.iter_mut().enumerate() {
         row[0] = i;
-    }
-    for j in 0..=b.len() {
-        rows[0][j] = j;
     }
     for i in 1..=a.len() {
         for j in 1..=b.len() {

@@ -8,7 +8,7 @@ use super::fit::{self, Need};
 use super::launch::argument_spot;
 use super::models::ReadModel;
 use super::problem::nearest;
-use super::settings::ReadSettings;
+use super::settings::{Allowed, ReadSettings};
 use crate::engine;
 use crate::units::{Bytes, ModelName};
 
@@ -157,7 +157,8 @@ fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
         }
         match taken.get(&port) {
             Some(other) if !one_at_a_time => {
-                let message = format!("port {port} is also the port of `{other}`");
+                let message =
+                    format!("`{}` and `{other}` have the same fixed port {port}", model.spec.name);
                 sink.error(spot, message, "expected another port, or none")
                     .help("models may share a port only with `swap.mode: single-active`");
             }
@@ -176,19 +177,16 @@ fn keys(
     sink: &mut Sink,
 ) {
     let names = || models.iter().map(|m| m.spec.name.as_str()).chain(aliases.keys().map(|a| &**a));
-    for key in &read.settings.auth.keys {
-        for pattern in key.models.iter().filter(|p| !p.contains('*')) {
-            if names().any(|name| name == pattern) {
-                continue;
-            }
-            let expected = match nearest(pattern, names()) {
-                Some(name) => format!("did you mean `{name}`?"),
-                None => "expected a model's name, or a pattern with `*`".to_owned(),
-            };
-            let spot = Spot { path: format!("auth.keys ({})", key.name), ..Spot::default() };
-            let message = format!("key `{}` allows the unknown model `{pattern}`", key.name);
-            sink.warning(&spot, message, "").help(expected);
+    for Allowed { key, pattern, spot } in &read.allowed {
+        if pattern.contains('*') || names().any(|name| name == pattern) {
+            continue;
         }
+        let expected = match nearest(pattern, names()) {
+            Some(name) => format!("did you mean `{name}`?"),
+            None => "expected a model's name, or a pattern with `*`".to_owned(),
+        };
+        let message = format!("key `{key}` allows the unknown model `{pattern}`");
+        sink.warning(spot, message, expected);
     }
 }
 
@@ -316,7 +314,7 @@ pub(super) fn groups(at: &At<'_>, models: &[ReadModel], read: &ReadSettings, sin
         return;
     }
     for (key, node) in at.node.entries() {
-        let group = at.child(&key.text, node);
+        let group = at.entry(key, node);
         let Some(mut table) = group.table(sink, "`models` and `together`") else { continue };
         let mut members = Vec::new();
         let mut all_known = true;

@@ -20,6 +20,14 @@ pub(super) struct ReadSettings {
     pub ports: Option<(u16, u16)>,
     /// Where keys stand, by path.
     pub spots: BTreeMap<&'static str, Spot>,
+    /// What `auth.keys` allow, with the name of the key.
+    pub allowed: Vec<Allowed>,
+}
+
+pub(super) struct Allowed {
+    pub key: String,
+    pub pattern: String,
+    pub spot: Spot,
 }
 
 impl ReadSettings {
@@ -77,7 +85,12 @@ fn set<T>(target: &mut T, value: Option<T>) {
 
 /// Takes the global keys out of the file's top level.
 pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
-    let mut read = ReadSettings { settings: defaults(), ports: None, spots: BTreeMap::new() };
+    let mut read = ReadSettings {
+        settings: defaults(),
+        ports: None,
+        spots: BTreeMap::new(),
+        allowed: Vec::new(),
+    };
     listen(top, &mut read, sink);
     if let Some(at) = top.take("swap") {
         swap(&at, &mut read, sink);
@@ -94,7 +107,8 @@ pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
         settings.store = PathBuf::from(store);
     }
     if let Some(mut table) = top.take("auth").and_then(|at| at.table(sink, "`keys`")) {
-        settings.auth.keys = table.take("keys").map_or_else(Vec::new, |at| keys(&at, sink));
+        settings.auth.keys =
+            table.take("keys").map_or_else(Vec::new, |at| keys(&at, &mut read.allowed, sink));
         table.finish(sink, &[]);
     }
     if let Some(at) = top.take("cors") {
@@ -247,20 +261,19 @@ fn ports(top: &mut Table<'_>, read: &mut ReadSettings, sink: &mut Sink) {
     }
 }
 
-fn keys(at: &At<'_>, sink: &mut Sink) -> Vec<ApiKey> {
+fn keys(at: &At<'_>, allowed: &mut Vec<Allowed>, sink: &mut Sink) -> Vec<ApiKey> {
     let mut keys: Vec<ApiKey> = Vec::new();
     for item in at.list(sink, "a list of keys").unwrap_or_default() {
         let Some(mut table) = item.table(sink, "`name`, `key`, `models` and `scopes`") else {
             continue;
         };
         let name = table.take("name");
-        let named = name.as_ref().and_then(|at| at.string(sink, "the key's name"));
+        let named = name.as_ref().and_then(|at| at.string(sink, "a name"));
         let secret = table.take("key");
-        let key = secret.as_ref().and_then(|at| at.string(sink, "the key itself"));
-        let models = table.take("models").map_or_else(
-            || vec!["*".to_owned()],
-            |at| at.strings(sink, "a list of model names, `*` allowed").unwrap_or_default(),
-        );
+        let key = secret.as_ref().and_then(|at| at.string(sink, "a text such as ${env.WHARF_KEY}"));
+        let models = table
+            .take("models")
+            .map_or_else(|| vec![("*".to_owned(), Spot::default())], |at| patterns(&at, sink));
         let scopes =
             table.take("scopes").map_or_else(|| vec![Scope::Inference], |at| scopes(&at, sink));
         table.finish(
@@ -287,9 +300,21 @@ fn keys(at: &At<'_>, sink: &mut Sink) -> Vec<ApiKey> {
             let message = format!("this key is the same as that of `{}`", other.name);
             sink.error(&at.spot, message, "expected a key of its own");
         }
+        allowed.extend(models.iter().map(|(pattern, spot)| Allowed {
+            key: name.clone(),
+            pattern: pattern.clone(),
+            spot: spot.clone(),
+        }));
+        let models = models.into_iter().map(|(pattern, _)| pattern).collect();
         keys.push(ApiKey { name, key, models, scopes });
     }
     keys
+}
+
+fn patterns(at: &At<'_>, sink: &mut Sink) -> Vec<(String, Spot)> {
+    let items = at.list(sink, "a list of model names, `*` allowed").unwrap_or_default();
+    let read = |item: At<'_>| Some((item.string(sink, "a model's name, or a pattern")?, item.spot));
+    items.into_iter().filter_map(read).collect()
 }
 
 fn scopes(at: &At<'_>, sink: &mut Sink) -> Vec<Scope> {

@@ -51,7 +51,7 @@ impl<'e> Macros<'e> {
                     "choose another name",
                 );
             }
-            let value = at.child(&key.text, node);
+            let value = at.entry(key, node);
             let Some(text) = value.free_text(sink, "a text") else { continue };
             let scope = Scope { model: None, command: true, definition: true };
             let text = macros.expand(&text, &value.spot, scope, sink);
@@ -84,7 +84,7 @@ impl<'e> Macros<'e> {
             Kind::Map(entries) => {
                 for (key, value) in entries {
                     let path = join(path, &key.text);
-                    let command = scope.command || path.ends_with(".process.cmd");
+                    let command = scope.command || path.ends_with(".cmd");
                     self.walk(value, &path, Scope { command, ..scope }, sink);
                 }
             }

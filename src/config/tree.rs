@@ -79,10 +79,10 @@ pub(super) struct Flaw {
 
 /// Reads one document. The flaws do not stop the reading, except for broken syntax.
 pub(super) fn parse(text: &str) -> (Node, Vec<Flaw>) {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut options = granit_parser::options! { flow_nesting_limit: 64, block_nesting_limit: 64 };
     options.set_emit_comments(false);
     let mut builder = Builder {
+        text,
         parser: Parser::new_from_str_with_options(text, options),
         anchors: BTreeMap::new(),
         flaws: Vec::new(),
@@ -99,6 +99,7 @@ pub(super) fn parse(text: &str) -> (Node, Vec<Flaw>) {
 }
 
 struct Builder<'t> {
+    text: &'t str,
     parser: Parser<'t, granit_parser::StrInput<'t>>,
     anchors: BTreeMap<usize, Node>,
     flaws: Vec<Flaw>,
@@ -131,7 +132,7 @@ impl<'t> Builder<'t> {
     }
 
     fn next(&mut self) -> Result<Option<(Event<'t>, Span)>, Stop> {
-        self.parser.next_event().transpose().map_err(|error| syntax(&error))
+        self.parser.next_event().transpose().map_err(|error| syntax(&error, self.text))
     }
 
     fn node(&mut self, event: Event<'t>, span: Span, path: &str) -> Result<Node, Stop> {
@@ -291,17 +292,18 @@ fn flaw(place: Place, message: &str, expected: &str) -> Stop {
 }
 
 /// The parser's terms are YAML's; the frequent mistakes are said in plain words.
-fn syntax(error: &ScanError) -> Stop {
+fn syntax(error: &ScanError, text: &str) -> Stop {
     use granit_parser::ErrorKind as E;
     let (message, help) = match error.kind() {
-        E::TabNotAllowed | E::TabInBlockIndentation | E::TabInIndentation => (
-            "a tab is used for indentation".to_owned(),
-            Some("YAML allows only spaces there; two per level is usual"),
-        ),
-        E::UnclosedFlowCollection { open } => (
-            format!("this `{open}` is never closed"),
-            Some("add the closing bracket, or write the block form, one entry per line"),
-        ),
+        E::TabNotAllowed | E::TabInBlockIndentation | E::TabInIndentation | E::TabInPlainScalar => {
+            (
+                "a tab is used for indentation".to_owned(),
+                Some("YAML allows only spaces there; two per level is usual"),
+            )
+        }
+        E::UnclosedFlowCollection { open } => {
+            (format!("this `{open}` is never closed"), Some(UNCLOSED))
+        }
         E::UnclosedQuotedScalar => {
             ("this quote is never closed".to_owned(), Some("add the closing quote"))
         }
@@ -318,14 +320,61 @@ fn syntax(error: &ScanError) -> Stop {
         ),
         _ => (format!("not valid YAML: {}", error.info()), None),
     };
+    let is_at_its_place = matches!(
+        error.kind(),
+        E::TabNotAllowed
+            | E::TabInBlockIndentation
+            | E::TabInIndentation
+            | E::TabInPlainScalar
+            | E::UnclosedFlowCollection { .. }
+            | E::UnclosedQuotedScalar
+            | E::UnknownAnchor
+            | E::RecursionLimitExceeded
+    );
     let mark = error.marker();
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     let place =
         Place { line: number(mark.line()).max(1), column: number(mark.col()) + 1, width: 1 };
     let mut stop = flaw(place, &message, "");
     stop.help = help.map(str::to_owned);
+    if !is_at_its_place {
+        blame_bracket(text, &mut stop);
+    }
     stop
 }
+
+/// A forgotten bracket shows only lines later, as something that does not fit: says which one.
+fn blame_bracket(text: &str, stop: &mut Flaw) {
+    let before = text.lines().zip(1_u32..).take_while(|(_, line)| *line < stop.place.line);
+    let mut open: Vec<(char, Place)> = Vec::new();
+    for (line, number) in before {
+        let (mut quote, mut previous) = (None, ' ');
+        for (c, column) in line.chars().zip(1_u32..) {
+            match (quote, c) {
+                (Some(q), c) if q == c => quote = None,
+                (Some(_), _) => {}
+                (None, '#') if previous.is_whitespace() => break,
+                (None, '"' | '\'') if !previous.is_alphanumeric() => quote = Some(c),
+                (None, '[' | '{') if previous != '$' => {
+                    open.push((c, Place { line: number, column, width: 1 }));
+                }
+                (None, ']' | '}') => {
+                    open.pop();
+                }
+                (None, _) => {}
+            }
+            previous = c;
+        }
+    }
+    if let Some((bracket, place)) = open.last() {
+        stop.message = format!("this `{bracket}` is never closed");
+        stop.expected = format!("line {} does not fit into it", stop.place.line);
+        stop.help = Some(UNCLOSED.to_owned());
+        stop.place = *place;
+    }
+}
+
+const UNCLOSED: &str = "add the closing bracket, or write the block form, one entry per line";
 
 #[cfg(test)]
 mod tests {

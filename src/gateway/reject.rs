@@ -90,10 +90,10 @@ impl Reject {
         self
     }
 
-    /// A cause in words, where there is no fault.
+    /// Why, in words, where there is no fault to tell.
     #[must_use]
-    pub fn because(mut self, cause: &str) -> Reject {
-        self.0.cause = Some(json!(cause));
+    pub fn because(mut self, why: &str) -> Reject {
+        self.0.cause = Some(json!({ "message": why }));
         self
     }
 

@@ -166,7 +166,7 @@ impl World {
             return;
         };
         inst.real = Real::Launching;
-        (inst.pid_visible, inst.held) = (true, Bytes::ZERO);
+        (inst.pid_visible, inst.stuck, inst.held) = (true, false, Bytes::ZERO);
         if inst.spec.vram == Vram::Rest {
             inst.need = footprint.unwrap_or(truth.awake);
         }

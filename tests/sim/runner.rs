@@ -194,3 +194,25 @@ fn report(seeds: usize, began: Instant, totals: &Totals) {
         totals.tightest,
     );
 }
+
+/// The journal, read back from its serialised form, replays to the same actions.
+#[test]
+fn a_journal_replays_to_the_same_actions() {
+    for seed in 0..25 {
+        let scenario = random::scenario(seed);
+        let mut again = crate::world::scheduler(&scenario);
+        let mut world = World::new(scenario);
+        world.journal = Some(Vec::new());
+        let noise = world.scenario.quiet_from;
+        world.run_until(noise);
+        for entry in world.journal.iter().flatten() {
+            let line = serde_json::to_string(&entry.event).expect("an event is serialisable");
+            let event = serde_json::from_str(&line).expect("and can be read back");
+            let mut actions = Vec::new();
+            again.handle(wharf::units::Time(entry.at), event, &mut actions);
+            let text = serde_json::to_string(&actions).expect("actions are serialisable");
+            let wanted = serde_json::to_string(&entry.actions).expect("actions are serialisable");
+            assert_eq!(text, wanted, "seed {seed} at {} after {line}", entry.at);
+        }
+    }
+}

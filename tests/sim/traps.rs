@@ -94,7 +94,7 @@ impl Trap {
     fn run(mut self, end: u64) -> World {
         self.scenario.catalog = Arc::new(self.catalog);
         let mut world = World::new(self.scenario);
-        world.history = Some(Vec::new());
+        world.journal = Some(Vec::new());
         world.trace = Some(Vec::new());
         world.run_until(end);
         if let Some(failure) = &world.checker.failure {
@@ -107,13 +107,14 @@ impl Trap {
 }
 
 impl World {
-    fn actions(&self) -> impl Iterator<Item = &(u64, Action)> {
-        self.history.iter().flatten()
+    fn actions(&self) -> impl Iterator<Item = (u64, &Action)> {
+        let entries = self.journal.iter().flatten();
+        entries.flat_map(|entry| entry.actions.iter().map(|action| (entry.at, action)))
     }
 
     fn starts(&self, name: &str) -> Vec<u64> {
-        let start = |(at, action): &(u64, Action)| match action {
-            Action::StartInstance { model, .. } if model.as_str() == name => Some(*at),
+        let start = |(at, action): (u64, &Action)| match action {
+            Action::StartInstance { model, .. } if model.as_str() == name => Some(at),
             _ => None,
         };
         self.actions().filter_map(start).collect()
@@ -149,8 +150,8 @@ impl World {
     }
 
     fn answers(&self) -> Vec<(u64, Answer)> {
-        let answer = |(at, action): &(u64, Action)| match action {
-            Action::Answer { answer, .. } => Some((*at, answer.clone())),
+        let answer = |(at, action): (u64, &Action)| match action {
+            Action::Answer { answer, .. } => Some((at, answer.clone())),
             _ => None,
         };
         self.actions().filter_map(answer).collect()
@@ -372,7 +373,7 @@ fn a_start_waits_for_memory_that_comes_late() {
         .run(60_000);
     let stopped = world
         .actions()
-        .find_map(|(at, action)| matches!(action, Action::StopInstance { .. }).then_some(*at));
+        .find_map(|(at, action)| matches!(action, Action::StopInstance { .. }).then_some(at));
     let waited = world.starts("b")[0] - stopped.expect("a was stopped");
     assert!((2100..2500).contains(&waited), "started {waited} ms after the stop");
 }
@@ -426,7 +427,7 @@ fn an_idle_model_leaves_after_its_ttl_and_not_before() {
     let stops: Vec<u64> = world
         .actions()
         .filter(|(_, action)| matches!(action, Action::StopInstance { .. }))
-        .map(|(at, _)| *at)
+        .map(|(at, _)| at)
         .collect();
     assert_eq!(stops.len(), 1, "{stops:?}");
     assert!((55_900..57_000).contains(&stops[0]), "26 s and 30 s: {stops:?}");

@@ -16,7 +16,7 @@ use wharf::units::{AskId, GpuId, InstanceId, ModelName, RequestId, SwapId, Time}
 use crate::checker::Checker;
 use crate::clients::{Client, Lease, LeaseEnd};
 use crate::effects::Effect;
-use crate::machine::{Machine, uuid};
+use crate::machine::{Gpu, Machine, uuid};
 use crate::rng::Rng;
 use crate::scenario::{Faults, Loop, Plan, Scenario, Step, Truth};
 
@@ -46,6 +46,14 @@ pub enum Next {
     ProofBack,
     RuntimeUp,
     Probe(usize),
+}
+
+/// One event and its actions, as the orchestrator's journal has them.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub at: u64,
+    pub event: Event,
+    pub actions: Vec<Action>,
 }
 
 pub struct World {
@@ -78,24 +86,30 @@ pub struct World {
     at_once: (u64, u32, u32),
     /// Every event and action, as text, where somebody wants to read it.
     pub trace: Option<Vec<String>>,
-    /// Every action, where a test wants to look at it.
-    pub history: Option<Vec<(u64, Action)>>,
+    /// What was told and what came of it, where a test wants to look at it.
+    pub journal: Option<Vec<Entry>>,
+}
+
+/// A fresh scheduler for this machine.
+pub fn scheduler(scenario: &Scenario) -> Scheduler {
+    let gpu = |(n, gpu): (usize, &Gpu)| {
+        let id = GpuId(n as u16);
+        GpuInfo { id, uuid: uuid(id), total: gpu.total }
+    };
+    let gpus = scenario.gpus.iter().enumerate().map(gpu).collect();
+    let told = Told { gpus, proof: scenario.proof };
+    Scheduler::new(Arc::clone(&scenario.catalog), told, FIRST_ID)
 }
 
 impl World {
     pub fn new(scenario: Scenario) -> World {
         let machine = Machine::new(scenario.gpus.clone());
-        let gpus = (0..scenario.gpus.len()).map(|n| GpuId(n as u16));
-        let gpus = gpus
-            .map(|id| GpuInfo { id, uuid: uuid(id), total: machine.gpus[usize::from(id.0)].total })
-            .collect();
-        let told = Told { gpus, proof: scenario.proof };
         let mut world = World {
             now: 0,
             next: BTreeMap::new(),
             sequence: 0,
             rng: Rng::new(scenario.seed ^ 0x5EED),
-            scheduler: Scheduler::new(Arc::clone(&scenario.catalog), told, FIRST_ID),
+            scheduler: scheduler(&scenario),
             checker: Checker::new(&scenario),
             machine,
             catalog: Arc::clone(&scenario.catalog),
@@ -117,7 +131,7 @@ impl World {
             events: 0,
             at_once: (0, 0, 0),
             trace: None,
-            history: None,
+            journal: None,
             scenario,
         };
         world.prepare();
@@ -327,15 +341,16 @@ impl World {
         self.note(|| format!("< {}", crate::trace::event(&event)));
         self.checker.on_event(self.now, &event);
         let mut out = Vec::new();
+        let entry = self.journal.is_some().then(|| event.clone());
         self.scheduler.handle(Time(self.now), event, &mut out);
+        if let (Some(journal), Some(event)) = (&mut self.journal, entry) {
+            journal.push(Entry { at: self.now, event, actions: out.clone() });
+        }
         for action in out {
             self.note(|| format!("    > {}", crate::trace::action(&action)));
             self.checker.on_action(self.now, &action, &self.machine);
             if self.checker.failure.is_some() {
                 return;
-            }
-            if let Some(history) = &mut self.history {
-                history.push((self.now, action.clone()));
             }
             self.perform(action);
         }

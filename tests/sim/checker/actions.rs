@@ -100,7 +100,7 @@ impl Checker {
 
     fn open(&mut self, instance: InstanceId, permits: u32, machine: &Machine) {
         let Some(known) = self.existing(instance, "OpenGate") else { return };
-        known.open = true;
+        (known.open, known.cancelled) = (true, false);
         let known = known.clone();
         let fine = known.told == Told::Ready && !known.lost && really_ready(machine, instance);
         self.require(fine, || format!("the gate of {instance} opens: told {:?}", known.told));

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use wharf::config::catalog::{Catalog, ModelSpec, SwapMode};
 use wharf::scheduler::event::{Done, EnsureKind, Event, FaultKind, Request};
-use wharf::scheduler::record::{SchedulerView, SwapRecord};
+use wharf::scheduler::record::{ResidencyView, SchedulerView, SwapRecord};
 use wharf::units::{AskId, Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId};
 
 use crate::scenario::{Scenario, fits};
@@ -109,7 +109,7 @@ pub struct Checker {
     queue_changed: bool,
     ended: BTreeSet<SwapId>,
     watches: BTreeSet<SwapId>,
-    /// Force-unloads asked for, by model: until when they excuse cancelled leases.
+    /// Models to be unloaded by force: until they are gone, their leases may be cancelled.
     forced: BTreeSet<ModelName>,
     failed_models: BTreeSet<ModelName>,
     /// Strangers' bytes in the newest sample that was told, per GPU.
@@ -302,6 +302,7 @@ impl Checker {
             known.told = Told::Gone;
             (known.profiling, known.lost) = (false, false);
             self.live.remove(&instance);
+            self.forced.remove(&known.model);
             if matches!(known.under_way, Some((Move::Start | Move::Wake | Move::Sleep, _))) {
                 known.under_way = None;
             }
@@ -339,6 +340,7 @@ impl Checker {
         }
         if known.told == Told::Gone {
             self.live.remove(&instance);
+            self.forced.remove(&failed);
         }
         let fault = match done {
             Done::Preflight(Err(fault))
@@ -444,6 +446,36 @@ impl Checker {
         self.require(stale.is_none(), || format!("at rest, but a swap is under way: {stale:?}"));
         let queued = view.queued;
         self.require(queued == 0, || format!("at rest, but the view says {queued} queued"));
+        self.view_at_rest(now, view);
+    }
+
+    /// The view agrees with what was told, and no promise outlives its instance.
+    fn view_at_rest(&mut self, now: u64, view: &SchedulerView) {
+        for model in &view.models {
+            let settled = matches!(
+                model.residency,
+                ResidencyView::Stopped
+                    | ResidencyView::Ready
+                    | ResidencyView::Sleeping { .. }
+                    | ResidencyView::Failed { .. }
+            );
+            let name = &model.name;
+            let state = model.residency.as_str();
+            self.require(settled || model.since.0 + 200_000 > now, || {
+                format!("at rest, but {name} is {state} since {}", model.since.0)
+            });
+            let ready = self.ready(name).is_some();
+            self.require(ready == (state == "ready"), || {
+                format!("the view says {name} is {state}; told ready: {ready}")
+            });
+        }
+        for gpu in &view.gpus {
+            let on = self.live.iter().filter(|id| self.insts[id].gpus.contains(&gpu.gpu)).count();
+            let leaked = on == 0 && gpu.promised > Bytes::ZERO;
+            self.require(!leaked, || {
+                format!("nothing runs on GPU {}, but {} are promised", gpu.gpu, gpu.promised)
+            });
+        }
     }
 
     /// How many instances may be up at once.

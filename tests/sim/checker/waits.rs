@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use wharf::units::ModelName;
+use wharf::units::{InstanceId, ModelName};
 
 use super::{Checker, Told};
 use crate::scenario::{Scenario, Truth};
@@ -84,7 +84,23 @@ impl Checker {
         if let Some(late) = late {
             self.fail(late);
         }
+        self.check_overtaking(&ready);
         self.check_stalled(now, &ready);
+    }
+
+    /// Newcomers go through an open gate by themselves: nobody may wait beside it.
+    fn check_overtaking(&mut self, ready: &BTreeSet<ModelName>) {
+        let beside = self.waiting.iter().find_map(|(request, waiting)| {
+            let open = |id: &&InstanceId| {
+                let known = &self.insts[id];
+                known.model == waiting.model && known.open
+            };
+            let gate = ready.contains(&waiting.model).then(|| self.live.iter().find(open));
+            Some((*request, *gate??))
+        });
+        if let Some((request, gate)) = beside {
+            self.fail(format!("{request} waits while others go through the open gate of {gate}"));
+        }
     }
 
     /// A ready model with a free place serves who waits for it, unless it is about to leave.

@@ -1,0 +1,14 @@
+//! GPUs whose memory cannot be read: their sizes are what the configuration says.
+
+use super::{Gpu, gpu_id};
+use crate::config::catalog::GpuSettings;
+
+pub fn gpus(settings: &GpuSettings) -> Vec<Gpu> {
+    let declared = |(at, total): (usize, &crate::units::Bytes)| Gpu {
+        id: gpu_id(at),
+        uuid: format!("declared-{at}"),
+        name: "declared in gpu.memory".to_owned(),
+        total: *total,
+    };
+    settings.memory.iter().enumerate().map(declared).collect()
+}
