@@ -335,6 +335,13 @@ async fn an_ensure_that_takes_too_long_names_the_swap_that_goes_on() {
 }
 
 #[tokio::test]
+async fn an_owner_that_never_answers_does_not_hold_the_caller() {
+    let (puppet, _leases) = world();
+    let (status, body) = post(&api(&puppet), "/models/tiny/load", r#"{"timeout":0}"#).await;
+    assert_eq!((status, &body["error"]["code"]), (StatusCode::GATEWAY_TIMEOUT, &json!("timeout")));
+}
+
+#[tokio::test]
 async fn load_and_unload_answer_in_the_swappers_shape() {
     let (puppet, _leases) = world();
     let api = api(&puppet);
