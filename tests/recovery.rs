@@ -11,7 +11,7 @@ use support::{EXE, World, gpu, serve, standin};
 
 fn models() -> String {
     standin("ada", "14GiB", "--load 600ms")
-        + &standin("bob", "14GiB", "--load 600ms --shutdown drain:2s")
+        + &standin("bob", "14GiB", "--load 600ms --shutdown fixed:2s")
 }
 
 async fn world() -> World {
