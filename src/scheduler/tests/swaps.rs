@@ -1,5 +1,6 @@
 //! The main job: one model makes room for another, in order and only on proof.
 
+use super::config::*;
 use super::world::*;
 use crate::scheduler::action::Action;
 use crate::scheduler::record::{Phase, SwapOutcome};

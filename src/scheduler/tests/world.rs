@@ -3,95 +3,15 @@
 //! `CloseGate` at once, and precedes any other event for a gate that changed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::catalog::*;
+use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Action, Answer, Refusal};
 use crate::scheduler::event::*;
 use crate::scheduler::record::{ModelView, SwapRecord};
 use crate::scheduler::{GpuInfo, Scheduler, World};
 use crate::units::*;
-
-pub fn spec(name: &str, gib: u64) -> ModelSpec {
-    ModelSpec {
-        name: name.into(),
-        aliases: Vec::new(),
-        display_name: None,
-        description: None,
-        model_type: "llm".to_owned(),
-        tags: Vec::new(),
-        unlisted: false,
-        engine: EngineKind::Llamacpp,
-        runtime: RuntimeSpec::Process(ProcessSpec::default()),
-        gpus: GpuRequest::Count(1),
-        vram: Vram::Declared(Bytes::gib(gib)),
-        ram: None,
-        size_gb: None,
-        priority: Priority::Normal,
-        pinned: false,
-        warmup: false,
-        ttl: None,
-        concurrency: None,
-        health: Health { path: None, stall: Duration::from_secs(60) },
-        start_timeout: None,
-        stop: StopSpec { signal: "SIGTERM".to_owned(), grace: Duration::from_secs(5) },
-        canary: false,
-        upstream_name: None,
-        port: None,
-        waiting: None,
-        sleep: None,
-        line: 1,
-    }
-}
-
-pub fn catalog(models: Vec<ModelSpec>) -> Catalog {
-    let address = "127.0.0.1:0".parse().expect("a constant");
-    Catalog {
-        models: models.into_iter().map(|m| (m.name.clone(), Arc::new(m))).collect(),
-        aliases: BTreeMap::new(),
-        settings: Settings {
-            gateway: address,
-            orchestrator: address,
-            swap: SwapSettings {
-                mode: SwapMode::MultiActive,
-                max_concurrent_models: 0,
-                max_wait: None,
-                min_residency: Duration::from_secs(3),
-                drain_timeout: Duration::from_secs(300),
-                vram_timeout: Duration::from_secs(30),
-                start_timeout: Duration::from_secs(600),
-                shutdown_timeout: Duration::from_secs(60),
-                on_exit: OnExit::Stop,
-            },
-            queue: QueueSettings {
-                limit: 1024,
-                per_model: 256,
-                timeout: Duration::from_secs(540),
-                body_limit: Bytes::mib(64),
-                total_bodies: Bytes::gib(1),
-            },
-            gpu: GpuSettings {
-                provider: GpuProvider::Simulated,
-                reserve: Bytes::mib(512),
-                memory: Vec::new(),
-                release_lag: Duration::ZERO,
-                foreign: Vec::new(),
-            },
-            engine_ports: (18051, 18999),
-            store: PathBuf::from("wharf.db"),
-            auth: AuthSettings::default(),
-            docker_host: None,
-            cors: Vec::new(),
-            hosts: Vec::new(),
-            waiting: WaitingSettings {
-                style: WaitingStyle::Comment,
-                after: Duration::from_secs(10),
-            },
-        },
-    }
-}
 
 #[derive(Clone, Debug)]
 pub struct Running {
@@ -135,9 +55,12 @@ pub struct Sim {
     pub refused: BTreeMap<RequestId, Refusal>,
     pub answers: BTreeMap<AskId, Answer>,
     pub hold_starts: bool,
+    /// No process is listed as a holder (WSL, containers without host pids).
+    pub hide_pids: bool,
+    pub sample_every: Duration,
+    over: BTreeSet<RequestId>,
     pending: BTreeMap<(Time, u64), Event>,
     next_sample: Time,
-    sequence: u64,
     next_id: u64,
 }
 
@@ -173,9 +96,11 @@ impl Sim {
             refused: BTreeMap::new(),
             answers: BTreeMap::new(),
             hold_starts: false,
+            hide_pids: false,
+            sample_every: Duration::from_millis(100),
+            over: BTreeSet::new(),
             pending: BTreeMap::new(),
             next_sample: Time::ZERO,
-            sequence: 0,
             next_id: 1,
         };
         sim.run_for(Duration::from_millis(10));
@@ -324,7 +249,7 @@ impl Sim {
                 }
             }
             Action::CancelLeases { instance, .. } => {
-                self.granted.retain(|_, on| *on != instance);
+                self.cut(instance);
                 if let Some(running) = self.running.get_mut(&instance) {
                     running.in_flight = 0;
                     running.changed = true;
@@ -423,12 +348,44 @@ impl Sim {
         self.done(took, swap, instance, Done::Stop(Ok(())));
     }
 
+    fn cut(&mut self, instance: InstanceId) {
+        let cut = self.granted.extract_if(.., |_, on| *on == instance);
+        self.over.extend(cut.map(|(request, _)| request));
+    }
+
+    /// The client is done, or leaves.
+    pub fn end(&mut self, request: RequestId) {
+        if self.granted.contains_key(&request) {
+            self.finish(request);
+        } else if !self.is_over(request) {
+            self.send(Event::RequestGone { request });
+        }
+        self.over.insert(request);
+    }
+
+    pub fn is_over(&self, request: RequestId) -> bool {
+        self.over.contains(&request) || self.refused.contains_key(&request)
+    }
+
+    pub fn kill_if_running(&mut self, model: &str) {
+        if self.running.values().any(|r| r.model.as_str() == model) {
+            self.kill(model);
+        }
+    }
+
+    /// Memory that would never come back does.
+    pub fn heal(&mut self) {
+        for ghost in &mut self.ghosts {
+            ghost.3 = ghost.3.min(self.now + Duration::from_secs(1));
+        }
+    }
+
     /// The process ends by itself.
     pub fn kill(&mut self, model: &str) {
         let (&id, _) =
             self.running.iter().find(|(_, r)| r.model.as_str() == model).expect("it runs");
         let running = self.running.remove(&id).expect("just found");
-        self.granted.retain(|_, on| *on != id);
+        self.cut(id);
         self.ghosts.push((id, running.gpus, running.bytes, self.now + self.lag));
         let fault = Fault::new(FaultKind::Exited, "exited with code 1");
         self.send(Event::InstanceDied { instance: id, fault });
@@ -475,7 +432,7 @@ impl Sim {
                 uuid: g.uuid.clone(),
                 total: g.total,
                 free: self.free(g.id),
-                holders: self.holders(g.id),
+                holders: if self.hide_pids { Vec::new() } else { self.holders(g.id) },
             });
             Ok(MemorySample { taken_at: self.now, gpus: gpus.collect() })
         };
@@ -498,7 +455,7 @@ impl Sim {
                 let (_, event) = self.pending.pop_first().expect("just seen");
                 self.send(event);
             } else if self.next_sample <= self.now {
-                self.next_sample = self.now + Duration::from_millis(100);
+                self.next_sample = self.now + self.sample_every;
                 self.sample();
             } else {
                 self.send(Event::Woke);
@@ -539,10 +496,8 @@ impl Sim {
 
     /// Rows of the ledger that ended.
     pub fn ledger(&self) -> Vec<SwapRecord> {
-        let rows = self.log.iter().filter_map(|(_, action)| match action {
-            Action::Record(record) if record.ended.is_some() => Some(record.clone()),
-            _ => None,
-        });
-        rows.collect()
+        let record =
+            |action: &Action| if let Action::Record(r) = action { Some(r.clone()) } else { None };
+        self.log.iter().filter_map(|(_, a)| record(a)).filter(|r| r.ended.is_some()).collect()
     }
 }
