@@ -72,6 +72,10 @@ impl Scheduler {
             instance.drain = None;
             instance.enter(Residency::Lost { asleep }, now);
             self.close_gate(id);
+            let waking = self.swaps.values().find(|s| s.is_load() && s.instance == id);
+            if let Some(swap) = waking.map(|s| s.id) {
+                self.cancel_swap(swap, "its runtime does not answer");
+            }
             self.changed();
         }
     }

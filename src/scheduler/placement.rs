@@ -140,9 +140,39 @@ impl Scheduler {
     /// Room for a candidate: on which GPUs, and who leaves. `wanted`: GPUs that a more urgent
     /// candidate waits for.
     pub(super) fn plan(&self, candidate: &Candidate, wanted: &BTreeSet<GpuId>) -> Planned {
-        let spec = &candidate.spec;
-        let asleep = self.current(&spec.name).filter(|i| i.is_sleeping());
-        let sets = asleep.map_or_else(|| self.placements(spec), |i| vec![i.gpus.clone()]);
+        let asleep = self.current(&candidate.spec.name).filter(|i| i.is_sleeping());
+        let sets =
+            asleep.map_or_else(|| self.placements(&candidate.spec), |i| vec![i.gpus.clone()]);
+        self.plan_on(sets, candidate, wanted)
+    }
+
+    /// A sleeper that cannot wake where it lies had better start anew: there is room elsewhere
+    /// now, or pinned models have taken its place for good.
+    pub(super) fn is_better_off_cold(
+        &self,
+        candidate: &Candidate,
+        wanted: &BTreeSet<GpuId>,
+    ) -> Option<InstanceId> {
+        let sleeper = self.current(&candidate.spec.name)?;
+        if !sleeper.is_sleeping() || sleeper.release.is_some() || candidate.swap.is_some() {
+            return None;
+        }
+        let displaced = sleeper.gpus.iter().any(|&gpu| {
+            let need = self.need(&candidate.spec, gpu).map_or(Bytes::ZERO, |n| n.bytes);
+            self.pinned_promise(gpu) + need > self.capacity(gpu)
+        });
+        let mut sets = self.placements(&candidate.spec);
+        sets.retain(|set| set.iter().all(|gpu| !sleeper.gpus.contains(gpu)));
+        let elsewhere = || matches!(self.plan_on(sets, candidate, wanted), Planned::Room(plan) if plan.victims.is_empty());
+        (displaced || elsewhere()).then_some(sleeper.id)
+    }
+
+    fn plan_on(
+        &self,
+        sets: Vec<Vec<GpuId>>,
+        candidate: &Candidate,
+        wanted: &BTreeSet<GpuId>,
+    ) -> Planned {
         let mut best: Option<(Price, Plan)> = None;
         let mut blocked: Option<(usize, Planned)> = None;
         for gpus in sets {

@@ -74,6 +74,10 @@ impl Scheduler {
                 (Planned::Room(plan), Some(swap)) => self.place(swap, &candidate, plan),
                 (Planned::Held { gpus }, swap) => self.begin_held(&candidate, swap, gpus),
                 (Planned::Blocked { gpus, why }, _) => {
+                    if let Some(sleeper) = self.is_better_off_cold(&candidate, &wanted) {
+                        self.stop_sleeper(sleeper);
+                        continue;
+                    }
                     if urgent {
                         wanted.extend(gpus);
                     }
@@ -106,7 +110,11 @@ impl Scheduler {
         if swap.is_some_and(|s| s.placed || s.phase < Phase::Drain) || state.failure.is_some() {
             return None;
         }
-        match self.current(&spec.name).map(|i| i.residency) {
+        let current = self.current(&spec.name);
+        if current.is_some_and(|i| i.release.is_some()) {
+            return None;
+        }
+        match current.map(|i| i.residency) {
             None | Some(Residency::Starting { .. } | Residency::Sleeping { .. }) => {}
             Some(
                 Residency::Ready

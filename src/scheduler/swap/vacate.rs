@@ -113,8 +113,7 @@ impl Scheduler {
         let deadline = self.stop_deadline(id);
         let now = self.now;
         let Some(instance) = self.instances.get_mut(&id) else { return };
-        instance.drain = None;
-        instance.hold = None;
+        (instance.drain, instance.hold, instance.stop_retry) = (None, None, None);
         if !instance.is_stopping() {
             instance.enter(Residency::Stopping, now);
         }
@@ -129,7 +128,6 @@ impl Scheduler {
         }
         if let Some(instance) = self.instances.get_mut(&id) {
             instance.stop_wanted = None;
-            instance.stop_retry = None;
         }
         self.set_moving(id, MoveKind::Stop, swap, deadline);
         self.emit(Action::StopInstance { swap, instance: id });

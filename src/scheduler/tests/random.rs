@@ -181,6 +181,7 @@ fn assert_served(sim: &mut Sim, model: &str, seed: u64) {
         sim.run_secs(10);
     }
     let refusal = sim.refused.get(&request);
+    sim.print_log();
     panic!("seed {seed}: {model} is not served: {:#?} {refusal:?}", sim.model(model));
 }
 

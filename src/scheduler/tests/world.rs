@@ -18,6 +18,7 @@ pub struct Running {
     pub model: ModelName,
     pub gpus: Vec<GpuId>,
     pub bytes: Bytes,
+    pub awake: Bytes,
     pub in_flight: u32,
     pub granted: u64,
     pub last_used: Time,
@@ -270,10 +271,12 @@ impl Sim {
             Action::Sleep { swap, instance } => {
                 let running = self.running.get_mut(&instance).expect("sleepers live");
                 assert_eq!(running.in_flight, 0, "put to sleep with leases");
-                running.bytes = Bytes::gib(1);
+                running.awake = std::mem::replace(&mut running.bytes, Bytes::gib(1));
                 self.done(ms(300), swap, instance, Done::Sleep(Ok(Some(Bytes::gib(1)))));
             }
             Action::Wake { swap, instance, .. } => {
+                let running = self.running.get_mut(&instance).expect("sleepers live");
+                running.bytes = running.awake;
                 self.done(ms(400), swap, instance, Done::Wake(Ok(None)));
             }
             Action::Answer { ask, answer } => {
@@ -310,6 +313,7 @@ impl Sim {
                 model,
                 gpus,
                 bytes,
+                awake: bytes,
                 in_flight: 0,
                 granted: 0,
                 last_used: self.now,
@@ -479,6 +483,15 @@ impl Sim {
 
     pub fn served_by(&self, request: RequestId) -> Option<&str> {
         Some(self.running.get(self.granted.get(&request)?)?.model.as_str())
+    }
+
+    /// Shown by a failing test.
+    pub fn print_log(&self) {
+        for (at, action) in &self.log {
+            let line = format!("{action:?}");
+            println!("{:>8} {}", at.0, line.chars().take(300).collect::<String>());
+        }
+        println!("{:#?}", self.scheduler);
     }
 
     /// Index in the log of the first action that matches.
