@@ -82,7 +82,7 @@ fn random_settings(rng: &mut Rng, gpus: &[Gpu], calm: bool) -> Settings {
     if calm {
         settings.queue.timeout = Duration::from_secs(3600);
     } else {
-        settings.queue.timeout = seconds(rng, &[15, 40, 90, 300]);
+        settings.queue.timeout = seconds(rng, &[15, 40, 300, 300]);
         settings.queue.per_model = *rng.pick(&[4, 16, 256]);
         settings.queue.limit = *rng.pick(&[8, 64, 1024]);
     }
@@ -146,11 +146,17 @@ impl Models<'_> {
         let declared = Bytes::mib(room.as_mib() * share / 100);
         let real = Bytes::mib(declared.as_mib() * rng.range(70, 100) / 100);
         match rng.below(100) {
-            0..10 => (Vram::Unknown, real),
+            // Nobody could know that it fits only the larger GPU.
+            0..10 => (Vram::Unknown, real.min(self.smallest())),
             10..15 => (Vram::Rest, room),
             15..18 if !self.calm => (Vram::Declared(Bytes::gib(500)), Bytes::gib(500)),
             _ => (Vram::Declared(declared), real),
         }
+    }
+
+    fn smallest(&self) -> Bytes {
+        let usable = |gpu: &Gpu| gpu.total - gpu.base - self.settings.gpu.reserve;
+        self.gpus.iter().map(usable).min().unwrap_or_default()
     }
 
     /// Bytes a model may take on each GPU of the best set for `request`.
@@ -412,7 +418,9 @@ fn probes(scenario: &Scenario) -> Vec<ModelName> {
     let on_gpu = |spec: &ModelSpec| spec.gpus != GpuRequest::None;
     let pinned = last.models.values().any(|spec| spec.pinned && on_gpu(spec));
     let able = |spec: &&Arc<ModelSpec>| {
-        !shut && (!pinned || !on_gpu(spec)) && fits(last, &scenario.gpus, spec) == Some(true)
+        !shut
+            && last.settings.queue.timeout >= Duration::from_secs(300)
+            && (!pinned || !on_gpu(spec)) && fits(last, &scenario.gpus, spec) == Some(true)
     };
     last.models.values().filter(able).map(|spec| spec.name.clone()).collect()
 }

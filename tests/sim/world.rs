@@ -22,6 +22,8 @@ use crate::scenario::{Faults, Loop, Plan, Scenario, Step, Truth};
 
 /// More events than this at one instant: the scheduler spins.
 const EVENTS_AT_ONCE_MAX: u32 = 20_000;
+/// More than this from one event: it goes in circles. (Every waiter may be refused at once.)
+const ACTIONS_AT_ONCE_MAX: usize = 3000;
 const WAKES_AT_ONCE_MAX: u32 = 30;
 pub const FIRST_ID: u64 = 100;
 
@@ -345,6 +347,9 @@ impl World {
         self.scheduler.handle(Time(self.now), event, &mut out);
         if let (Some(journal), Some(event)) = (&mut self.journal, entry) {
             journal.push(Entry { at: self.now, event, actions: out.clone() });
+        }
+        if out.len() > ACTIONS_AT_ONCE_MAX {
+            self.checker.fail(format!("{} actions came of one event", out.len()));
         }
         for action in out {
             self.note(|| format!("    > {}", crate::trace::action(&action)));

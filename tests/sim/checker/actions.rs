@@ -130,7 +130,8 @@ impl Checker {
             return self.fail(format!("preflight of {model}, which is not configured"));
         };
         if let Some(known) = self.insts.get(&instance) {
-            let again = known.under_way.is_none() && known.told == Told::Gone;
+            // A transient fault is tried again.
+            let again = known.under_way.is_none() && known.footprint.is_none();
             self.require(again, || format!("{instance} is used twice"));
         }
         self.require(!self.shutting_down, || format!("{model} starts during shutdown"));
@@ -151,7 +152,8 @@ impl Checker {
         let busy = known.under_way;
         let cancels = what == Move::Stop
             && matches!(busy, Some((Move::Preflight | Move::Fetch | Move::Start, _)));
-        known.under_way = Some((what, swap));
+        (known.under_way, known.last_for) = (Some((what, swap)), Some(swap));
+        known.launched |= what == Move::Start;
         let lost = known.lost;
         self.require(busy.is_none() || cancels, || {
             format!("{what:?} of {instance} for {swap} during {busy:?}")
@@ -161,7 +163,12 @@ impl Checker {
         });
         let ended = self.ended.contains(&swap) && what != Move::Stop;
         self.require(!ended, || format!("{what:?} of {instance} for {swap}, which has ended"));
-        self.profiling_is_alone(what, instance);
+        // What was never launched, or is gone, holds nothing.
+        let known = &self.insts[&instance];
+        let launched = known.launched || known.footprint.is_some();
+        if what != Move::Stop || (launched && known.told != Told::Gone) {
+            self.profiling_is_alone(what, instance);
+        }
     }
 
     /// While a vLLM instance profiles its memory nothing else moves on its GPUs.
@@ -207,8 +214,7 @@ impl Checker {
         self.live.insert(instance);
         if let Some(known) = self.insts.get_mut(&instance) {
             known.footprint = footprint;
-            known.started_for = Some(swap);
-            known.told = Told::Starting;
+                        known.told = Told::Starting;
             known.profiling = known.spec.engine == EngineKind::Vllm && !known.gpus.is_empty();
         }
     }
@@ -216,7 +222,8 @@ impl Checker {
     /// The one retry inside a swap is a new instance; what was checked and fetched still counts.
     fn second_try(&mut self, swap: SwapId, instance: InstanceId, model: &ModelName) {
         let first = self.insts.values().find(|known| {
-            known.start_failed && known.started_for == Some(swap) && known.model == *model
+            known.told == Told::Gone && known.last_for == Some(swap) && known.model == *model
+                || known.told == Told::Stopping && known.last_for == Some(swap)
         });
         if let (None, Some(first)) = (self.insts.get(&instance), first) {
             let known = Known {
@@ -232,7 +239,8 @@ impl Checker {
         self.require(!self.shutting_down, || format!("{model} starts during shutdown"));
         let up = |id: &&InstanceId| {
             let other = &self.insts[*id];
-            **id != instance && other.told != Told::Preparing && !other.gpus.is_empty()
+            let up = !matches!(other.told, Told::Preparing | Told::Asleep);
+            **id != instance && up && !other.gpus.is_empty()
         };
         let on_gpu = !self.insts[&instance].gpus.is_empty();
         let others = self.live.iter().filter(up).count();
@@ -322,7 +330,7 @@ impl Checker {
                 let up = self.live.iter().find(|id| {
                     let known = &self.insts[*id];
                     let up = matches!(known.told, Told::Ready | Told::Starting | Told::Waking);
-                    known.model == asked.model && up
+                    known.model == asked.model && up && **id <= asked.newest
                 });
                 let up = up.copied();
                 let fine = asked.kind.is_none() && up.is_none();
@@ -398,7 +406,7 @@ impl Checker {
             Refusal::StartFailed { retry_at, .. } => {
                 self.failed_models.contains(model) && *retry_at >= Time(now)
             }
-            Refusal::VramNeverFreed { .. } => self.proof && !self.calm,
+            Refusal::VramNeverFreed { .. } => !self.calm,
             Refusal::NoVramProof { .. } => self.no_proof,
             Refusal::RuntimeLost { .. } => self.ever_lost,
             Refusal::InstanceLost { .. } => !self.calm,

@@ -57,11 +57,11 @@ pub struct Known {
     pub closed_at: Option<u64>,
     /// First named as the one that leaves.
     pub listed_at: Option<u64>,
-    pub started_for: Option<SwapId>,
+    /// The swap of its last move.
+    pub last_for: Option<SwapId>,
+    pub launched: bool,
     pub cancelled: bool,
     pub lost: bool,
-    /// Its start failed: the scheduler may still make sure that nothing is left.
-    pub start_failed: bool,
     /// vLLM between start and the end of its profiling.
     pub profiling: bool,
     /// Told leases in flight.
@@ -87,6 +87,8 @@ pub struct Asked {
     /// `None`: unload.
     pub kind: Option<EnsureKind>,
     pub deadline: u64,
+    /// The newest instance there was.
+    pub newest: InstanceId,
     pub gone: bool,
 }
 
@@ -277,7 +279,8 @@ impl Checker {
     }
 
     fn asked(&mut self, ask: AskId, model: &ModelName, kind: Option<EnsureKind>, deadline: u64) {
-        let asked = Asked { model: model.clone(), kind, deadline, gone: false };
+        let newest = self.insts.keys().next_back().copied().unwrap_or(InstanceId(0));
+        let asked = Asked { model: model.clone(), kind, deadline, newest, gone: false };
         self.asks.insert(ask, asked);
     }
 
@@ -330,7 +333,10 @@ impl Checker {
         match done {
             Done::Preflight(result) => known.preflight = result.is_ok(),
             Done::Fetch(result) => known.fetched = result.is_ok(),
-            Done::Start(Ok(_)) | Done::Wake(Ok(_)) => known.told = Told::Ready,
+            // It answers, whatever its runtime does.
+            Done::Start(Ok(_)) | Done::Wake(Ok(_)) => {
+                (known.told, known.lost) = (Told::Ready, false);
+            }
             Done::Sleep(Ok(_)) => known.told = Told::Asleep,
             Done::Sleep(Err(_)) => known.told = Told::Ready,
             Done::Wake(Err(_)) => known.told = Told::Asleep,
@@ -339,7 +345,6 @@ impl Checker {
         }
         if ended == Move::Start {
             known.profiling = false;
-            known.start_failed = known.told == Told::Gone;
         }
         if known.told == Told::Gone {
             self.live.remove(&instance);
@@ -506,10 +511,10 @@ impl Known {
             open: false,
             closed_at: None,
             listed_at: None,
-            started_for: None,
+            last_for: None,
+            launched: false,
             cancelled: false,
             lost: false,
-            start_failed: false,
             profiling: false,
             in_flight: 0,
         }

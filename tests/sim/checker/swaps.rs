@@ -110,7 +110,9 @@ impl Checker {
         let Some(record) = self.swaps.get(&swap).cloned() else {
             return self.fail(format!("{instance} leaves for {swap}, which is not recorded"));
         };
-        if record.kind != SwapKind::Load || record.instance == Some(instance) {
+        // What is left of its own first try may go, too.
+        let own = self.insts.get(&instance).is_some_and(|known| known.model == record.model);
+        if record.kind != SwapKind::Load || own {
             return;
         }
         let listed = record.evicted.iter().any(|evicted| evicted.instance == instance);
