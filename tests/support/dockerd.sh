@@ -31,13 +31,14 @@ answers() { curl -s -o /dev/null --max-time 2 --unix-socket "$1/docker.sock" htt
 bridge_of() { printf 'whbr%s' "$(printf '%s' "$1" | cksum | cut -c1-6)"; }
 
 make_bridge() {
-    local bridge=$1 octet lock
+    local bridge=$1 octet lock taken
     # Two engines that start at once must not take the same subnet.
     exec {lock}>/tmp/wharf-dockerd.lock
     flock -w "$DEADLINE_SECONDS" "$lock"
     if ip link show "$bridge" >/dev/null 2>&1; then exec {lock}>&-; return; fi
+    taken=$(ip -4 addr show)
     for octet in $(seq 200 250); do
-        if ! ip -4 addr show | grep -q "172\.29\.$octet\."; then
+        if [[ "$taken" != *"172.29.$octet."* ]]; then
             ip link add "$bridge" type bridge
             ip addr add "172.29.$octet.1/24" dev "$bridge"
             ip link set "$bridge" up

@@ -195,3 +195,42 @@ fn non_empty<T>(list: Vec<T>) -> Option<Vec<T>> {
 fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{InstanceId, ModelName};
+
+    #[test]
+    fn names_are_valid_and_tell_installations_apart() {
+        let identity = |installation: &str| Identity {
+            installation: installation.to_owned(),
+            instance: InstanceId(7),
+            model: ModelName::new("org/model:7b"),
+            spec_hash: String::new(),
+            gpus: Vec::new(),
+            port: 0,
+        };
+        assert_eq!(container_name(&identity("a1b2c3d4e5")), "wharf-org-model-7b-i7-a1b2c3d4");
+        assert_ne!(container_name(&identity("a")), container_name(&identity("b")));
+    }
+
+    #[test]
+    fn a_container_joins_a_network_on_which_wharf_reaches_it() {
+        let wanted = |network: Option<&str>, place: &Place| {
+            let network = network.map(str::to_owned);
+            networks(&DockerSpec { network, ..DockerSpec::default() }, place)
+        };
+        let inside = Place::Networks(vec!["stack".to_owned(), "bridge".to_owned()]);
+        let pair = |first: &str, second: Option<&str>| Networks {
+            first: Some(first.to_owned()),
+            second: second.map(str::to_owned),
+        };
+        assert_eq!(wanted(None, &Place::Host), Networks::default());
+        assert_eq!(wanted(Some("lan"), &Place::Host), pair("lan", None));
+        assert_eq!(wanted(None, &inside), pair("stack", None));
+        assert_eq!(wanted(Some("stack"), &inside), pair("stack", None));
+        assert_eq!(wanted(Some("lan"), &inside), pair("lan", Some("stack")));
+        assert_eq!(wanted(Some("host"), &inside), pair("host", None));
+    }
+}

@@ -33,13 +33,12 @@ pub fn delays(first: Duration, max: Duration) -> ExponentialBackoff {
 
 /// Never ends; its owner aborts it.
 pub async fn follow(client: Client, watched: Arc<Watched>) {
-    let mut last_event = None;
     let mut waits = delays(RECONNECT_FIRST, RECONNECT_MAX);
     loop {
-        let fault = match begin(&client, &watched, &mut last_event).await {
+        let fault = match begin(&client, &watched).await {
             Ok(events) => {
                 waits = delays(RECONNECT_FIRST, RECONNECT_MAX);
-                session(&client, &watched, events, &mut last_event).await
+                session(&client, &watched, events).await
             }
             Err(fault) => fault,
         };
@@ -56,13 +55,12 @@ pub async fn follow(client: Client, watched: Arc<Watched>) {
 async fn begin(
     client: &Client,
     watched: &Arc<Watched>,
-    last_event: &mut Option<String>,
 ) -> Result<impl Stream<Item = Result<EventMessage, bollard::errors::Error>> + use<>, Fault> {
     let daemon = client.daemon().await?;
     let docker = client.docker().await?;
-    // The request is sent when the stream is first polled: by asking for events since now,
-    // none between this line and that moment is lost.
-    let since = last_event.clone().or_else(|| daemon.now.map(|now| now.to_string()));
+    // The request is sent when the stream is first polled. Asking for events since a moment
+    // before the look at everything leaves no gap between the two.
+    let since = daemon.now.map(|now| now.to_string());
     let filters = HashMap::from([("type", vec!["container"]), ("event", vec!["die", "destroy"])]);
     let options = EventsOptionsBuilder::new().filters(&filters);
     let options = match &since {
@@ -83,7 +81,6 @@ async fn session(
     client: &Client,
     watched: &Arc<Watched>,
     events: impl Stream<Item = Result<EventMessage, bollard::errors::Error>>,
-    last_event: &mut Option<String>,
 ) -> Fault {
     let mut events = std::pin::pin!(events);
     let mut ticks = interval(LOOK_EVERY);
@@ -91,12 +88,7 @@ async fn session(
     loop {
         tokio::select! {
             event = events.next() => match event {
-                Some(Ok(event)) => {
-                    if let Some(at) = event.time_nano {
-                        *last_event = Some(format!("{}.{:09}", at / 1_000_000_000, at % 1_000_000_000));
-                    }
-                    spawn_look(client, watched, event);
-                }
+                Some(Ok(event)) => spawn_look(client, watched, event),
                 Some(Err(error)) => return errors::fault(client.host(), "send events", &error),
                 None => return gone(client),
             },
