@@ -319,7 +319,7 @@ impl Scheduler {
     }
 
     /// Starts to wait for the bytes of an instance that stopped or fell asleep.
-    pub(super) fn await_release(&mut self, id: InstanceId, keep: Bytes, began: Time) {
+    pub(super) fn expect_release(&mut self, id: InstanceId, keep: Bytes, began: Time) {
         let Some(instance) = self.instances.get(&id) else { return };
         let gpus = instance.gpus.clone();
         let free_before = gpus

@@ -18,6 +18,7 @@
 
 pub mod action;
 mod ask;
+mod attempt;
 mod cost;
 pub mod event;
 mod gates;

@@ -159,7 +159,7 @@ impl Scheduler {
                     instance.trouble = None;
                     instance.stop_retry = None;
                 }
-                self.await_release(id, Bytes::ZERO, under_way.since);
+                self.expect_release(id, Bytes::ZERO, under_way.since);
             }
             Err(fault) => self.stop_failed(id, fault),
         }
@@ -224,7 +224,7 @@ impl Scheduler {
                     let level = instance.can_sleep().unwrap_or(1);
                     instance.enter(Residency::Sleeping { level }, now);
                 }
-                self.await_release(id, keep, under_way.since);
+                self.expect_release(id, keep, under_way.since);
             }
             Err(_) => self.emit_stop(under_way.swap, id),
         }
