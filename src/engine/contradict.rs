@@ -7,16 +7,23 @@ use super::derive::{
 };
 use crate::config::catalog::{EngineKind, GpuRequest, ModelSpec, RuntimeSpec, Vram};
 
-const API_KEY: &[&str] = &["--api-key", "--api-key-file"];
-const TLS: &[&str] = &["--ssl-keyfile", "--ssl-certfile", "--ssl-key-file", "--ssl-cert-file"];
-const SOCKET: &[&str] = &["--uds"];
+/// Flags that put an engine where Wharf cannot reach it.
+const UNREACHABLE: &[(&str, &str)] = &[
+    ("--api-key", KEY),
+    ("--api-key-file", KEY),
+    ("--ssl-keyfile", TLS),
+    ("--ssl-certfile", TLS),
+    ("--ssl-key-file", TLS),
+    ("--ssl-cert-file", TLS),
+    ("--uds", "Wharf reaches engines by TCP: remove it"),
+];
+const KEY: &str = "Wharf would not know the key: remove it (the engine is reachable from this \
+    machine only; clients' keys belong under `auth:`)";
+const TLS: &str = "Wharf speaks plain HTTP to engines on this machine: remove it";
 
 pub fn contradictions(spec: &ModelSpec) -> Vec<(String, String)> {
     let line = CommandLine::of(spec);
     let mut found = Found::default();
-    if spec.sleep.is_some() && spec.engine != EngineKind::Vllm {
-        found.add("sleep", "only vLLM engines sleep: remove `sleep:`".to_owned());
-    }
     if spec.is_external() {
         return found.0;
     }
@@ -77,15 +84,12 @@ fn address(spec: &ModelSpec, line: &CommandLine, found: &mut Found) {
                     format!("Wharf reaches the engine at 127.0.0.1, not {host}: remove `--host`"),
                 );
             }
-            if let Some(port) = port
-                && spec.port != Some(port)
+            if let (Some(declared), Some(port)) = (spec.port, port)
+                && declared != port
             {
                 found.add(
                     "--port",
-                    format!(
-                        "Wharf gives each engine a port of its own, so `--port {port}` is not \
-                         where it looks: remove it, write `--port ${{PORT}}`, or set `port: {port}`"
-                    ),
+                    format!("`--port {port}` but `port: {declared}`: write `--port ${{PORT}}`"),
                 );
             }
         }
@@ -94,18 +98,10 @@ fn address(spec: &ModelSpec, line: &CommandLine, found: &mut Found) {
 }
 
 fn reachable(line: &CommandLine, found: &mut Found) {
-    if line.has(API_KEY) {
-        let message = "Wharf would not know the key: remove it (the engine is reachable from \
-                       this machine only; clients' keys belong under `auth:`)";
-        found.add("--api-key", message.to_owned());
-    }
-    if line.has(TLS) {
-        let message = "Wharf speaks plain HTTP to engines on this machine: remove it";
-        found.add("--ssl-*", message.to_owned());
-    }
-    if line.has(SOCKET) {
-        let message = "Wharf reaches engines by TCP: remove it";
-        found.add("--uds", message.to_owned());
+    for (flag, why) in UNREACHABLE {
+        if line.has(&[flag]) {
+            found.add(flag, (*why).to_owned());
+        }
     }
 }
 
@@ -130,7 +126,7 @@ fn vllm(spec: &ModelSpec, line: &CommandLine, found: &mut Found) {
         found.add(
             "--gpu-memory-utilization",
             format!(
-                "`vram:` sets the memory share, so `{share}` may contradict it: remove one of them"
+                "`--gpu-memory-utilization {share}`, but `vram:` sets the memory share too: remove one"
             ),
         );
     }
@@ -147,7 +143,7 @@ fn parallel(spec: &ModelSpec, line: &CommandLine, found: &mut Found) {
         let size = line.value(flags).and_then(|size| size.parse::<usize>().ok());
         (flags[0], size)
     });
-    let Some((flag, Some(_))) = sizes.iter().find(|(_, size)| size.is_some()) else { return };
+    let Some((flag, _)) = sizes.iter().find(|(_, size)| size.is_some()) else { return };
     let needed: usize = sizes.iter().filter_map(|(_, size)| *size).product();
     let given = match &spec.gpus {
         GpuRequest::None => 0,

@@ -39,7 +39,8 @@ pub async fn wait_ready(
     let mut ended = std::pin::pin!(ended(running));
     // In this order: a flood of log lines may hide neither the end nor the deadline.
     loop {
-        if start.fatal.is_some() {
+        // An engine that was adopted may have survived what its log holds: it is asked first.
+        if start.fatal.is_some() && start.answer.is_some() {
             start.rest_of_log(&mut live).await;
             return Err(start.fatal_fault());
         }

@@ -6,7 +6,8 @@ use crate::config::catalog::GpuSettings;
 pub fn gpus(settings: &GpuSettings) -> Vec<Gpu> {
     let declared = |(at, total): (usize, &crate::units::Bytes)| Gpu {
         id: gpu_id(at),
-        uuid: format!("declared-{at}"),
+        // Unknown: whoever passes GPUs on does so by position.
+        uuid: String::new(),
         name: "declared in gpu.memory".to_owned(),
         total: *total,
     };

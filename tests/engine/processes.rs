@@ -1,11 +1,11 @@
-//! The same with engines that are real processes: the stand-in, and llama-server where the
-//! environment names one (`LLAMA_SERVER`, `LLAMA_GGUF`).
+//! The same with engines that are real processes: the stand-in, and llama-server where
+//! WHARF_TEST_LLAMA names it (and WHARF_TEST_GGUF a folder with ada.gguf).
 
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::model_support::{model, process};
-use crate::world::LONG;
+use crate::world::{LONG, skip};
 use tokio::time::Instant;
 use wharf::config::catalog::{EngineKind, ModelSpec};
 use wharf::engine::{canary, derive, sleep, wait_ready, wake};
@@ -134,11 +134,11 @@ async fn a_crash_while_loading_is_seen_at_once() {
 #[tokio::test]
 async fn a_real_llama_server_becomes_ready() {
     let var = |name| std::env::var(name).ok();
-    let (Some(server), Some(gguf)) = (var("LLAMA_SERVER"), var("LLAMA_GGUF")) else {
-        eprintln!("SKIPPED: LLAMA_SERVER and LLAMA_GGUF name no real engine");
+    let (Some(server), Some(gguf)) = (var("WHARF_TEST_LLAMA"), var("WHARF_TEST_GGUF")) else {
+        skip("real llama-server: WHARF_TEST_LLAMA and WHARF_TEST_GGUF are not set");
         return;
     };
-    let command = format!("{server} -m {gguf} -t 1 -tb 1");
+    let command = format!("{server} -m {gguf}/ada.gguf -t 1 -tb 1");
     let started = Started::new(model(EngineKind::Llamacpp, process(&command))).await;
     assert_eq!(started.ready().await.0, Ok(()));
     canary(&started.spec, &started.running).await.expect("a token");

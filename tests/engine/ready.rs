@@ -79,6 +79,13 @@ async fn a_fatal_line_ends_the_wait_at_once() {
 }
 
 #[tokio::test]
+async fn an_engine_that_serves_has_survived_its_log() {
+    let world = World::serving(|_, _| (200, String::new())).await;
+    world.running.log.push("torch.OutOfMemoryError: CUDA out of memory.");
+    assert_eq!(world.ready(&spec(EngineKind::Openai), LONG).await.0, Ok(()));
+}
+
+#[tokio::test]
 async fn an_exit_is_told_with_the_best_line() {
     for (line, report, kind, words) in [
         (

@@ -16,6 +16,16 @@ use wharf::runtime::{
 use wharf::scheduler::event::Fault;
 use wharf::units::{GpuId, InstanceId, ModelName};
 
+/// Says loudly that a test could not run, also to the run that counts them.
+pub fn skip(why: &str) {
+    use std::io::Write;
+    eprintln!("SKIPPED: {why}");
+    if let Ok(path) = std::env::var("WHARF_SKIP_FILE") {
+        let file = std::fs::File::options().create(true).append(true).open(path);
+        writeln!(file.expect("the file"), "{why}").expect("written");
+    }
+}
+
 /// No test takes nearly so long.
 pub const LONG: Duration = Duration::from_secs(60);
 
