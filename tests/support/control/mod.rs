@@ -218,7 +218,6 @@ pub fn view() -> View {
             },
         )]),
         gpus: vec![gpu()],
-        gpu_measured: true,
         gpu_health: PartHealth { ok: true, detail: "simulated".to_owned() },
         docker_health: None,
         foreign: vec![Foreign {
