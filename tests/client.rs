@@ -131,7 +131,7 @@ async fn swaps_and_ensure_tell_phases_in_order() {
     let list = swaps::list(&answers(&url, "/swaps").await);
     assert_eq!(list.lines().count(), 4, "{list}");
     assert!(list.lines().nth(1).is_some_and(|line| line.contains("start …")), "{list}");
-    assert!(list.contains("drain 0.5 s, prove 1.2 s, start 7.0 s"), "{list}");
+    assert!(list.contains("drain 500 ms, prove 1.2 s, start 7.0 s"), "{list}");
     let one = swaps::one(&answers(&url, "/swaps/s8").await);
     for part in ["idle 41 s", "CUDA out of memory: declare", "  | loading", "2 requests wait"] {
         assert!(one.contains(part), "{part} in\n{one}");
@@ -142,5 +142,5 @@ async fn swaps_and_ensure_tell_phases_in_order() {
     let limit = wharf::cli::client::READ_TIMEOUT;
     let answer = client.post("/ensure_model", &body, limit).await.expect("ready");
     let told = ensure::describe(&answer);
-    assert!(told.starts_with("mistral is ready after 9.0 s (swap s7)\n  drain 0.5 s"), "{told}");
+    assert!(told.starts_with("mistral is ready after 9.0 s (swap s7)\n  drain 500 ms"), "{told}");
 }

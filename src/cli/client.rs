@@ -215,9 +215,13 @@ pub fn text(value: &Value) -> String {
     }
 }
 
-/// `9.0 s`, or `-`.
+/// `9.0 s`, `12 ms`, or `-`.
 pub fn seconds(value: &Value) -> String {
-    value.as_f64().map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.1} s"))
+    match value.as_f64() {
+        None => "-".to_owned(),
+        Some(seconds) if seconds < 1.0 => format!("{:.0} ms", seconds * 1000.0),
+        Some(seconds) => format!("{seconds:.1} s"),
+    }
 }
 
 /// Columns as wide as their widest cell; the last one is not padded.

@@ -84,7 +84,7 @@ pub fn describe(answer: &Value) -> String {
     told
 }
 
-/// `drain 0.5 s, prove 1.2 s, start 7.0 s`, in the order of a swap.
+/// `drain 500 ms, prove 1.2 s, start 7.0 s`, in the order of a swap.
 pub fn phases(phases: &Value) -> String {
     let each = Phase::ALL.iter().filter_map(|phase| {
         let took = phases.get(phase.as_str())?;

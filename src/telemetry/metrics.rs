@@ -37,32 +37,10 @@ pub struct Metrics {
     pub(super) registry: Registry,
     /// One scrape at a time: gauges are cleared and set again before they are gathered.
     pub(super) scrape: Mutex<()>,
-
-    pub(super) model_swaps: IntCounterVec,
-    pub(super) swap_causes: IntCounterVec,
-    pub(super) swap_duration: HistogramVec,
-    pub(super) swap_phase_duration: HistogramVec,
-    pub(super) evictions: IntCounterVec,
-    pub(super) requests: IntCounterVec,
-    pub(super) request_duration: HistogramVec,
-    pub(super) queue_wait: HistogramVec,
-    pub(super) first_token: HistogramVec,
-    pub(super) tokens: IntCounterVec,
-    pub(super) refusals: IntCounterVec,
-    pub(super) restarts: IntCounterVec,
-
-    pub(super) current_model: IntGaugeVec,
-    pub(super) model_state: IntGaugeVec,
-    pub(super) queue_depth: IntGaugeVec,
-    pub(super) inflight: IntGaugeVec,
-    pub(super) gpu_memory_used: GaugeVec,
-    pub(super) gpu_memory_total: GaugeVec,
-    pub(super) gpu_memory_promised: GaugeVec,
-    pub(super) gpu_utilization: GaugeVec,
-    pub(super) component_up: IntGaugeVec,
-    pub(super) swapper_active_model: IntGaugeVec,
-    pub(super) swapper_model_uptime: GaugeVec,
-    pub(super) swapper_model_requests: CounterVec,
+    pub(super) swaps: Swaps,
+    pub(super) requests: Requests,
+    pub(super) models: Models,
+    pub(super) machine: Machine,
 }
 
 impl Default for Metrics {
@@ -73,163 +51,14 @@ impl Default for Metrics {
 
 impl Metrics {
     pub fn new() -> Metrics {
-        let r = Registry::new();
+        let registry = Registry::new();
         let metrics = Metrics {
-            model_swaps: counter(
-                &r,
-                "orchestrator_model_swaps_total",
-                "Swaps that ended, by first evicted model (from), loaded model (to) and result.",
-                &["from", "to", "result"],
-            ),
-            swap_causes: counter(
-                &r,
-                "orchestrator_swap_causes_total",
-                "Swaps that ended, by the model they were for, what caused them, and result.",
-                &["model", "cause", "result"],
-            ),
-            swap_duration: histogram(
-                &r,
-                "orchestrator_swap_duration_seconds",
-                "Time from the decision to the ready model; only swaps that made one ready.",
-                &["model"],
-                SWAP_BUCKETS_SECONDS,
-            ),
-            swap_phase_duration: histogram(
-                &r,
-                "orchestrator_swap_phase_duration_seconds",
-                "Time of each finished phase of the swaps that load a model.",
-                &["phase", "model"],
-                PHASE_BUCKETS_SECONDS,
-            ),
-            evictions: counter(
-                &r,
-                "orchestrator_evictions_total",
-                "Models taken off their GPUs to make room, by what wanted the room.",
-                &["model", "cause"],
-            ),
-            requests: counter(
-                &r,
-                "orchestrator_requests_total",
-                "Requests that ended: ok, client_gone, upstream_error, cut, or the refusal's code.",
-                &["model", "outcome"],
-            ),
-            request_duration: histogram(
-                &r,
-                "orchestrator_request_duration_seconds",
-                "Time from a request's arrival to its last byte, waiting included.",
-                &["model"],
-                REQUEST_BUCKETS_SECONDS,
-            ),
-            queue_wait: histogram(
-                &r,
-                "orchestrator_queue_wait_seconds",
-                "Time that requests waited for a lease on their model.",
-                &["model"],
-                REQUEST_BUCKETS_SECONDS,
-            ),
-            first_token: histogram(
-                &r,
-                "orchestrator_time_to_first_token_seconds",
-                "Time from arrival to the first byte of the answer, by how the model was met.",
-                &["model", "start"],
-                REQUEST_BUCKETS_SECONDS,
-            ),
-            tokens: counter(
-                &r,
-                "orchestrator_tokens_total",
-                "Tokens as the engines counted them, by kind (prompt, completion).",
-                &["model", "kind"],
-            ),
-            refusals: counter(
-                &r,
-                "orchestrator_refusals_total",
-                "Requests refused, by the code that the client got.",
-                &["reason"],
-            ),
-            restarts: counter(
-                &r,
-                "orchestrator_instance_restarts_total",
-                "Instances started again after one died by itself.",
-                &["model"],
-            ),
-            current_model: gauge(
-                &r,
-                "orchestrator_current_model",
-                "1 for each model that is ready, 0 for every other configured one.",
-                &["model"],
-            ),
-            model_state: gauge(
-                &r,
-                "orchestrator_model_state",
-                "1 for the state that the model is in, 0 for every other state.",
-                &["model", "state"],
-            ),
-            queue_depth: gauge(
-                &r,
-                "orchestrator_queue_depth",
-                "Requests that wait for the model now.",
-                &["model"],
-            ),
-            inflight: gauge(
-                &r,
-                "orchestrator_inflight_requests",
-                "Requests that the model is serving now.",
-                &["model"],
-            ),
-            gpu_memory_used: gauge_f64(
-                &r,
-                "orchestrator_gpu_memory_used_bytes",
-                "GPU memory in use by anybody, as last read.",
-                &["gpu"],
-            ),
-            gpu_memory_total: gauge_f64(
-                &r,
-                "orchestrator_gpu_memory_total_bytes",
-                "Memory of the GPU.",
-                &["gpu"],
-            ),
-            gpu_memory_promised: gauge_f64(
-                &r,
-                "orchestrator_gpu_memory_promised_bytes",
-                "GPU memory promised to instances until their release is proven.",
-                &["gpu"],
-            ),
-            gpu_utilization: gauge_f64(
-                &r,
-                "orchestrator_gpu_utilization_ratio",
-                "Share of time in which the GPU was busy, 0 to 1.",
-                &["gpu"],
-            ),
-            component_up: gauge(
-                &r,
-                "orchestrator_component_up",
-                "1 while the component (gpu, docker) answers; absent where it is not used.",
-                &["component"],
-            ),
-            swapper_active_model: gauge(
-                &r,
-                "swapper_active_model",
-                "1 for each active model, 0 for every other (name of the swapper service).",
-                &["model"],
-            ),
-            swapper_model_uptime: gauge_f64(
-                &r,
-                "swapper_model_uptime_seconds",
-                "Time that the model was loaded, summed (name of the swapper service).",
-                &["model"],
-            ),
-            swapper_model_requests: registered(
-                &r,
-                CounterVec::new(
-                    Opts::new(
-                        "swapper_model_requests_total",
-                        "Requests given to the model (name of the swapper service).",
-                    ),
-                    &["model"],
-                ),
-            ),
+            swaps: Swaps::new(&registry),
+            requests: Requests::new(&registry),
+            models: Models::new(&registry),
+            machine: Machine::new(&registry),
             scrape: Mutex::new(()),
-            registry: r,
+            registry,
         };
         metrics.build_info();
         metrics
@@ -251,55 +80,280 @@ impl Metrics {
             }
             SwapKind::Unload => (model, NO_MODEL),
         };
-        self.model_swaps.with_label_values(&[from, to, result]).inc();
-        self.swap_causes.with_label_values(&[model, swap.cause.as_str(), result]).inc();
+        self.swaps.ended.with_label_values(&[from, to, result]).inc();
+        self.swaps.causes.with_label_values(&[model, swap.cause.as_str(), result]).inc();
         for victim in &swap.evicted {
             let labels = [victim.model.as_str(), swap.cause.as_str()];
-            self.evictions.with_label_values(&labels).inc();
+            self.swaps.evictions.with_label_values(&labels).inc();
         }
         if swap.kind == SwapKind::Unload {
             return;
         }
         for (phase, took) in &swap.phases {
             let labels = [phase.as_str(), model];
-            self.swap_phase_duration.with_label_values(&labels).observe(took.as_secs_f64());
+            self.swaps.phase_duration.with_label_values(&labels).observe(took.as_secs_f64());
         }
         if let (SwapOutcome::Ready, Some(ended)) = (outcome, swap.ended) {
             let took = ended.since(swap.began);
-            self.swap_duration.with_label_values(&[model]).observe(took.as_secs_f64());
+            self.swaps.duration.with_label_values(&[model]).observe(took.as_secs_f64());
         }
     }
 
     /// A request ended. `outcome`: `ok`, `client_gone`, `upstream_error`, `cut`, or the refusal's code.
     pub fn request_ended(&self, model: &ModelName, outcome: &str, took: Duration) {
-        self.requests.with_label_values(&[model.as_str(), outcome]).inc();
-        self.request_duration.with_label_values(&[model.as_str()]).observe(took.as_secs_f64());
+        self.requests.ended.with_label_values(&[model.as_str(), outcome]).inc();
+        self.requests.duration.with_label_values(&[model.as_str()]).observe(took.as_secs_f64());
     }
 
     pub fn queue_waited(&self, model: &ModelName, waited: Duration) {
-        self.queue_wait.with_label_values(&[model.as_str()]).observe(waited.as_secs_f64());
+        self.requests.queue_wait.with_label_values(&[model.as_str()]).observe(waited.as_secs_f64());
     }
 
     pub fn first_token(&self, model: &ModelName, start: StartKind, took: Duration) {
         let labels = [model.as_str(), start.as_str()];
-        self.first_token.with_label_values(&labels).observe(took.as_secs_f64());
+        self.requests.first_token.with_label_values(&labels).observe(took.as_secs_f64());
     }
 
     pub fn tokens(&self, model: &ModelName, kind: &str, count: u64) {
-        self.tokens.with_label_values(&[model.as_str(), kind]).inc_by(count);
+        self.requests.tokens.with_label_values(&[model.as_str(), kind]).inc_by(count);
     }
 
     pub fn refused(&self, reason: &str) {
-        self.refusals.with_label_values(&[reason]).inc();
+        self.requests.refusals.with_label_values(&[reason]).inc();
     }
 
     pub fn instance_restarted(&self, model: &ModelName) {
-        self.restarts.with_label_values(&[model.as_str()]).inc();
+        self.swaps.restarts.with_label_values(&[model.as_str()]).inc();
     }
 
     /// Prometheus text; gauges are read from the handle's view at this moment.
     pub fn render(&self, handle: &Handle) -> String {
         super::scrape::render(self, handle)
+    }
+}
+
+/// What swaps did.
+#[derive(Debug)]
+pub(super) struct Swaps {
+    pub ended: IntCounterVec,
+    pub causes: IntCounterVec,
+    pub duration: HistogramVec,
+    pub phase_duration: HistogramVec,
+    pub evictions: IntCounterVec,
+    pub restarts: IntCounterVec,
+}
+
+impl Swaps {
+    fn new(r: &Registry) -> Swaps {
+        Swaps {
+            ended: counter(
+                r,
+                "orchestrator_model_swaps_total",
+                "Swaps that ended, by first evicted model (from), loaded model (to) and result.",
+                &["from", "to", "result"],
+            ),
+            causes: counter(
+                r,
+                "orchestrator_swap_causes_total",
+                "Swaps that ended, by the model they were for, what caused them, and result.",
+                &["model", "cause", "result"],
+            ),
+            duration: histogram(
+                r,
+                "orchestrator_swap_duration_seconds",
+                "Time from the decision to the ready model; only swaps that made one ready.",
+                &["model"],
+                SWAP_BUCKETS_SECONDS,
+            ),
+            phase_duration: histogram(
+                r,
+                "orchestrator_swap_phase_duration_seconds",
+                "Time of each finished phase of the swaps that load a model.",
+                &["phase", "model"],
+                PHASE_BUCKETS_SECONDS,
+            ),
+            evictions: counter(
+                r,
+                "orchestrator_evictions_total",
+                "Models taken off their GPUs to make room, by what wanted the room.",
+                &["model", "cause"],
+            ),
+            restarts: counter(
+                r,
+                "orchestrator_instance_restarts_total",
+                "Instances started again after one died by itself.",
+                &["model"],
+            ),
+        }
+    }
+}
+
+/// What became of requests.
+#[derive(Debug)]
+pub(super) struct Requests {
+    pub ended: IntCounterVec,
+    pub duration: HistogramVec,
+    pub queue_wait: HistogramVec,
+    pub first_token: HistogramVec,
+    pub tokens: IntCounterVec,
+    pub refusals: IntCounterVec,
+}
+
+impl Requests {
+    fn new(r: &Registry) -> Requests {
+        Requests {
+            ended: counter(
+                r,
+                "orchestrator_requests_total",
+                "Requests that ended: ok, client_gone, upstream_error, cut, or the refusal's code.",
+                &["model", "outcome"],
+            ),
+            duration: histogram(
+                r,
+                "orchestrator_request_duration_seconds",
+                "Time from a request's arrival to its last byte, waiting included.",
+                &["model"],
+                REQUEST_BUCKETS_SECONDS,
+            ),
+            queue_wait: histogram(
+                r,
+                "orchestrator_queue_wait_seconds",
+                "Time that requests waited for a lease on their model.",
+                &["model"],
+                REQUEST_BUCKETS_SECONDS,
+            ),
+            first_token: histogram(
+                r,
+                "orchestrator_time_to_first_token_seconds",
+                "Time from arrival to the first byte of the answer, by how the model was met.",
+                &["model", "start"],
+                REQUEST_BUCKETS_SECONDS,
+            ),
+            tokens: counter(
+                r,
+                "orchestrator_tokens_total",
+                "Tokens as the engines counted them, by kind (prompt, completion).",
+                &["model", "kind"],
+            ),
+            refusals: counter(
+                r,
+                "orchestrator_refusals_total",
+                "Requests refused, by the code that the client got.",
+                &["reason"],
+            ),
+        }
+    }
+}
+
+/// Gauges of models, and counters that the orchestrator keeps, set at each scrape.
+#[derive(Debug)]
+pub(super) struct Models {
+    pub current: IntGaugeVec,
+    pub state: IntGaugeVec,
+    pub queue_depth: IntGaugeVec,
+    pub inflight: IntGaugeVec,
+    pub swapper_active: IntGaugeVec,
+    pub swapper_uptime: GaugeVec,
+    pub swapper_requests: CounterVec,
+}
+
+impl Models {
+    fn new(r: &Registry) -> Models {
+        Models {
+            current: gauge(
+                r,
+                "orchestrator_current_model",
+                "1 for each model that is ready, 0 for every other configured one.",
+                &["model"],
+            ),
+            state: gauge(
+                r,
+                "orchestrator_model_state",
+                "1 for the state that the model is in, 0 for every other state.",
+                &["model", "state"],
+            ),
+            queue_depth: gauge(
+                r,
+                "orchestrator_queue_depth",
+                "Requests that wait for the model now.",
+                &["model"],
+            ),
+            inflight: gauge(
+                r,
+                "orchestrator_inflight_requests",
+                "Requests that the model is serving now.",
+                &["model"],
+            ),
+            swapper_active: gauge(
+                r,
+                "swapper_active_model",
+                "1 for each active model, 0 for every other (name of the swapper service).",
+                &["model"],
+            ),
+            swapper_uptime: gauge_f64(
+                r,
+                "swapper_model_uptime_seconds",
+                "Time that the model was loaded, summed (name of the swapper service).",
+                &["model"],
+            ),
+            swapper_requests: registered(
+                r,
+                CounterVec::new(
+                    Opts::new(
+                        "swapper_model_requests_total",
+                        "Requests given to the model (name of the swapper service).",
+                    ),
+                    &["model"],
+                ),
+            ),
+        }
+    }
+}
+
+/// Gauges of GPUs and of what Wharf needs, set at each scrape.
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub memory_used: GaugeVec,
+    pub memory_total: GaugeVec,
+    pub memory_promised: GaugeVec,
+    pub utilization: GaugeVec,
+    pub component_up: IntGaugeVec,
+}
+
+impl Machine {
+    fn new(r: &Registry) -> Machine {
+        Machine {
+            memory_used: gauge_f64(
+                r,
+                "orchestrator_gpu_memory_used_bytes",
+                "GPU memory in use by anybody, as last read.",
+                &["gpu"],
+            ),
+            memory_total: gauge_f64(
+                r,
+                "orchestrator_gpu_memory_total_bytes",
+                "Memory of the GPU.",
+                &["gpu"],
+            ),
+            memory_promised: gauge_f64(
+                r,
+                "orchestrator_gpu_memory_promised_bytes",
+                "GPU memory promised to instances until their release is proven.",
+                &["gpu"],
+            ),
+            utilization: gauge_f64(
+                r,
+                "orchestrator_gpu_utilization_ratio",
+                "Share of time in which the GPU was busy, 0 to 1.",
+                &["gpu"],
+            ),
+            component_up: gauge(
+                r,
+                "orchestrator_component_up",
+                "1 while the component (gpu, docker) answers; absent where it is not used.",
+                &["component"],
+            ),
+        }
     }
 }
 

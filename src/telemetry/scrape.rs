@@ -41,7 +41,7 @@ pub(super) fn render(metrics: &Metrics, handle: &Handle) -> String {
         begin_series(metrics, model);
     }
     for reason in REFUSAL_CODES {
-        metrics.refusals.with_label_values(&[reason]);
+        metrics.requests.refusals.with_label_values(&[reason]);
     }
     read_models(metrics, handle, &catalog, &view);
     read_gpus(metrics, &view);
@@ -60,46 +60,46 @@ pub(super) fn render(metrics: &Metrics, handle: &Handle) -> String {
 /// A counter that first appears with 1 loses that 1 in `increase()`: so all begin at 0.
 fn begin_series(metrics: &Metrics, model: &ModelName) {
     let model = model.as_str();
-    metrics.model_swaps.with_label_values(&[NO_MODEL, model, SwapOutcome::Ready.as_str()]);
+    metrics.swaps.ended.with_label_values(&[NO_MODEL, model, SwapOutcome::Ready.as_str()]);
     for cause in LOAD_CAUSES {
         for result in [SwapOutcome::Ready.as_str(), FAILED] {
-            metrics.swap_causes.with_label_values(&[model, cause.as_str(), result]);
+            metrics.swaps.causes.with_label_values(&[model, cause.as_str(), result]);
         }
     }
     for cause in EVICTING_CAUSES {
-        metrics.evictions.with_label_values(&[model, cause.as_str()]);
+        metrics.swaps.evictions.with_label_values(&[model, cause.as_str()]);
     }
-    metrics.swap_duration.with_label_values(&[model]);
+    metrics.swaps.duration.with_label_values(&[model]);
     for phase in Phase::ALL {
-        metrics.swap_phase_duration.with_label_values(&[phase.as_str(), model]);
+        metrics.swaps.phase_duration.with_label_values(&[phase.as_str(), model]);
     }
-    metrics.requests.with_label_values(&[model, "ok"]);
-    metrics.request_duration.with_label_values(&[model]);
-    metrics.queue_wait.with_label_values(&[model]);
+    metrics.requests.ended.with_label_values(&[model, "ok"]);
+    metrics.requests.duration.with_label_values(&[model]);
+    metrics.requests.queue_wait.with_label_values(&[model]);
     for start in [StartKind::Hot, StartKind::Warm, StartKind::Cold] {
-        metrics.first_token.with_label_values(&[model, start.as_str()]);
+        metrics.requests.first_token.with_label_values(&[model, start.as_str()]);
     }
     for kind in ["prompt", "completion"] {
-        metrics.tokens.with_label_values(&[model, kind]);
+        metrics.requests.tokens.with_label_values(&[model, kind]);
     }
-    metrics.restarts.with_label_values(&[model]);
+    metrics.swaps.restarts.with_label_values(&[model]);
 }
 
 /// `SwapOutcome::Failed(_).as_str()`, without a fault at hand.
 const FAILED: &str = "failed";
 
 fn forget_removed(metrics: &Metrics, catalog: &Catalog) {
-    prune(&metrics.model_swaps, catalog);
-    prune(&metrics.swap_causes, catalog);
-    prune(&metrics.swap_duration, catalog);
-    prune(&metrics.swap_phase_duration, catalog);
-    prune(&metrics.evictions, catalog);
-    prune(&metrics.requests, catalog);
-    prune(&metrics.request_duration, catalog);
-    prune(&metrics.queue_wait, catalog);
-    prune(&metrics.first_token, catalog);
-    prune(&metrics.tokens, catalog);
-    prune(&metrics.restarts, catalog);
+    prune(&metrics.swaps.ended, catalog);
+    prune(&metrics.swaps.causes, catalog);
+    prune(&metrics.swaps.duration, catalog);
+    prune(&metrics.swaps.phase_duration, catalog);
+    prune(&metrics.swaps.evictions, catalog);
+    prune(&metrics.requests.ended, catalog);
+    prune(&metrics.requests.duration, catalog);
+    prune(&metrics.requests.queue_wait, catalog);
+    prune(&metrics.requests.first_token, catalog);
+    prune(&metrics.requests.tokens, catalog);
+    prune(&metrics.swaps.restarts, catalog);
 }
 
 /// Removes every series that names a model which is not configured.
@@ -127,13 +127,13 @@ fn prune<T: MetricVecBuilder>(vec: &MetricVec<T>, catalog: &Catalog) {
 }
 
 fn read_models(metrics: &Metrics, handle: &Handle, catalog: &Catalog, view: &View) {
-    metrics.current_model.reset();
-    metrics.model_state.reset();
-    metrics.queue_depth.reset();
-    metrics.inflight.reset();
-    metrics.swapper_active_model.reset();
-    metrics.swapper_model_uptime.reset();
-    metrics.swapper_model_requests.reset();
+    metrics.models.current.reset();
+    metrics.models.state.reset();
+    metrics.models.queue_depth.reset();
+    metrics.models.inflight.reset();
+    metrics.models.swapper_active.reset();
+    metrics.models.swapper_uptime.reset();
+    metrics.models.swapper_requests.reset();
     let (gates, now) = (handle.gates(), handle.now());
     for name in catalog.models.keys() {
         let model = view.model(name);
@@ -141,59 +141,62 @@ fn read_models(metrics: &Metrics, handle: &Handle, catalog: &Catalog, view: &Vie
         let state = model.map_or(ResidencyView::Stopped.as_str(), |m| m.residency.as_str());
         for each in STATES {
             metrics
-                .model_state
+                .models
+                .state
                 .with_label_values(&[name.as_str(), each])
                 .set(i64::from(each == state));
         }
         let ready = i64::from(state == ResidencyView::Ready.as_str());
-        metrics.current_model.with_label_values(&label).set(ready);
-        metrics.swapper_active_model.with_label_values(&label).set(ready);
+        metrics.models.current.with_label_values(&label).set(ready);
+        metrics.models.swapper_active.with_label_values(&label).set(ready);
         let queued = model.map_or(0, |model| model.queue.len());
         metrics
+            .models
             .queue_depth
             .with_label_values(&label)
             .set(i64::try_from(queued).unwrap_or(i64::MAX));
         let in_flight = gate.map_or(0, |gate| gate.in_flight());
-        metrics.inflight.with_label_values(&label).set(i64::from(in_flight));
+        metrics.models.inflight.with_label_values(&label).set(i64::from(in_flight));
         let facts = view.models.get(name);
         metrics
-            .swapper_model_uptime
+            .models
+            .swapper_uptime
             .with_label_values(&label)
             .set(facts.map_or(0.0, |facts| facts.uptime(now).as_secs_f64()));
         let requests =
             facts.map_or(0, |facts| facts.requests_before) + gate.map_or(0, |gate| gate.granted());
-        metrics.swapper_model_requests.with_label_values(&label).inc_by(requests as f64);
+        metrics.models.swapper_requests.with_label_values(&label).inc_by(requests as f64);
     }
 }
 
 fn read_gpus(metrics: &Metrics, view: &View) {
-    metrics.gpu_memory_used.reset();
-    metrics.gpu_memory_total.reset();
-    metrics.gpu_memory_promised.reset();
-    metrics.gpu_utilization.reset();
+    metrics.machine.memory_used.reset();
+    metrics.machine.memory_total.reset();
+    metrics.machine.memory_promised.reset();
+    metrics.machine.utilization.reset();
     for gpu in &view.scheduler.gpus {
         let label = [gpu.gpu.to_string()];
-        metrics.gpu_memory_total.with_label_values(&label).set(gpu.total.0 as f64);
-        metrics.gpu_memory_promised.with_label_values(&label).set(gpu.promised.0 as f64);
+        metrics.machine.memory_total.with_label_values(&label).set(gpu.total.0 as f64);
+        metrics.machine.memory_promised.with_label_values(&label).set(gpu.promised.0 as f64);
     }
     for gpu in &view.gpus {
         let label = [gpu.id.to_string()];
         if let Some(memory) = &gpu.memory {
             let used = memory.total.saturating_sub(memory.free);
-            metrics.gpu_memory_used.with_label_values(&label).set(used.0 as f64);
-            metrics.gpu_memory_total.with_label_values(&label).set(memory.total.0 as f64);
+            metrics.machine.memory_used.with_label_values(&label).set(used.0 as f64);
+            metrics.machine.memory_total.with_label_values(&label).set(memory.total.0 as f64);
         }
         if let Some(utilization) = gpu.utilization {
-            metrics.gpu_utilization.with_label_values(&label).set(f64::from(utilization));
+            metrics.machine.utilization.with_label_values(&label).set(f64::from(utilization));
         }
     }
 }
 
 fn read_components(metrics: &Metrics, view: &View) {
-    metrics.component_up.reset();
+    metrics.machine.component_up.reset();
     let gpu_up = view.gpu_health.ok && view.scheduler.no_proof.is_none();
-    metrics.component_up.with_label_values(&["gpu"]).set(i64::from(gpu_up));
+    metrics.machine.component_up.with_label_values(&["gpu"]).set(i64::from(gpu_up));
     if let Some(docker) = &view.docker_health {
-        metrics.component_up.with_label_values(&["docker"]).set(i64::from(docker.ok));
+        metrics.machine.component_up.with_label_values(&["docker"]).set(i64::from(docker.ok));
     }
 }
