@@ -17,8 +17,8 @@ struct FakeNvml {
 impl FakeNvml {
     /// `None` (and loudly so) without a C compiler.
     fn build() -> Option<FakeNvml> {
-        let dir = tempfile::tempdir().unwrap();
-        fs::create_dir(dir.path().join("ledger")).unwrap();
+        let dir = tempfile::tempdir().expect("it works in a temporary folder");
+        fs::create_dir(dir.path().join("ledger")).expect("it works in a temporary folder");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/fake_nvml.c");
         let built = Command::new("cc")
             .args(["-shared", "-fPIC", "-O1", "-o"])
@@ -46,8 +46,8 @@ impl FakeNvml {
         let ledger = self.path("ledger");
         let text =
             format!("count 1\ngpu 0 total 24576\nledger {} {lag_ms}\n{more}", ledger.display());
-        fs::write(self.path("new"), text).unwrap();
-        fs::rename(self.path("new"), self.path("state")).unwrap();
+        fs::write(self.path("new"), text).expect("it works in a temporary folder");
+        fs::rename(self.path("new"), self.path("state")).expect("it works in a temporary folder");
     }
 
     async fn serve(&self, models: &str) -> World {
@@ -68,7 +68,7 @@ impl FakeNvml {
 }
 
 fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
+    path.to_str().expect("it works in a temporary folder")
 }
 
 #[tokio::test]

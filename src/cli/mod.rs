@@ -39,8 +39,8 @@ enum Command {
         Exit codes: 0 it can be used, 1 it cannot, 2 the file cannot be read.")]
     Check {
         /// The configuration
-        #[arg(long, short, env = "WHARF_CONFIG", default_value = "models.yaml")]
-        config: PathBuf,
+        #[arg(long, short, env = "WHARF_CONFIG")]
+        config: Option<PathBuf>,
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -83,7 +83,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
     Ok(match command {
         Command::Serve(args) => serve::run(args).await.map(|()| ExitCode::SUCCESS)?,
         Command::Demo(args) => demo::run(args).await.map(|()| ExitCode::SUCCESS)?,
-        Command::Check { config, json } => check::run(&config, json),
+        Command::Check { config, json } => check::run(&crate::config::path(config), json),
         Command::Status(args) => status::run(args).await,
         Command::Ensure(args) => ensure::run(args).await,
         Command::Load(args) => load::run(args).await,

@@ -18,9 +18,9 @@ use crate::{app, config};
     SIGHUP reloads the file (only changed models are touched); SIGTERM drains and stops.\n\
     Exit codes: 0 stopped as asked, 1 the configuration or the start failed.")]
 pub struct ServeArgs {
-    /// The configuration.
-    #[arg(long, short, env = "WHARF_CONFIG", default_value = "models.yaml")]
-    pub config: PathBuf,
+    /// The configuration; models.yaml by default.
+    #[arg(long, short, env = "WHARF_CONFIG")]
+    pub config: Option<PathBuf>,
     /// Address of the inference API, instead of `listen.gateway`.
     #[arg(long, env = "WHARF_GATEWAY")]
     pub gateway: Option<SocketAddr>,
@@ -60,18 +60,23 @@ impl ServeArgs {
 }
 
 pub async fn run(args: ServeArgs) -> anyhow::Result<()> {
-    let loaded = config::load(&args.config)?;
-    warn_of(&args.config, &loaded);
+    let path = config::path(args.config.clone());
+    let loaded = config::load(&path)?;
+    warn_of(&path, &loaded);
     let mut catalog = loaded.catalog;
     args.apply(&mut catalog)?;
-    let path = args.config.clone();
+    tracing::info!(
+        config = %path.display(),
+        models = catalog.models.len(),
+        "wharf {}",
+        env!("CARGO_PKG_VERSION")
+    );
     let reload = move || {
-        let mut loaded = config::load(&args.config)?;
+        let mut loaded = config::load(&path)?;
         args.apply(&mut loaded.catalog)?;
-        warn_of(&args.config, &loaded);
+        warn_of(&path, &loaded);
         Ok(loaded.catalog)
     };
-    tracing::info!(config = %path.display(), models = catalog.models.len(), "wharf {}", env!("CARGO_PKG_VERSION"));
     app::run(catalog, reload).await
 }
 

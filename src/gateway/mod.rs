@@ -10,7 +10,7 @@ pub mod auth;
 pub mod browser;
 mod forward;
 mod infer;
-mod nearest;
+pub mod nearest;
 mod notes;
 mod pages;
 mod parse;

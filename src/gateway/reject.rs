@@ -84,8 +84,16 @@ impl Reject {
         self
     }
 
-    fn swap(mut self, swap: Option<SwapId>) -> Reject {
+    #[must_use]
+    pub fn swap(mut self, swap: Option<SwapId>) -> Reject {
         self.0.swap = swap;
+        self
+    }
+
+    /// Why, in words, where there is no fault to tell.
+    #[must_use]
+    pub fn because(mut self, why: &str) -> Reject {
+        self.0.cause = Some(json!({ "message": why }));
         self
     }
 

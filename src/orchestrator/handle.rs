@@ -187,11 +187,6 @@ impl Handle {
         answer
     }
 
-    /// The owner's task lives.
-    pub fn is_alive(&self) -> bool {
-        !self.inbox.0.is_closed()
-    }
-
     fn next_ask(&self) -> AskId {
         AskId(self.shared.next_ask.fetch_add(1, Ordering::Relaxed))
     }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use super::run::Owner;
 use super::view::{GpuFacts, Health, View};
-use crate::gpu::GpuKind;
 
 impl Owner {
     pub(super) fn publish(&self) {
@@ -43,7 +42,6 @@ impl Owner {
             progress,
             gpus,
             gpu_health,
-            gpu_measured: self.effects.gpus.kind() != GpuKind::None,
             docker_health: self.docker_health.clone(),
             foreign: self.foreign.borrow().clone(),
             ledger: Arc::clone(&self.ledger),

@@ -25,8 +25,6 @@ pub struct View {
     /// Static facts and the last memory reading, per GPU; empty where there is no GPU.
     pub gpus: Vec<GpuFacts>,
     pub gpu_health: Health,
-    /// Memory is read (NVML or simulated), so that releases are proven.
-    pub gpu_measured: bool,
     /// `None`: no model runs in Docker.
     pub docker_health: Option<Health>,
     pub foreign: Vec<Foreign>,
