@@ -65,7 +65,7 @@ pub fn describe(base: &str, status: &Value, gpus: &Value) -> String {
 async fn health(client: &Client, json: bool) -> Result<(), Failure> {
     match client.get("/health").await {
         Ok(body) => {
-            say(&if json { client::pretty(&body) } else { text(&body["status"]) });
+            client::show(&body, json, |body| text(&body["status"]));
             Ok(())
         }
         Err(Failure::Refused { status, body, .. }) => {
