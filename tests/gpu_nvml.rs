@@ -46,19 +46,26 @@ async fn until(
     }
 }
 
-fn process() -> Child {
-    Command::new("sleep").arg("600").spawn().expect("a process")
+/// A process that lives until the test ends it, or is over.
+struct Process(Child);
+
+impl Process {
+    fn new() -> Process {
+        Process(Command::new("sleep").arg("600").spawn().expect("a process"))
+    }
 }
 
-fn end(mut child: Child) {
-    child.kill().expect("killed");
-    child.wait().expect("reaped");
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.0.kill().expect("killed");
+        self.0.wait().expect("reaped");
+    }
 }
 
 #[tokio::test]
 async fn memory_and_holders_are_read() {
-    let child = process();
-    let pid = child.id();
+    let child = Process::new();
+    let pid = child.0.id();
     let fake = fake!(&format!(
         "count 2\ngpu 0 total 24576 used 100 reserved 476 mig 0 util 42\n\
          process 0 {pid} 9000\ngraphics 0 {pid} 9000\ngraphics 0 4000000000 500\n"
@@ -82,19 +89,19 @@ async fn memory_and_holders_are_read() {
     let env = gpus.engine_env(&[GpuId(1)]);
     assert_eq!(env["CUDA_VISIBLE_DEVICES"], gpus.gpus()[1].uuid);
     assert_eq!(env["WHARF_GPUS"], "1");
-    end(child);
+    drop(child);
 }
 
 #[tokio::test]
 async fn bytes_come_back_after_the_process_is_gone() {
-    let child = process();
-    let pid = child.id();
+    let child = Process::new();
+    let pid = child.0.id();
     let fake = fake!(&format!("engine 0 {pid} 20000 2000\n"));
     let gpus = open(&fake).await;
     let sample = gpus.sample().await.expect("a sample");
     assert_eq!(sample[0].holders[0].pid, pid);
 
-    end(child);
+    drop(child);
     let ended = Instant::now();
     let sample = until(&gpus, "the list to empty", |sample| {
         sample.as_ref().is_ok_and(|gpus| gpus[0].holders.is_empty())
@@ -109,11 +116,11 @@ async fn bytes_come_back_after_the_process_is_gone() {
 
 #[tokio::test]
 async fn bytes_that_never_come_back_stay_taken() {
-    let child = process();
-    let pid = child.id();
+    let child = Process::new();
+    let pid = child.0.id();
     let fake = fake!(&format!("engine 0 {pid} 20000 -1\nprocess 0 1 500\n"));
     let gpus = open(&fake).await;
-    end(child);
+    drop(child);
     for _ in 0..100 {
         let sample = gpus.sample().await.expect("a sample");
         assert_eq!(sample[0].free, Bytes::mib(24576 - 20500));

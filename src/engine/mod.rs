@@ -1,5 +1,15 @@
 //! What differs between engines: arguments, readiness, load phases from logs, sleep and wake.
 
+mod command_line;
+mod contradict;
+mod derive;
+mod log_lines;
+mod probe;
+mod ready;
+mod request;
+mod sleep;
+mod token;
+
 use std::collections::BTreeMap;
 
 use tokio::time::Instant;
@@ -20,42 +30,70 @@ pub struct Derived {
 
 /// Contradictions between a model's own arguments and what Wharf derives, for `wharf check`:
 /// (argument, what is wrong and the fix).
-pub fn contradictions(_spec: &ModelSpec) -> Vec<(String, String)> {
-    Vec::new()
+pub fn contradictions(spec: &ModelSpec) -> Vec<(String, String)> {
+    contradict::contradictions(spec)
 }
 
 /// Arguments and environment derived from the catalog. `footprint` is the promise per GPU and
-/// `total` the smallest total of the GPUs used.
+/// `total` the smallest total of the GPUs used. What the configured arguments already say is not
+/// said again.
 pub fn derive(
-    _spec: &ModelSpec,
-    _port: u16,
-    _gpus: usize,
-    _footprint: Option<Bytes>,
-    _total: Option<Bytes>,
+    spec: &ModelSpec,
+    port: u16,
+    gpus: usize,
+    footprint: Option<Bytes>,
+    total: Option<Bytes>,
 ) -> Derived {
-    Derived::default()
+    derive::derive(spec, port, gpus, footprint.zip(total))
 }
 
 /// Waits until the engine answers by its own rule; fails on its exit, a known fatal line in its
 /// log, a stall, or the deadline. Reports load phases as they appear.
 pub async fn wait_ready(
-    _spec: &ModelSpec,
-    _running: &Running,
-    _progress: &Progress,
-    _deadline: Instant,
+    spec: &ModelSpec,
+    running: &Running,
+    progress: &Progress,
+    deadline: Instant,
 ) -> Result<(), Fault> {
-    Ok(())
+    ready::wait_ready(spec, running, progress, deadline).await
 }
 
-/// Asks for one token.
-pub async fn canary(_spec: &ModelSpec, _running: &Running) -> Result<(), Fault> {
-    Ok(())
+/// Asks for one token (for one vector, of an embedding model). Ends at the latest after two
+/// minutes.
+pub async fn canary(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
+    token::canary(spec, running).await
 }
 
-pub async fn sleep(_spec: &ModelSpec, _running: &Running) -> Result<(), Fault> {
-    Ok(())
+/// Puts a vLLM engine to sleep at the configured level, and returns once it says that it sleeps.
+/// What is in flight is aborted.
+pub async fn sleep(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
+    sleep::sleep(spec, running).await
 }
 
-pub async fn wake(_spec: &ModelSpec, _running: &Running) -> Result<(), Fault> {
-    Ok(())
+/// Wakes it again, and returns once it says that it is awake.
+pub async fn wake(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
+    sleep::wake(spec, running).await
+}
+
+/// Lines of the engine's log that go with a fault.
+const LOG_TAIL_LINES: usize = 20;
+
+fn fault(
+    spec: &ModelSpec,
+    running: &Running,
+    kind: crate::scheduler::event::FaultKind,
+    text: &str,
+) -> Fault {
+    Fault::new(kind, format!("model {}: {text}", spec.name))
+        .with_log(running.log.last(LOG_TAIL_LINES))
+}
+
+/// How the instance ended, once it did; waits for ever for one whose end cannot be seen.
+async fn ended(running: &Running) -> crate::runtime::ExitReport {
+    let mut exit = running.exit.clone();
+    let report = exit.wait_for(Option::is_some).await.ok().and_then(|report| report.clone());
+    match report {
+        Some(report) => report,
+        None => std::future::pending().await,
+    }
 }

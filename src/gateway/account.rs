@@ -52,6 +52,8 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        self.metrics.request_ended(&self.model, self.outcome, self.began.elapsed());
+        let took = self.began.elapsed();
+        tracing::debug!(model = %self.model, outcome = self.outcome, ?took, "request ended");
+        self.metrics.request_ended(&self.model, self.outcome, took);
     }
 }

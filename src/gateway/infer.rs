@@ -32,7 +32,7 @@ use crate::units::{RequestId, Time};
 const WAIT_BACKSTOP: Duration = Duration::from_secs(30);
 /// How long a retry waits for the owner to learn that the instance died.
 const SETTLE_MAX: Duration = Duration::from_secs(1);
-const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(20);
+const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(50);
 
 pub async fn infer(
     gateway: Arc<Gateway>,
@@ -61,8 +61,15 @@ async fn admit(
     let arrived = gateway.handle.now();
     let catalog = gateway.handle.catalog();
     let (head, body) = request.into_parts();
-    let key = auth::authorize(&catalog.settings, &head.headers, Scope::Inference)?;
-    let wishes = Wishes::read(&head.headers)?;
+    let entitled = auth::authorize(&catalog.settings, &head.headers, Scope::Inference)
+        .and_then(|key| Ok((key, Wishes::read(&head.headers)?)));
+    let (key, wishes) = match entitled {
+        Ok(entitled) => entitled,
+        Err(reject) => {
+            receive::discard(body, &head.headers).await;
+            return Err(reject);
+        }
+    };
     let received = receive::receive(
         body,
         &head.headers,
@@ -268,22 +275,25 @@ impl Job {
         Ok(())
     }
 
-    /// A dead instance's gate is open until the owner knows; a stale pooled connection's stays so.
+    /// Waits until the owner has learned that the instance died, so that the second attempt does
+    /// not meet the dead one again; or until it shows that only a pooled connection was stale.
     async fn settle(&self, gate: &Arc<Gate>) {
-        let gone = async {
-            loop {
-                let current = self.gateway.handle.gates().get(&self.spec.name).cloned();
-                if !gate.is_open() || !current.is_some_and(|now| Arc::ptr_eq(&now, gate)) {
-                    return;
-                }
-                // It still answers: the connection was stale, not the instance.
-                if forward::accepts(&gate.endpoint.base).await {
-                    return;
-                }
+        let was_open = gate.is_open();
+        let learned = || {
+            let gates = self.gateway.handle.gates();
+            let replaced =
+                !gates.get(&self.spec.name).is_some_and(|current| Arc::ptr_eq(current, gate));
+            replaced || gate.cancelled.is_cancelled() || (was_open && !gate.is_open())
+        };
+        let settled = async {
+            while !learned() {
                 sleep(SETTLE_LOOK_EVERY).await;
+                if !learned() && forward::accepts(&gate.endpoint.base).await {
+                    return;
+                }
             }
         };
-        let _ = timeout(SETTLE_MAX, gone).await;
+        let _ = timeout(SETTLE_MAX, settled).await;
     }
 
     fn refused(&self, refusal: &Refusal) -> Reject {

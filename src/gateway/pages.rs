@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::reject::Reject;
 use super::{Gateway, admit, auth};
-use crate::config::catalog::{Catalog, ModelSpec, Scope};
+use crate::config::catalog::{ModelSpec, Scope};
 use crate::orchestrator::{Handle, View};
 use crate::scheduler::record::{ResidencyView, SwapRecord};
 use crate::units::{ModelName, Time};
@@ -137,8 +137,7 @@ pub async fn status(
             })
         })
         .collect();
-    let swaps: Vec<Value> =
-        view.scheduler.swaps.iter().map(|swap| swap_row(swap, &view, &catalog)).collect();
+    let swaps: Vec<Value> = view.scheduler.swaps.iter().map(|swap| swap_row(swap, &view)).collect();
     let body = json!({
         "status": "running",
         "current_models": ready,
@@ -150,13 +149,12 @@ pub async fn status(
     Ok(Json(body).into_response())
 }
 
-fn swap_row(swap: &SwapRecord, view: &View, catalog: &Catalog) -> Value {
+fn swap_row(swap: &SwapRecord, view: &View) -> Value {
     let progress = view.progress_of(&swap.model);
     let estimate = view.model(&swap.model).and_then(|model| model.ready_in);
     json!({
         "swap_id": swap.id.to_string(),
         "model": swap.model,
-        "known": catalog.model(&swap.model).is_some(),
         "cause": swap.cause,
         "phase": swap.phase.map(|(phase, _)| phase.as_str()),
         "stage": progress.map(|progress| &progress.stage),

@@ -15,7 +15,7 @@ use super::reject::Reject;
 use crate::config::catalog::QueueSettings;
 use crate::units;
 
-/// Read on after a refusal, so that a client which is still sending sees the answer.
+/// How much, and how long, is read on after a refusal.
 const DISCARD_MAX: u64 = 16 << 20;
 const DISCARD_TIME: Duration = Duration::from_secs(2);
 /// First allocation for a declared length: the client may not mean it.
@@ -65,13 +65,11 @@ pub async fn receive(
     budget: &Arc<BodyBudget>,
     limits: &Limits,
 ) -> Result<Received, Reject> {
-    let declared = headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    let declared = declared(headers);
     if let Some(length) = declared
         && length > queue.body_limit.0
     {
-        discard(body, length).await;
+        discard(body, headers).await;
         return Err(too_large(units::Bytes(length).to_string(), queue));
     }
     let mut received = Gathered::default();
@@ -90,11 +88,11 @@ pub async fn receive(
         };
         let Ok(data) = frame.into_data() else { continue };
         if received.length + data.len() as u64 > queue.body_limit.0 {
-            discard(body, declared.unwrap_or(0)).await;
+            discard(body, headers).await;
             return Err(too_large(format!("more than {}", queue.body_limit), queue));
         }
         if !held.grow(data.len() as u64, queue.total_bodies) {
-            discard(body, declared.unwrap_or(0)).await;
+            discard(body, headers).await;
             return Err(no_room(queue));
         }
         received.push(data, declared);
@@ -131,8 +129,14 @@ impl Gathered {
     }
 }
 
-async fn discard(mut body: Body, declared: u64) {
-    if declared > DISCARD_MAX {
+fn declared(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// Reads what a refused client still sends, within reason: closing at once would reset the
+/// connection and lose the answer. A client that asked first (`Expect`) has sent nothing.
+pub async fn discard(mut body: Body, headers: &HeaderMap) {
+    if declared(headers).unwrap_or(0) > DISCARD_MAX || headers.contains_key(header::EXPECT) {
         return;
     }
     let read = async {

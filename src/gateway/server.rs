@@ -161,3 +161,40 @@ fn is_of_one_connection(error: &io::Error) -> bool {
             | io::ErrorKind::Interrupted
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    async fn ask(address: SocketAddr) -> (TcpStream, String) {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+        let mut answer = vec![0; 4096];
+        let read = timeout(PATIENCE, stream.read(&mut answer)).await.unwrap().unwrap();
+        answer.truncate(read);
+        (stream, String::from_utf8(answer).unwrap())
+    }
+
+    #[tokio::test]
+    async fn one_connection_too_many_is_told_so() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new().fallback(|| async { "hello" });
+        let shutdown = CancellationToken::new();
+        let grace = Duration::from_secs(1);
+        let served = tokio::spawn(serve_at_most(1, listener, router, shutdown.clone(), grace));
+        let (first, answer) = ask(address).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let (_, answer) = ask(address).await;
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        assert!(answer.contains("retry-after") && answer.contains("connections_full"), "{answer}");
+        drop(first);
+        let again = async { while !ask(address).await.1.starts_with("HTTP/1.1 200") {} };
+        timeout(PATIENCE, again).await.expect("the place is free again");
+        shutdown.cancel();
+        timeout(PATIENCE, served).await.unwrap().unwrap();
+    }
+}

@@ -89,23 +89,26 @@ impl Gate {
 
     /// A lease, if the gate is open and has a permit left.
     pub fn try_lease(self: &Arc<Self>) -> Option<Lease> {
-        let permits = u64::from(self.permits.load(Ordering::Relaxed));
-        self.word
-            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
-                (word & OPEN != 0 && (word & COUNT) < permits).then_some(word + 1)
-            })
-            .ok()?;
+        self.take_permit()?;
         Some(self.leased(StartKind::Hot))
     }
 
     /// As [`Gate::try_lease`], but it leaves no trace in `last_used`: for `X-Wharf-Start: never`,
     /// so that health probes do not keep an idle model loaded.
     pub fn try_lease_quietly(self: &Arc<Self>) -> Option<Lease> {
-        let before = self.last_used.load(Ordering::Relaxed);
-        let mut lease = self.try_lease()?;
-        self.last_used.store(before, Ordering::Relaxed);
-        lease.quiet = true;
-        Some(lease)
+        self.take_permit()?;
+        self.granted.fetch_add(1, Ordering::Relaxed);
+        Some(Lease { gate: Arc::clone(self), start: StartKind::Hot, quiet: true })
+    }
+
+    fn take_permit(&self) -> Option<()> {
+        let permits = u64::from(self.permits.load(Ordering::Relaxed));
+        self.word
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                (word & OPEN != 0 && (word & COUNT) < permits).then_some(word + 1)
+            })
+            .ok()
+            .map(|_| ())
     }
 
     /// Closed means: under notice, stopping, or full by the owner's decision.

@@ -291,4 +291,8 @@ impl Handle {
     pub fn close_for_tests(gate: &Gate) {
         gate.close();
     }
+
+    pub fn last_used_for_tests(&self, gate: &Gate) -> Time {
+        gate.read().last_used
+    }
 }

@@ -1,18 +1,59 @@
 //! The rules: pure, deterministic, without IO.
+//!
+//! [`Scheduler::handle`] takes one event and appends what is to be done. After every event it
+//! *settles*: deadlines first, then the swaps under way, then grants, then new decisions, until
+//! nothing changes; last the gates follow. Nothing else has state, so what happens can be read
+//! from the events alone, and replayed.
+//!
+//! | file | what it decides |
+//! |---|---|
+//! | `queue` | who may wait, in which order, for how long |
+//! | `ask` | ensure, load, unload: one answer each |
+//! | `policy` | whose turn it is; who may be asked to leave |
+//! | `placement` | on which GPUs, and who has to leave for it |
+//! | `memory` | promises, samples, proof of release |
+//! | `swap/` | the way of a swap, phase by phase |
+//! | `gates` | when the gateway may serve by itself |
+#![deny(clippy::wildcard_enum_match_arm)]
 
 pub mod action;
+mod ask;
+mod attempt;
+mod cost;
 pub mod event;
+mod gates;
+mod invariants;
+mod lifecycle;
+mod memory;
+mod placement;
+mod policy;
+mod queue;
 pub mod record;
+mod residency;
+mod swap;
+#[cfg(test)]
+mod tests;
+mod timers;
+mod view;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::catalog::Catalog;
-use crate::units::{Bytes, GpuId, Time};
+use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, SwapId, Time};
 use action::Action;
+use ask::Ask;
 use event::Event;
+use memory::Memory;
+use queue::Model;
 use record::SchedulerView;
+use residency::Instance;
+use swap::Swap;
+
+/// More rounds than any settling needs; a bound against a rule that contradicts another.
+const ROUNDS_MAX: usize = 64;
 
 /// What the scheduler is told about the machine at its creation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -46,30 +87,163 @@ pub enum WakeCause {
     Restore,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Scheduler {
     catalog: Arc<Catalog>,
+    world: World,
+    now: Time,
+    next_id: u64,
+    models: BTreeMap<ModelName, Model>,
+    instances: BTreeMap<InstanceId, Instance>,
+    swaps: BTreeMap<SwapId, Swap>,
+    asks: BTreeMap<AskId, Ask>,
+    memory: Memory,
+    /// Why a model that waits for room does not get any yet, in words.
+    blocked: BTreeMap<ModelName, String>,
+    /// When somebody last wanted anything: restores wait for quiet.
+    last_demand: Time,
+    shutting_down: bool,
+    /// A reload left less to promise than was promised already.
+    capacity_cut: bool,
+    /// Counts changes of state, so that settling knows when it is done.
+    changes: u64,
+    out: Vec<Action>,
 }
 
 impl Scheduler {
     /// Ids of instances and swaps count up from `first_id`, which must be larger than any used
     /// before by this installation.
-    pub fn new(catalog: Arc<Catalog>, _world: World, _first_id: u64) -> Scheduler {
-        Scheduler { catalog }
+    pub fn new(catalog: Arc<Catalog>, world: World, first_id: u64) -> Scheduler {
+        let models = catalog.models.keys().map(|name| (name.clone(), Model::default())).collect();
+        Scheduler {
+            catalog,
+            world,
+            now: Time::ZERO,
+            next_id: first_id,
+            models,
+            instances: BTreeMap::new(),
+            swaps: BTreeMap::new(),
+            asks: BTreeMap::new(),
+            memory: Memory::default(),
+            blocked: BTreeMap::new(),
+            last_demand: Time::ZERO,
+            shutting_down: false,
+            capacity_cut: false,
+            changes: 0,
+            out: Vec::new(),
+        }
     }
 
-    pub fn handle(&mut self, _now: Time, event: Event, _out: &mut Vec<Action>) {
-        if let Event::CatalogChanged(catalog) = event {
-            self.catalog = catalog;
+    /// Takes one event and appends what is to be done, in order. `now` never runs backwards.
+    pub fn handle(&mut self, now: Time, event: Event, out: &mut Vec<Action>) {
+        self.now = self.now.max(now);
+        self.take_in(event);
+        self.settle();
+        out.append(&mut self.out);
+        if cfg!(debug_assertions)
+            && let Err(broken) = self.check_invariants()
+        {
+            panic!("invariant broken: {broken}");
         }
+    }
+
+    fn take_in(&mut self, event: Event) {
+        match event {
+            Event::RequestArrived(request) => self.arrived(request),
+            Event::RequestGone { request } => self.gone(request),
+            Event::GateSeen { instance, gate } => self.gate_seen(instance, gate),
+            Event::EnsureAsked { ask, model, kind, deadline } => {
+                self.ensure_asked(ask, model, kind, deadline);
+            }
+            Event::AskGone { ask } => self.ask_gone(ask),
+            Event::UnloadAsked { ask, model, force } => self.unload_asked(ask, model, force),
+            Event::MoveDone { swap, instance, done } => self.move_done(swap, instance, done),
+            Event::Vouching { swap, instance } => self.vouching(swap, instance),
+            Event::MemorySeen(result) => self.memory_seen(result),
+            Event::InstanceDied { instance, fault } => self.died(instance, fault),
+            Event::Adopted { instance, model, gpus, footprint } => {
+                self.adopted(instance, &model, gpus, footprint);
+            }
+            Event::Remembered { model, learned } => {
+                if let Some(state) = self.models.get_mut(&model) {
+                    state.learned = learned;
+                }
+            }
+            Event::CatalogChanged(catalog) => {
+                self.catalog_changed(catalog);
+                self.note_capacity_cut();
+            }
+            Event::RuntimeLost { instances } => self.runtime_lost(&instances),
+            Event::RuntimeBack { alive, dead } => self.runtime_back(&alive, &dead),
+            Event::ShuttingDown => self.shut_down(),
+            Event::Woke => {}
+        }
+    }
+
+    fn settle(&mut self) {
+        for _ in 0..ROUNDS_MAX {
+            let before = self.changes;
+            self.expire();
+            self.answer_rescued();
+            self.begin_unloads();
+            self.emit_wanted_stops();
+            self.advance_swaps();
+            self.grant_waiting();
+            self.choose();
+            if self.changes == before {
+                break;
+            }
+        }
+        self.sync_gates();
+    }
+
+    /// Everything whose time has come.
+    fn expire(&mut self) {
+        self.expire_moves();
+        self.expire_releases();
+        self.expire_failures();
+        self.retry_stops();
+        self.expire_waiters();
+        self.expire_asks();
+        self.expire_holds();
     }
 
     /// When `Event::Woke` is due next, and why.
     pub fn next_wake(&self) -> Option<(Time, WakeCause)> {
-        None
+        let turns = self.turns().filter(|(at, _)| *at > self.now);
+        self.deadlines().chain(turns).min()
     }
 
-    pub fn view(&self, _now: Time) -> SchedulerView {
-        SchedulerView::default()
+    pub fn view(&self, now: Time) -> SchedulerView {
+        if now <= self.now {
+            return self.build_view();
+        }
+        let mut later = self.clone();
+        later.now = now;
+        later.build_view()
+    }
+
+    /// The instance that is (or becomes) the model's, not one that is on its way out.
+    fn current(&self, model: &ModelName) -> Option<&Instance> {
+        self.instances.values().find(|i| i.model == *model && !i.is_stopping())
+    }
+
+    fn note_capacity_cut(&mut self) {
+        let over = |g: &GpuInfo| self.promised(g.id) > self.capacity(g.id);
+        self.capacity_cut |= self.world.gpus.iter().any(over);
+    }
+
+    fn take_id(&mut self) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        id
+    }
+
+    fn changed(&mut self) {
+        self.changes += 1;
+    }
+
+    fn emit(&mut self, action: Action) {
+        self.out.push(action);
     }
 }

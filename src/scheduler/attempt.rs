@@ -1,0 +1,299 @@
+//! One set of GPUs, tried for one candidate: who would have to leave, or what is in the way.
+
+use std::collections::BTreeSet;
+
+use super::Scheduler;
+use super::memory::{Need, uses_gpu};
+use super::placement::{ELASTIC_SHARE, Plan, Planned, Price, Victim};
+use super::policy::{Candidate, Leaves, Urgency};
+use super::residency::Instance;
+use crate::units::{Bytes, GpuId, ModelName};
+
+/// One set of GPUs for one candidate.
+pub(super) struct Attempt<'a> {
+    pub scheduler: &'a Scheduler,
+    pub candidate: &'a Candidate,
+    pub gpus: &'a [GpuId],
+}
+
+type Choice<'a> = Vec<(&'a Instance, Leaves, bool)>;
+
+impl Attempt<'_> {
+    pub fn run(&self, wanted: &BTreeSet<GpuId>) -> Result<(Price, Plan), (usize, Planned)> {
+        let blocked = |rank: usize, why: String| {
+            Err((rank, Planned::Blocked { gpus: self.gpus.to_vec(), why }))
+        };
+        if self.gpus.iter().any(|g| wanted.contains(g)) {
+            return blocked(9, "a request that waits longer has these GPUs next".to_owned());
+        }
+        if let Some(model) = self.exclusive_claim() {
+            return blocked(8, format!("{model} has these GPUs next"));
+        }
+        for asleep in [true, false] {
+            let Some(choice) = self.choose(asleep, &|i| self.may_leave(i)) else { continue };
+            let touched: BTreeSet<GpuId> = self
+                .gpus
+                .iter()
+                .copied()
+                .chain(choice.iter().flat_map(|(i, _, _)| i.gpus.iter().copied()))
+                .collect();
+            if !choice.is_empty()
+                && let Some(model) = self.scheduler.vacating(&touched, self.candidate.swap)
+            {
+                return blocked(5, format!("{model} is making room there first"));
+            }
+            if !choice.is_empty() && touched.iter().any(|g| wanted.contains(g)) {
+                return blocked(9, "a request that waits longer has these GPUs next".to_owned());
+            }
+            return Ok(self.priced(&choice));
+        }
+        if self.needs_bytes_nobody_promised() {
+            return Err((1, Planned::Held { gpus: self.gpus.to_vec() }));
+        }
+        let (rank, why) = self.why_blocked();
+        blocked(rank, why)
+    }
+
+    /// An overdue swap (or an ensure) on these GPUs lets nobody in beside it.
+    fn exclusive_claim(&self) -> Option<&ModelName> {
+        let s = self.scheduler;
+        s.swaps
+            .values()
+            .filter(|other| Some(other.id) != self.candidate.swap && other.claims(s.now))
+            .filter(|other| other.urgent && !other.started)
+            .find(|other| s.claimed(other).iter().any(|g| self.gpus.contains(g)))
+            .map(|other| &other.model)
+    }
+
+    fn may_leave(&self, instance: &Instance) -> Option<Leaves> {
+        self.scheduler.may_leave(self.candidate, instance).ok()
+    }
+
+    /// Greedy from the least valuable, then without those that turn out not to be needed.
+    fn choose(
+        &self,
+        asleep: bool,
+        may_leave: &dyn Fn(&Instance) -> Option<Leaves>,
+    ) -> Option<Choice<'_>> {
+        let s = self.scheduler;
+        let mut pool: Choice = s
+            .instances
+            .values()
+            .filter(|i| i.model != self.candidate.spec.name)
+            .filter_map(|i| may_leave(i).map(|leaves| (i, leaves)))
+            .map(|(i, leaves)| {
+                let sleeps = asleep && i.is_ready() && i.can_sleep().is_some();
+                (i, leaves, sleeps)
+            })
+            .collect();
+        pool.sort_by_key(|(i, leaves, _)| s.value(i, *leaves));
+        let mut chosen: Choice = Vec::new();
+        for entry in pool {
+            if self.is_enough(&chosen) {
+                break;
+            }
+            if self.helps(&entry, &chosen) {
+                chosen.push(entry);
+            }
+        }
+        for at in (0..chosen.len()).rev() {
+            let mut fewer = chosen.clone();
+            fewer.remove(at);
+            if self.is_enough(&fewer) {
+                chosen = fewer;
+            }
+        }
+        self.is_enough(&chosen).then_some(chosen)
+    }
+
+    fn helps(&self, (instance, _, sleeps): &(&Instance, Leaves, bool), chosen: &Choice) -> bool {
+        if *sleeps && self.scheduler.residue_expected(instance) >= instance.held() {
+            return false;
+        }
+        let frees = instance.gpus.iter().any(|&g| self.gpus.contains(&g) && !self.fits(g, chosen));
+        frees || (!self.slots_fit(chosen) && self.takes_slot(instance))
+    }
+
+    fn is_enough(&self, chosen: &Choice) -> bool {
+        self.slots_fit(chosen) && self.gpus.iter().all(|&gpu| self.fits(gpu, chosen))
+    }
+
+    fn need(&self, gpu: GpuId) -> Need {
+        self.scheduler
+            .need(&self.candidate.spec, gpu)
+            .unwrap_or(Need { bytes: Bytes::ZERO, elastic: false })
+    }
+
+    /// What the model itself keeps there while it sleeps.
+    fn own_residue(&self, gpu: GpuId) -> Bytes {
+        let s = self.scheduler;
+        s.current(&self.candidate.spec.name)
+            .filter(|i| i.is_sleeping())
+            .map_or(Bytes::ZERO, |i| s.promise_on(i, gpu))
+    }
+
+    fn fits(&self, gpu: GpuId, chosen: &Choice) -> bool {
+        self.fits_by_promise(gpu, chosen) && self.fits_by_sample(gpu, chosen)
+    }
+
+    fn fits_by_promise(&self, gpu: GpuId, chosen: &Choice) -> bool {
+        let s = self.scheduler;
+        let freed: Bytes = chosen
+            .iter()
+            .map(|(i, _, sleeps)| {
+                let keep = if *sleeps { s.residue_expected(i) } else { Bytes::ZERO };
+                s.promise_on(i, gpu) - keep
+            })
+            .sum();
+        let taken = (s.promised(gpu) - self.own_residue(gpu) - s.leaving(gpu) - freed)
+            + s.spoken(gpu, self.candidate.swap);
+        let need = self.need(gpu);
+        if need.elastic {
+            // Alone beside the pinned ones: every other promise has to go.
+            return taken <= s.pinned_promise(gpu) && need.bytes > Bytes::ZERO;
+        }
+        taken + need.bytes <= s.capacity(gpu)
+    }
+
+    fn fits_by_sample(&self, gpu: GpuId, chosen: &Choice) -> bool {
+        let s = self.scheduler;
+        if !s.world.proof || s.is_blind(gpu) {
+            return true;
+        }
+        // Without a fresh sample, or while a start takes its bytes, decide later.
+        let (Some(free), true) = (s.fresh_free(gpu), s.unvouched(gpu) == Bytes::ZERO) else {
+            return true;
+        };
+        let here = |i: &Instance| i.gpus.contains(&gpu) && i.promise.is_some();
+        let leaving: Bytes = s
+            .instances
+            .values()
+            .filter(|i| i.is_stopping() && i.trouble.is_none() && here(i))
+            .map(|i| i.held())
+            .sum();
+        let freed: Bytes = chosen
+            .iter()
+            .filter(|(i, _, _)| here(i))
+            .map(|(i, _, sleeps)| {
+                let keep = if *sleeps { s.residue_expected(i) } else { Bytes::ZERO };
+                i.held() - keep
+            })
+            .sum();
+        let need = self.need(gpu);
+        let least = if need.elastic { Bytes(need.bytes.0 / ELASTIC_SHARE) } else { need.bytes };
+        free + leaving + freed + self.own_residue(gpu)
+            >= least + s.spoken(gpu, self.candidate.swap) + s.catalog.settings.gpu.reserve
+    }
+
+    /// Whether `max_concurrent_models` and single-active leave a place.
+    fn slots_fit(&self, chosen: &Choice) -> bool {
+        let s = self.scheduler;
+        let spec = &self.candidate.spec;
+        if spec.is_external() {
+            return true;
+        }
+        let swap = self.candidate.swap;
+        let stays = |i: &&Instance| {
+            i.model != spec.name && s.takes_slot(i) && !chosen.iter().any(|(c, _, _)| c.id == i.id)
+        };
+        let coming = |gpu_only: bool| {
+            s.swaps
+                .values()
+                .filter(|o| Some(o.id) != swap && o.claims(s.now) && !o.started && o.is_load())
+                .filter(|o| {
+                    s.catalog
+                        .model(&o.model)
+                        .is_some_and(|m| if gpu_only { uses_gpu(m) } else { !m.is_external() })
+                })
+                .count()
+        };
+        let cap = s.catalog.settings.swap.max_concurrent_models as usize;
+        let all = s.instances.values().filter(stays).count() + coming(false);
+        let on_gpus =
+            s.instances.values().filter(stays).filter(|i| uses_gpu(&i.spec)).count() + coming(true);
+        (cap == 0 || all < cap) && (!uses_gpu(spec) || !s.single_gpu_model() || on_gpus == 0)
+    }
+
+    fn takes_slot(&self, instance: &Instance) -> bool {
+        let s = self.scheduler;
+        let capped = s.catalog.settings.swap.max_concurrent_models > 0;
+        s.takes_slot(instance) && (capped || uses_gpu(&instance.spec))
+    }
+
+    fn priced(&self, choice: &Choice) -> (Price, Plan) {
+        let s = self.scheduler;
+        let busy = choice.iter().filter(|(_, leaves, _)| *leaves == Leaves::Busy).count();
+        let cost = choice.iter().map(|(i, _, _)| s.bring_back(i).as_millis()).sum();
+        let left: Bytes = self
+            .gpus
+            .iter()
+            .map(|&g| s.capacity(g) - (s.promised(g) - s.leaving(g)) - s.spoken(g, None))
+            .sum();
+        let victims = choice
+            .iter()
+            .map(|(i, leaves, sleeps)| Victim {
+                instance: i.id,
+                asleep: *sleeps,
+                busy: *leaves == Leaves::Busy,
+                why: s.why_evicted(i, *leaves, *sleeps),
+            })
+            .collect();
+        ((busy, cost, choice.len(), left), Plan { gpus: self.gpus.to_vec(), victims })
+    }
+
+    /// Everyone who may be asked leaves, and it is still not enough by the sample alone.
+    fn needs_bytes_nobody_promised(&self) -> bool {
+        let s = self.scheduler;
+        if self.candidate.urgency == Urgency::Spare {
+            return false;
+        }
+        let everyone: Choice = s
+            .instances
+            .values()
+            .filter(|i| i.model != self.candidate.spec.name)
+            .filter_map(|i| self.may_leave(i).map(|leaves| (i, leaves, false)))
+            .collect();
+        let stuck = s.instances.values().any(|i| {
+            i.is_stopping() && i.trouble.is_some() && i.gpus.iter().any(|g| self.gpus.contains(g))
+        });
+        let by_promise = self.gpus.iter().all(|&g| self.fits_by_promise(g, &everyone));
+        let by_sample = self.gpus.iter().all(|&g| self.fits_by_sample(g, &everyone));
+        self.slots_fit(&everyone)
+            && ((by_promise && !by_sample) || (stuck && !by_promise && self.fits_but_for_stuck()))
+    }
+
+    /// It would fit, were it not for memory that never came back.
+    fn fits_but_for_stuck(&self) -> bool {
+        let s = self.scheduler;
+        self.gpus.iter().all(|&gpu| {
+            let others: Bytes = s
+                .instances
+                .values()
+                .filter(|i| i.model != self.candidate.spec.name && !i.is_stopping())
+                .filter(|i| self.may_leave(i).is_none())
+                .map(|i| s.promise_on(i, gpu))
+                .sum();
+            let need = self.need(gpu);
+            let need = if need.elastic { Bytes::ZERO } else { need.bytes };
+            others + need + s.spoken(gpu, self.candidate.swap) <= s.capacity(gpu)
+        })
+    }
+
+    /// How far this set is from being usable, and who is in the way.
+    fn why_blocked(&self) -> (usize, String) {
+        let s = self.scheduler;
+        let anyone = |i: &Instance| {
+            let ready = i.is_ready() || i.is_sleeping();
+            (ready && !s.is_pinned(i)).then_some(Leaves::Busy)
+        };
+        let Some(choice) = self.choose(false, &anyone) else {
+            return (7, "what holds the GPUs cannot be moved now".to_owned());
+        };
+        let reasons: Vec<String> =
+            choice.iter().filter_map(|(i, _, _)| s.may_leave(self.candidate, i).err()).collect();
+        if reasons.is_empty() {
+            return (6, "another swap to end there".to_owned());
+        }
+        (2 + reasons.len().min(3), reasons.join(", "))
+    }
+}

@@ -1,0 +1,186 @@
+//! What must hold after every event. Each rule is a function with a name; debug builds and the
+//! simulator check them all.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::Scheduler;
+use super::record::Phase;
+use super::residency::{MoveKind, Residency};
+use crate::config::catalog::EngineKind;
+use crate::units::{GpuId, SwapId};
+
+type Check = Result<(), String>;
+
+impl Scheduler {
+    /// Every rule, in order; the first that is broken, in words.
+    pub fn check_invariants(&self) -> Result<(), String> {
+        self.memory_is_never_over_promised()?;
+        self.at_most_one_current_instance()?;
+        self.gates_are_open_only_when_ready()?;
+        self.draining_has_a_swap()?;
+        self.at_most_one_vacating_swap_per_gpu()?;
+        self.vllm_measures_alone()?;
+        self.loads_have_their_instance()?;
+        self.starting_has_a_swap()?;
+        self.waiters_are_bounded_and_unique()?;
+        self.a_failed_model_has_no_waiters()?;
+        self.nothing_is_left_overdue()
+    }
+
+    fn memory_is_never_over_promised(&self) -> Check {
+        // Adopted instances are facts, and a reload may shrink what may be promised.
+        if self.capacity_cut || self.instances.values().any(|i| i.adopted) {
+            return Ok(());
+        }
+        for gpu in self.world.gpus.iter().map(|g| g.id).chain([super::memory::UNSEEN]) {
+            let (promised, capacity) = (self.promised(gpu), self.capacity(gpu));
+            if promised > capacity {
+                return Err(format!("GPU {gpu}: {promised} promised, {capacity} to give"));
+            }
+        }
+        Ok(())
+    }
+
+    fn at_most_one_current_instance(&self) -> Check {
+        let mut seen = BTreeSet::new();
+        for instance in self.instances.values().filter(|i| !i.is_stopping()) {
+            if !seen.insert(&instance.model) {
+                return Err(format!("{} has two current instances", instance.model));
+            }
+        }
+        Ok(())
+    }
+
+    fn gates_are_open_only_when_ready(&self) -> Check {
+        for instance in self.instances.values().filter(|i| i.gate.open) {
+            if !instance.is_ready() || self.queue_len(&instance.model) > 0 {
+                return Err(format!(
+                    "gate of {} is open while {:?} with {} waiting",
+                    instance.model,
+                    instance.residency,
+                    self.queue_len(&instance.model)
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn draining_has_a_swap(&self) -> Check {
+        for instance in self.instances.values() {
+            let draining = instance.residency == Residency::Draining;
+            if draining != instance.drain.is_some() {
+                return Err(format!("{} drains without a drain, or not", instance.model));
+            }
+            if let Some(drain) = instance.drain
+                && !self.swaps.get(&drain.swap).is_some_and(|s| s.has_victim(instance.id))
+            {
+                return Err(format!("{} drains for {}, which is over", instance.model, drain.swap));
+            }
+        }
+        Ok(())
+    }
+
+    fn at_most_one_vacating_swap_per_gpu(&self) -> Check {
+        let mut by_gpu: BTreeMap<GpuId, SwapId> = BTreeMap::new();
+        for instance in self.instances.values().filter(|i| i.launched && i.stop_tries == 0) {
+            let Some(drain) = instance.drain else { continue };
+            if !self.swaps.get(&drain.swap).is_some_and(super::swap::Swap::is_load) {
+                continue;
+            }
+            for &gpu in &instance.gpus {
+                let first = *by_gpu.entry(gpu).or_insert(drain.swap);
+                if first != drain.swap {
+                    return Err(format!("GPU {gpu} is vacated by {first} and {}", drain.swap));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn vllm_measures_alone(&self) -> Check {
+        for vllm in self.instances.values() {
+            if vllm.spec.engine != EngineKind::Vllm || !vllm.is_moving(MoveKind::Start) {
+                continue;
+            }
+            for other in self.instances.values().filter(|i| i.id != vllm.id) {
+                let shares = other.gpus.iter().any(|g| vllm.gpus.contains(g));
+                let moves = other.moving.is_some_and(|m| m.kind.touches_memory());
+                if shares && moves && other.promise.is_some() {
+                    return Err(format!("{} moves while {} measures", other.model, vllm.model));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn loads_have_their_instance(&self) -> Check {
+        for swap in self.swaps.values().filter(|s| s.is_load()) {
+            let Some(instance) = self.instances.get(&swap.instance) else {
+                return Err(format!("{} makes {} ready, which is gone", swap.id, swap.instance));
+            };
+            let fits = match instance.residency {
+                Residency::Starting { phase } => phase == swap.phase,
+                Residency::Sleeping { .. } => !swap.started,
+                Residency::Waking => swap.phase >= Phase::Start,
+                Residency::Ready
+                | Residency::Draining
+                | Residency::Stopping
+                | Residency::FallingAsleep
+                | Residency::Lost { .. } => false,
+            };
+            if !fits {
+                let state = instance.residency;
+                return Err(format!("{} in {:?} has an instance {state:?}", swap.id, swap.phase));
+            }
+        }
+        Ok(())
+    }
+
+    fn starting_has_a_swap(&self) -> Check {
+        for instance in self.instances.values() {
+            let starts =
+                matches!(instance.residency, Residency::Starting { .. } | Residency::Waking);
+            if starts && !self.swaps.values().any(|s| s.is_load() && s.instance == instance.id) {
+                return Err(format!("{} starts without a swap", instance.model));
+            }
+        }
+        Ok(())
+    }
+
+    fn waiters_are_bounded_and_unique(&self) -> Check {
+        let mut seen = BTreeSet::new();
+        for (name, state) in &self.models {
+            for waiter in &state.queue {
+                if !seen.insert(waiter.request.id) {
+                    return Err(format!("{} waits twice", waiter.request.id));
+                }
+                if waiter.request.model != *name {
+                    return Err(format!("{} waits in the wrong queue", waiter.request.id));
+                }
+            }
+        }
+        if self.shutting_down && !seen.is_empty() {
+            return Err("somebody waits after the shut-down".to_owned());
+        }
+        Ok(())
+    }
+
+    fn a_failed_model_has_no_waiters(&self) -> Check {
+        for (name, state) in &self.models {
+            if state.failure.is_some() && self.current(name).is_none() && !state.queue.is_empty() {
+                return Err(format!("{name} failed and {} wait for it", state.queue.len()));
+            }
+        }
+        Ok(())
+    }
+
+    /// A deadline in the past would wake us again and again.
+    fn nothing_is_left_overdue(&self) -> Check {
+        match self.deadlines().find(|(at, _)| *at <= self.now) {
+            Some((at, cause)) => {
+                Err(format!("{cause:?} was due at {} and it is {}", at.0, self.now.0))
+            }
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,488 @@
+//! What is promised on each GPU, what samples say, and when a release counts as proven.
+//!
+//! A promise runs from the start or wake to the proof of release. Samples guard against what
+//! nobody promised: strangers, and engines that take more than they said. A release is proven
+//! when the instance's own processes hold nothing any more and the bytes are back, by a sample
+//! taken after the stop or sleep completed.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::Scheduler;
+use super::action::Action;
+use super::event::{Fault, FaultKind, GpuMemory, MemorySample, NoProof};
+use super::residency::{Instance, MoveKind, Release};
+use crate::config::catalog::{EngineKind, GpuRequest, ModelSpec, Vram};
+use crate::units::{Bytes, GpuId, InstanceId, Time};
+
+/// Stands for the GPUs of a machine that shows none: room for one model.
+pub(super) const UNSEEN: GpuId = GpuId(u16::MAX);
+
+/// On top of a learned footprint.
+const LEARNED_MARGIN_PERCENT: u64 = 5;
+/// Smallest difference in used bytes that can mean anything (driver bookkeeping moves that much).
+const SLACK_MIN: Bytes = Bytes::mib(64);
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Memory {
+    pub sample: Option<MemorySample>,
+    pub no_proof: Option<NoProof>,
+    /// When a move last changed what a GPU holds: older samples do not count.
+    pub changed_at: BTreeMap<GpuId, Time>,
+    /// Used bytes that no listed process holds, learned while nothing moved.
+    pub unlisted: BTreeMap<GpuId, Bytes>,
+}
+
+/// Bytes a model needs on one GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Need {
+    pub bytes: Bytes,
+    /// Takes whatever pinned models (and strangers) leave: no other model beside it.
+    pub elastic: bool,
+}
+
+impl Scheduler {
+    pub(super) fn is_blind(&self, gpu: GpuId) -> bool {
+        self.total(gpu) == Bytes::ZERO
+    }
+
+    pub(super) fn total(&self, gpu: GpuId) -> Bytes {
+        self.world.gpus.iter().find(|g| g.id == gpu).map_or(Bytes::ZERO, |g| g.total)
+    }
+
+    /// What may be promised on a GPU. One of unknown size has room for one token: one model.
+    pub(super) fn capacity(&self, gpu: GpuId) -> Bytes {
+        if self.is_blind(gpu) {
+            return Bytes(1);
+        }
+        self.total(gpu) - self.catalog.settings.gpu.reserve
+    }
+
+    /// Bytes promised to one instance on one GPU.
+    pub(super) fn promise_on(&self, instance: &Instance, gpu: GpuId) -> Bytes {
+        match instance.promise {
+            Some(bytes) if instance.gpus.contains(&gpu) => {
+                if self.is_blind(gpu) {
+                    Bytes(1)
+                } else {
+                    bytes
+                }
+            }
+            Some(_) | None => Bytes::ZERO,
+        }
+    }
+
+    /// Footprints of all instances on a GPU, until their release is proven.
+    pub(super) fn promised(&self, gpu: GpuId) -> Bytes {
+        self.instances.values().map(|i| self.promise_on(i, gpu)).sum()
+    }
+
+    /// Promised to instances that are certain to leave and not yet late.
+    pub(super) fn leaving(&self, gpu: GpuId) -> Bytes {
+        self.instances
+            .values()
+            .filter(|i| i.is_stopping() && i.trouble.is_none())
+            .map(|i| self.promise_on(i, gpu))
+            .sum()
+    }
+
+    /// Starts and wakes that are not vouched for: their bytes may not show in samples.
+    pub(super) fn unvouched(&self, gpu: GpuId) -> Bytes {
+        self.instances
+            .values()
+            .filter(|i| i.is_unvouched())
+            .map(|i| self.promise_on(i, gpu) - i.residue)
+            .sum()
+    }
+
+    pub(super) fn pinned_promise(&self, gpu: GpuId) -> Bytes {
+        let pinned = |i: &&Instance| self.is_pinned(i);
+        self.instances.values().filter(pinned).map(|i| self.promise_on(i, gpu)).sum()
+    }
+
+    pub(super) fn is_pinned(&self, instance: &Instance) -> bool {
+        self.catalog.model(&instance.model).is_some_and(|spec| spec.pinned)
+    }
+
+    /// What a model needs on a GPU; `None` for one that uses none.
+    pub(super) fn need(&self, spec: &ModelSpec, gpu: GpuId) -> Option<Need> {
+        if !uses_gpu(spec) {
+            return None;
+        }
+        if self.is_blind(gpu) {
+            return Some(Need { bytes: Bytes(1), elastic: false });
+        }
+        let learned = self.models.get(&spec.name).and_then(|m| m.learned.footprint);
+        Some(match (spec.vram, learned) {
+            (Vram::Declared(bytes), _) => Need { bytes, elastic: false },
+            (Vram::Unknown, Some(learned)) => {
+                let margin = Bytes(learned.0 / 100 * LEARNED_MARGIN_PERCENT);
+                Need { bytes: (learned + margin).min(self.capacity(gpu)), elastic: false }
+            }
+            (Vram::Unknown, None) | (Vram::Rest, _) => {
+                Need { bytes: self.rest(spec, gpu), elastic: true }
+            }
+        })
+    }
+
+    /// What pinned models leave on a GPU, those that are bound to it but not loaded included.
+    fn rest(&self, spec: &ModelSpec, gpu: GpuId) -> Bytes {
+        let mut taken = Bytes::ZERO;
+        for other in self.catalog.models.values().filter(|m| m.pinned && m.name != spec.name) {
+            let placed =
+                self.current(&other.name).filter(|i| i.promise.is_some()).map(|i| i.gpus.clone());
+            let here = placed.or_else(|| self.explicit(other)).map_or_else(
+                || uses_gpu(other) && self.world.gpus.len() == 1,
+                |gpus| gpus.contains(&gpu),
+            );
+            if here && let Vram::Declared(bytes) = other.vram {
+                taken += bytes;
+            } else if here && let Some(instance) = self.current(&other.name) {
+                taken += self.promise_on(instance, gpu);
+            }
+        }
+        self.capacity(gpu) - taken
+    }
+
+    /// Free bytes of the last sample, if it was taken after the last change on this GPU.
+    pub(super) fn fresh_free(&self, gpu: GpuId) -> Option<Bytes> {
+        let sample = self.memory.sample.as_ref()?;
+        let changed = self.memory.changed_at.get(&gpu);
+        if changed.is_some_and(|&changed| sample.taken_at <= changed) {
+            return None;
+        }
+        sample.gpus.iter().find(|m| m.gpu == gpu).map(|m| m.free)
+    }
+
+    pub(super) fn sampled(&self, gpu: GpuId) -> Option<&GpuMemory> {
+        self.memory.sample.as_ref()?.gpus.iter().find(|m| m.gpu == gpu)
+    }
+
+    /// Something changed what these GPUs hold: wait for a newer sample.
+    pub(super) fn memory_changed(&mut self, gpus: &[GpuId]) {
+        for &gpu in gpus {
+            self.memory.changed_at.insert(gpu, self.now);
+        }
+    }
+
+    pub(super) fn memory_seen(&mut self, result: Result<MemorySample, NoProof>) {
+        match result {
+            Err(no_proof) => {
+                if self.memory.no_proof.is_none() {
+                    let text = format!("nothing starts until memory is read: {}", no_proof.message);
+                    self.emit(Action::Notice { model: None, text });
+                }
+                self.memory.no_proof = Some(no_proof);
+            }
+            Ok(sample) => {
+                if self.memory.no_proof.take().is_some() {
+                    let text = "GPU memory can be read again: starts resume".to_owned();
+                    self.emit(Action::Notice { model: None, text });
+                    // The time without samples was nobody's fault.
+                    for swap in self.swaps.values_mut() {
+                        swap.memory_wait = None;
+                    }
+                }
+                if self.memory.sample.as_ref().is_some_and(|old| old.taken_at > sample.taken_at) {
+                    return;
+                }
+                self.memory.sample = Some(sample);
+                self.note_holders();
+                self.prove_releases();
+                self.note_unlisted();
+            }
+        }
+    }
+
+    /// Remembers which processes are whose, and the peaks.
+    fn note_holders(&mut self) {
+        let Some(sample) = &self.memory.sample else { return };
+        let mut peaks: BTreeMap<InstanceId, Bytes> = BTreeMap::new();
+        for gpu in &sample.gpus {
+            let mut sums: BTreeMap<InstanceId, Bytes> = BTreeMap::new();
+            for holder in &gpu.holders {
+                if let Some(instance) = holder.instance.and_then(|id| self.instances.get_mut(&id)) {
+                    if instance.pids.len() < 1024 {
+                        instance.pids.insert(holder.pid);
+                    }
+                    *sums.entry(instance.id).or_default() += holder.bytes;
+                }
+            }
+            for (id, bytes) in sums {
+                let peak = peaks.entry(id).or_default();
+                *peak = (*peak).max(bytes);
+            }
+        }
+        for (id, bytes) in peaks {
+            if let Some(instance) = self.instances.get_mut(&id)
+                && (instance.is_ready() || instance.drain.is_some())
+            {
+                instance.measured = Some(bytes);
+                let model = instance.model.clone();
+                self.learn_footprint(&model, bytes);
+            }
+        }
+    }
+
+    /// Learns what is used without a listed holder, on GPUs where nothing moves.
+    fn note_unlisted(&mut self) {
+        let Some(sample) = &self.memory.sample else { return };
+        let mut quiet = Vec::new();
+        for gpu in &sample.gpus {
+            let moves = |i: &Instance| {
+                i.gpus.contains(&gpu.gpu)
+                    && (i.moving.is_some_and(|m| m.kind.touches_memory()) || i.release.is_some())
+            };
+            if self.instances.values().any(moves) || self.fresh_free(gpu.gpu).is_none() {
+                continue;
+            }
+            let listed: Bytes = gpu.holders.iter().map(|h| h.bytes).sum();
+            let ours: Bytes = self
+                .instances
+                .values()
+                .filter(|i| own_bytes(i, gpu) == Bytes::ZERO)
+                .map(|i| self.promise_on(i, gpu.gpu))
+                .sum();
+            quiet.push((gpu.gpu, gpu.total - gpu.free - listed - ours));
+        }
+        self.memory.unlisted.extend(quiet);
+    }
+
+    fn prove_releases(&mut self) {
+        let ids: Vec<InstanceId> =
+            self.instances.values().filter(|i| i.release.is_some()).map(|i| i.id).collect();
+        for id in ids {
+            if self.is_release_proven(id) {
+                self.released(id);
+            }
+        }
+    }
+
+    fn is_release_proven(&self, id: InstanceId) -> bool {
+        let Some(instance) = self.instances.get(&id) else { return false };
+        let (Some(release), Some(sample)) = (&instance.release, &self.memory.sample) else {
+            return false;
+        };
+        if !self.must_prove(instance) {
+            return true;
+        }
+        sample.taken_at > release.since
+            && instance.gpus.iter().all(|&gpu| {
+                self.is_blind(gpu)
+                    || self.sampled(gpu).is_some_and(|m| self.is_released_on(instance, release, m))
+            })
+    }
+
+    fn is_released_on(&self, instance: &Instance, release: &Release, gpu: &GpuMemory) -> bool {
+        let held = instance.held();
+        let slack = SLACK_MIN.max(Bytes(held.0 / 20));
+        let own = own_bytes(instance, gpu);
+        if own > release.keep + if release.keep > Bytes::ZERO { slack } else { Bytes::ZERO } {
+            return false;
+        }
+        if own > Bytes::ZERO {
+            return true;
+        }
+        let used = gpu.total - gpu.free;
+        let strangers: Bytes = self.stranger_bytes(gpu);
+        let unlisted = self.memory.unlisted.get(&gpu.gpu).copied().unwrap_or_default();
+        let others: Bytes = self
+            .instances
+            .values()
+            .filter(|i| i.id != instance.id)
+            .map(|i| {
+                let listed = own_bytes(i, gpu);
+                let settled = i.release.is_none() || i.trouble.is_some();
+                if listed > Bytes::ZERO || i.is_unvouched() || !settled {
+                    listed
+                } else {
+                    self.promise_on(i, gpu.gpu)
+                }
+            })
+            .sum();
+        let back_to = |before: &Bytes| gpu.free + slack >= *before + (held - release.keep);
+        used <= others + strangers + unlisted + release.keep + slack
+            || release.free_before.get(&gpu.gpu).is_some_and(back_to)
+    }
+
+    /// Listed bytes of processes that are none of ours.
+    fn stranger_bytes(&self, gpu: &GpuMemory) -> Bytes {
+        let ours = |pid: u32| self.instances.values().any(|i| i.pids.contains(&pid));
+        gpu.holders.iter().filter(|h| h.instance.is_none() && !ours(h.pid)).map(|h| h.bytes).sum()
+    }
+
+    /// Where memory cannot be read, the end of the process is the proof.
+    pub(super) fn must_prove(&self, instance: &Instance) -> bool {
+        self.world.proof
+            && instance.promise.is_some()
+            && instance.gpus.iter().any(|&gpu| !self.is_blind(gpu))
+    }
+
+    /// Starts to wait for the bytes of an instance that stopped or fell asleep.
+    pub(super) fn expect_release(&mut self, id: InstanceId, keep: Bytes, began: Time) {
+        let Some(instance) = self.instances.get(&id) else { return };
+        let gpus = instance.gpus.clone();
+        let free_before = gpus
+            .iter()
+            .filter_map(|&gpu| Some((gpu, self.sampled(gpu)?.free)))
+            .filter(|_| self.memory.sample.as_ref().is_some_and(|s| s.taken_at <= began))
+            .collect();
+        let now = self.now;
+        if let Some(instance) = self.instances.get_mut(&id) {
+            instance.release = Some(Release { since: now, keep, free_before, began });
+        }
+        self.memory_changed(&gpus);
+        let proven = self.instances.get(&id).is_some_and(|i| !self.must_prove(i));
+        if proven {
+            self.released(id);
+        }
+    }
+
+    /// The release is proven: the promise ends (or shrinks to the residue).
+    fn released(&mut self, id: InstanceId) {
+        let Some(instance) = self.instances.get_mut(&id) else { return };
+        let Some(release) = instance.release.take() else { return };
+        let (model, took) = (instance.model.clone(), self.now.since(release.began));
+        self.changes += 1;
+        if instance.is_sleeping() {
+            instance.promise = Some(release.keep);
+            instance.residue = release.keep;
+            instance.trouble = None;
+            self.learn_move(&model, MoveKind::Sleep, took);
+            return;
+        }
+        let was_up = instance.served;
+        if instance.trouble.is_some() {
+            let text = format!("memory of {model} ({id}) came back after {} s", took.as_secs());
+            self.emit(Action::Notice { model: Some(model.clone()), text });
+        } else if was_up {
+            self.learn_move(&model, MoveKind::Stop, took);
+        }
+        self.instances.remove(&id);
+        self.answer_unloaded(id);
+        self.forget_removed(&model);
+    }
+
+    /// Releases that are late: their bytes stay promised and the holder is named.
+    pub(super) fn expire_releases(&mut self) {
+        let timeout = self.catalog.settings.swap.vram_timeout;
+        let late: Vec<InstanceId> = self
+            .instances
+            .values()
+            .filter(|i| i.trouble.is_none() && self.memory.no_proof.is_none())
+            .filter(|i| i.release.as_ref().is_some_and(|r| r.since + timeout <= self.now))
+            .map(|i| i.id)
+            .collect();
+        for id in late {
+            let fault = self.never_freed(id, timeout);
+            let Some(instance) = self.instances.get_mut(&id) else { continue };
+            let (model, text) = (instance.model.clone(), fault.message.clone());
+            if instance.is_sleeping() {
+                // It sleeps and keeps more than it should: take it away whole.
+                instance.release = None;
+                self.stop_sleeper(id);
+            } else {
+                instance.trouble = Some(fault);
+            }
+            self.changed();
+            self.emit(Action::Notice { model: Some(model), text });
+        }
+    }
+
+    fn never_freed(&self, id: InstanceId, waited: Duration) -> Fault {
+        let (model, gpus) = self
+            .instances
+            .get(&id)
+            .map_or((String::new(), Vec::new()), |i| (i.model.to_string(), i.gpus.clone()));
+        let message = format!(
+            "GPU memory of {model} was not freed within {} s of its end: {}",
+            waited.as_secs(),
+            self.holder_text(&gpus, Some(id))
+        );
+        Fault::new(FaultKind::VramNeverFreed, message)
+    }
+
+    /// Who holds the memory: the instance's own processes if they are listed, else the largest
+    /// holder that is none of ours.
+    pub(super) fn holder_text(&self, gpus: &[GpuId], of: Option<InstanceId>) -> String {
+        let own = of.and_then(|id| self.instances.get(&id));
+        let listed = |ours: bool| {
+            gpus.iter()
+                .filter_map(|&gpu| self.sampled(gpu))
+                .flat_map(|m| m.holders.iter().map(move |h| (m.gpu, h)))
+                .filter(|(_, h)| match (ours, own) {
+                    (true, Some(own)) => h.instance == Some(own.id) || own.pids.contains(&h.pid),
+                    (true, None) => false,
+                    (false, _) => h.instance.is_none_or(|id| !self.instances.contains_key(&id)),
+                })
+                .max_by_key(|(gpu, h)| (h.bytes, std::cmp::Reverse((*gpu, h.pid))))
+        };
+        match listed(true).or_else(|| listed(false)) {
+            Some((gpu, h)) => {
+                format!("{} MiB on GPU {gpu} held by pid {} ({})", h.bytes.as_mib(), h.pid, h.label)
+            }
+            None => match gpus.first().and_then(|&gpu| self.sampled(gpu)) {
+                Some(m) => format!(
+                    "{} MiB in use on GPU {} and no process listed as the holder",
+                    (m.total - m.free).as_mib(),
+                    m.gpu
+                ),
+                None => "no reading of the memory".to_owned(),
+            },
+        }
+    }
+
+    /// A vLLM instance measures free memory while it starts: nothing else may touch its GPUs.
+    pub(super) fn profiling_on(&self, gpus: &[GpuId], except: InstanceId) -> Option<&Instance> {
+        self.instances.values().find(|i| {
+            i.id != except
+                && i.spec.engine == EngineKind::Vllm
+                && i.is_moving(MoveKind::Start)
+                && i.gpus.iter().any(|gpu| gpus.contains(gpu))
+        })
+    }
+
+    /// Any move that changes memory on these GPUs.
+    pub(super) fn moving_on(&self, gpus: &[GpuId], except: InstanceId) -> Option<&Instance> {
+        self.instances.values().find(|i| {
+            i.id != except
+                && i.promise.is_some()
+                && i.gpus.iter().any(|gpu| gpus.contains(gpu))
+                && (i.moving.is_some_and(|m| m.kind.touches_memory())
+                    || (i.release.is_some() && i.trouble.is_none()))
+        })
+    }
+
+    /// GPUs that the configuration names, in its order; `None` unless it names any.
+    pub(super) fn explicit(&self, spec: &ModelSpec) -> Option<Vec<GpuId>> {
+        let GpuRequest::Explicit(names) = &spec.gpus else { return None };
+        let find = |name: &String| {
+            let by_index = name.parse().ok().map(GpuId);
+            let known =
+                self.world.gpus.iter().find(|g| g.uuid == *name || Some(g.id) == by_index)?;
+            Some(known.id)
+        };
+        Some(names.iter().filter_map(find).collect())
+    }
+}
+
+pub(super) fn uses_gpu(spec: &ModelSpec) -> bool {
+    !spec.is_external()
+        && match &spec.gpus {
+            GpuRequest::None => false,
+            GpuRequest::Count(n) => *n > 0,
+            GpuRequest::Explicit(names) => !names.is_empty(),
+        }
+}
+
+/// Bytes that processes of this instance are listed with.
+fn own_bytes(instance: &Instance, gpu: &GpuMemory) -> Bytes {
+    gpu.holders
+        .iter()
+        .filter(|h| match h.instance {
+            Some(id) => id == instance.id,
+            None => instance.pids.contains(&h.pid),
+        })
+        .map(|h| h.bytes)
+        .sum()
+}

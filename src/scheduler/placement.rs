@@ -1,0 +1,248 @@
+//! Where a model could go, and who would have to leave: the least valuable set that makes room.
+
+use std::collections::BTreeSet;
+
+use super::Scheduler;
+use super::action::Refusal;
+use super::attempt::Attempt;
+use super::memory::{UNSEEN, uses_gpu};
+use super::policy::Candidate;
+use super::record::Phase;
+use super::residency::Instance;
+use crate::config::catalog::{GpuRequest, ModelSpec, SwapMode};
+use crate::units::{Bytes, GpuId, InstanceId, ModelName, SwapId};
+
+/// Beyond this many sets of GPUs only the cheapest GPUs are combined.
+const SETS_MAX: usize = 70;
+/// An elastic model starts with what strangers leave, if that is at least this share.
+pub(super) const ELASTIC_SHARE: u64 = 4;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    pub gpus: Vec<GpuId>,
+    pub victims: Vec<Victim>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Victim {
+    pub instance: InstanceId,
+    pub asleep: bool,
+    /// It is busy and gets notice.
+    pub busy: bool,
+    pub why: String,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Planned {
+    Room(Plan),
+    /// Not now: somebody there may not leave yet, or another swap has the GPUs.
+    Blocked {
+        gpus: Vec<GpuId>,
+        why: String,
+    },
+    /// Promises would allow it; memory that nobody accounts for does not.
+    Held {
+        gpus: Vec<GpuId>,
+    },
+}
+
+/// Value of one possible set: fewer busy victims first, then what it costs to bring them back.
+pub(super) type Price = (usize, u128, usize, Bytes);
+
+impl Scheduler {
+    /// Sets of GPUs that the model may use.
+    pub(super) fn placements(&self, spec: &ModelSpec) -> Vec<Vec<GpuId>> {
+        if !uses_gpu(spec) {
+            return vec![Vec::new()];
+        }
+        if self.world.gpus.is_empty() {
+            return vec![vec![UNSEEN]];
+        }
+        if let GpuRequest::Explicit(names) = &spec.gpus {
+            let gpus = self.explicit(spec).unwrap_or_default();
+            return if gpus.len() == names.len() { vec![gpus] } else { Vec::new() };
+        }
+        let GpuRequest::Count(count) = spec.gpus else { return Vec::new() };
+        let mut gpus: Vec<GpuId> = self.world.gpus.iter().map(|g| g.id).collect();
+        let count = usize::from(count);
+        if sets_of(gpus.len(), count) > SETS_MAX {
+            // Neighbours only, in the machine's order and by the room they have already.
+            let mut sets: Vec<Vec<GpuId>> = gpus.windows(count).map(<[GpuId]>::to_vec).collect();
+            gpus.sort_by_key(|&g| (self.promised(g), g));
+            for window in gpus.windows(count) {
+                let mut set = window.to_vec();
+                set.sort();
+                sets.push(set);
+            }
+            return sets;
+        }
+        combinations(&gpus, count)
+    }
+
+    /// Set if no set of GPUs could ever hold the model beside the pinned ones.
+    pub(super) fn cannot_fit(&self, spec: &ModelSpec) -> Option<Refusal> {
+        if !uses_gpu(spec) {
+            return None;
+        }
+        let sets = self.placements(spec);
+        let room = |gpu: GpuId| {
+            let pinned: Bytes = self
+                .instances
+                .values()
+                .filter(|i| i.model != spec.name && self.is_pinned(i) && !i.is_stopping())
+                .map(|i| self.promise_on(i, gpu))
+                .sum();
+            self.capacity(gpu) - pinned.max(self.pinned_declared(spec, gpu))
+        };
+        let need = |gpu: GpuId| self.need(spec, gpu).map_or(Bytes::ZERO, |n| n.bytes.max(Bytes(1)));
+        let pinned_holds_slot = self.single_gpu_model()
+            && self.instances.values().any(|i| {
+                i.model != spec.name && self.is_pinned(i) && i.is_ready() && uses_gpu(&i.spec)
+            });
+        if !pinned_holds_slot
+            && sets.iter().any(|set| set.iter().all(|&gpu| need(gpu) <= room(gpu)))
+        {
+            return None;
+        }
+        let best = sets.iter().filter_map(|set| set.iter().map(|&g| room(g)).min()).max();
+        let gpus = match &spec.gpus {
+            GpuRequest::None => 0,
+            GpuRequest::Count(n) => *n,
+            GpuRequest::Explicit(names) => u16::try_from(names.len()).unwrap_or(u16::MAX),
+        };
+        let asked = sets.iter().flatten().map(|&g| need(g)).max().unwrap_or_default();
+        Some(Refusal::CannotFit { need: asked, available: best.unwrap_or_default(), gpus })
+    }
+
+    /// Declared bytes of pinned models that can only be on this GPU.
+    fn pinned_declared(&self, spec: &ModelSpec, gpu: GpuId) -> Bytes {
+        use crate::config::catalog::Vram;
+        let bound = |other: &ModelSpec| match self.explicit(other) {
+            Some(gpus) => gpus.contains(&gpu),
+            None => uses_gpu(other) && self.world.gpus.len() == 1,
+        };
+        self.catalog
+            .models
+            .values()
+            .filter(|other| other.pinned && other.name != spec.name && bound(other))
+            .map(|other| match other.vram {
+                Vram::Declared(bytes) => bytes,
+                Vram::Unknown | Vram::Rest => Bytes::ZERO,
+            })
+            .sum()
+    }
+
+    /// Only one model may use the GPUs: asked for, or because their memory is unknown.
+    pub(super) fn single_gpu_model(&self) -> bool {
+        self.catalog.settings.swap.mode == SwapMode::SingleActive || self.world.gpus.is_empty()
+    }
+
+    /// Room for a candidate: on which GPUs, and who leaves. `wanted`: GPUs that a more urgent
+    /// candidate waits for.
+    pub(super) fn plan(&self, candidate: &Candidate, wanted: &BTreeSet<GpuId>) -> Planned {
+        let spec = &candidate.spec;
+        let asleep = self.current(&spec.name).filter(|i| i.is_sleeping());
+        let sets = asleep.map_or_else(|| self.placements(spec), |i| vec![i.gpus.clone()]);
+        let mut best: Option<(Price, Plan)> = None;
+        let mut blocked: Option<(usize, Planned)> = None;
+        for gpus in sets {
+            let attempt = Attempt { scheduler: self, candidate, gpus: &gpus };
+            match attempt.run(wanted) {
+                Ok((price, plan)) => {
+                    if best.as_ref().is_none_or(|(known, _)| price < *known) {
+                        best = Some((price, plan));
+                    }
+                }
+                Err((rank, planned)) => {
+                    if blocked.as_ref().is_none_or(|(known, _)| rank < *known) {
+                        blocked = Some((rank, planned));
+                    }
+                }
+            }
+        }
+        match (best, blocked) {
+            (Some((_, plan)), _) => Planned::Room(plan),
+            (None, Some((_, planned))) => planned,
+            (None, None) => Planned::Blocked {
+                gpus: Vec::new(),
+                why: "the GPUs it names do not exist here".to_owned(),
+            },
+        }
+    }
+
+    /// Needs of swaps that chose these GPUs and have not started yet.
+    pub(super) fn spoken(&self, gpu: GpuId, except: Option<SwapId>) -> Bytes {
+        self.swaps
+            .values()
+            .filter(|s| Some(s.id) != except && s.claims(self.now) && !s.started && s.is_load())
+            .filter(|s| s.gpus.contains(&gpu))
+            .filter_map(|s| self.need(self.catalog.model(&s.model)?, gpu))
+            .map(|need| need.bytes)
+            .sum()
+    }
+
+    /// Another swap that is making room on any of these GPUs.
+    pub(super) fn vacating(
+        &self,
+        gpus: &BTreeSet<GpuId>,
+        except: Option<SwapId>,
+    ) -> Option<&ModelName> {
+        self.swaps
+            .values()
+            .filter(|s| Some(s.id) != except && s.claims(self.now) && !s.started)
+            .filter(|s| s.is_load() || s.phase > Phase::Drain)
+            .find(|s| !s.victims.is_empty() && self.claimed(s).iter().any(|g| gpus.contains(g)))
+            .map(|s| &s.model)
+    }
+
+    /// GPUs that a swap has to itself while it makes room: its own and its victims'.
+    pub(super) fn claimed(&self, swap: &super::swap::Swap) -> BTreeSet<GpuId> {
+        let victims = swap.victims.iter().filter_map(|v| self.instances.get(&v.instance));
+        swap.gpus.iter().copied().chain(victims.flat_map(|i| i.gpus.iter().copied())).collect()
+    }
+}
+
+impl Scheduler {
+    /// Counts as a running model.
+    pub(super) fn takes_slot(&self, instance: &Instance) -> bool {
+        !instance.spec.is_external()
+            && instance.launched
+            && !instance.is_sleeping()
+            && !(instance.is_stopping()
+                && (instance.release.is_some() || instance.trouble.is_none()))
+    }
+}
+
+fn sets_of(n: usize, k: usize) -> usize {
+    (0..k)
+        .try_fold(1_usize, |acc, i| Some(acc.checked_mul(n.checked_sub(i)?)? / (i + 1)))
+        .unwrap_or(0)
+}
+
+fn combinations(gpus: &[GpuId], count: usize) -> Vec<Vec<GpuId>> {
+    if count == 0 {
+        return vec![Vec::new()];
+    }
+    let mut sets = Vec::new();
+    for (at, &first) in gpus.iter().enumerate() {
+        for mut rest in combinations(&gpus[at + 1..], count - 1) {
+            rest.insert(0, first);
+            sets.push(rest);
+        }
+    }
+    sets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sets_of_gpus_are_complete_and_ordered() {
+        let gpus = [GpuId(0), GpuId(1), GpuId(2)];
+        assert_eq!(combinations(&gpus, 2).len(), sets_of(3, 2));
+        assert_eq!(combinations(&gpus, 2)[1], vec![GpuId(0), GpuId(2)]);
+        assert!(combinations(&gpus, 4).is_empty());
+        assert_eq!(sets_of(8, 4), 70);
+    }
+}

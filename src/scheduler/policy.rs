@@ -1,0 +1,347 @@
+//! Which model's turn it is, and who may be asked to leave for it.
+//!
+//! 1. Callers of ensure and load, in the order they came.
+//! 2. Models with an overdue waiter, the longest overdue first; the GPUs they wait for begin no
+//!    other swap.
+//! 3. Models by what their waiters have suffered: summed age and the age of the oldest, weighted
+//!    by priority, per second of learned move.
+//! 4. Warm-up and restore: into free memory only, while nobody waits.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Scheduler;
+use super::ask::AskKind;
+use super::event::EnsureKind;
+use super::placement::Planned;
+use super::queue::Waiter;
+use super::record::{Phase, SwapCause};
+use super::residency::{Instance, Residency};
+use crate::config::catalog::ModelSpec;
+use crate::units::{AskId, GpuId, ModelName, SwapId, Time};
+
+/// In order of rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Urgency {
+    Ensure(AskId),
+    /// Since when notice has been due.
+    Overdue(Time),
+    Normal,
+    /// Takes free memory only.
+    Spare,
+}
+
+/// How an instance may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Leaves {
+    Idle,
+    Busy,
+}
+
+/// A model that should become ready.
+#[derive(Clone, Debug)]
+pub(super) struct Candidate {
+    pub spec: Arc<ModelSpec>,
+    /// Its swap, if one has begun but has no room yet.
+    pub swap: Option<SwapId>,
+    pub urgency: Urgency,
+    pub cause: SwapCause,
+    pub score: u128,
+    pub oldest: Time,
+}
+
+impl Scheduler {
+    /// Gives room to those who may have it, in order of rank.
+    pub(super) fn choose(&mut self) {
+        if self.shutting_down || self.memory.no_proof.is_some() {
+            return;
+        }
+        let mut wanted: BTreeSet<GpuId> = BTreeSet::new();
+        for candidate in self.candidates() {
+            if self.is_process_left(&candidate.spec.name) {
+                continue;
+            }
+            if let Some(refusal) = self.cannot_fit(&candidate.spec) {
+                let name = candidate.spec.name.clone();
+                self.refuse_queue(&name, &refusal);
+                self.refuse_asks(&name, &refusal);
+                continue;
+            }
+            let urgent = candidate.urgency < Urgency::Normal;
+            match (self.plan(&candidate, &wanted), candidate.swap) {
+                (Planned::Room(plan), None) => self.begin_load(&candidate, plan),
+                (Planned::Room(plan), Some(swap)) => self.place(swap, &candidate, plan),
+                (Planned::Held { gpus }, swap) => self.begin_held(&candidate, swap, gpus),
+                (Planned::Blocked { gpus, why }, _) => {
+                    if urgent {
+                        wanted.extend(gpus);
+                    }
+                    self.blocked.insert(candidate.spec.name.clone(), why);
+                    continue;
+                }
+            }
+            self.blocked.remove(&candidate.spec.name);
+        }
+    }
+
+    /// Everything that should become ready and has no room yet, by rank.
+    pub(super) fn candidates(&self) -> Vec<Candidate> {
+        let mut list: Vec<Candidate> =
+            self.catalog.models.values().filter_map(|spec| self.candidate(spec)).collect();
+        list.sort_by(|a, b| {
+            (a.urgency, std::cmp::Reverse(a.score), a.oldest, &a.spec.name).cmp(&(
+                b.urgency,
+                std::cmp::Reverse(b.score),
+                b.oldest,
+                &b.spec.name,
+            ))
+        });
+        list
+    }
+
+    fn candidate(&self, spec: &Arc<ModelSpec>) -> Option<Candidate> {
+        let state = self.models.get(&spec.name)?;
+        let swap = self.load_of(&spec.name);
+        if swap.is_some_and(|s| s.placed || s.phase < Phase::Drain) || state.failure.is_some() {
+            return None;
+        }
+        match self.current(&spec.name).map(|i| i.residency) {
+            None | Some(Residency::Starting { .. } | Residency::Sleeping { .. }) => {}
+            Some(
+                Residency::Ready
+                | Residency::Draining
+                | Residency::Stopping
+                | Residency::FallingAsleep
+                | Residency::Waking
+                | Residency::Lost { .. },
+            ) => return None,
+        }
+        self.describe(spec)
+    }
+
+    /// The candidate behind a model, also while its swap is under way.
+    pub(super) fn candidate_of(&self, model: &ModelName) -> Option<Candidate> {
+        self.describe(self.catalog.model(model)?)
+    }
+
+    fn describe(&self, spec: &Arc<ModelSpec>) -> Option<Candidate> {
+        let state = self.models.get(&spec.name)?;
+        let swap = self.load_of(&spec.name);
+        let (urgency, cause) = self.urgency(spec, swap.map(|s| s.cause))?;
+        let age = |w: &Waiter| self.now.since(w.request.arrived).as_millis() + 1;
+        let weight = |w: &Waiter| u128::from(w.request.priority.weight_x4());
+        let summed: u128 = state.queue.iter().map(|w| age(w) * weight(w)).sum();
+        let oldest: u128 = state.queue.iter().map(|w| age(w) * weight(w)).max().unwrap_or(0);
+        let cost = self.move_cost(&spec.name).as_millis() + 100;
+        Some(Candidate {
+            spec: Arc::clone(spec),
+            swap: swap.map(|s| s.id),
+            urgency,
+            cause,
+            score: (summed + oldest) * u128::from(spec.priority.weight_x4()) * 1000 / cost,
+            oldest: state.queue.iter().map(|w| w.request.arrived).min().unwrap_or(self.now),
+        })
+    }
+
+    fn urgency(&self, spec: &ModelSpec, begun: Option<SwapCause>) -> Option<(Urgency, SwapCause)> {
+        let mut asks = self.asks.iter().filter(|(_, ask)| ask.model == spec.name);
+        let ensure = asks.clone().find_map(|(&id, ask)| match ask.kind {
+            AskKind::Ready(EnsureKind::Ensure) => Some((id, SwapCause::Ensure)),
+            AskKind::Ready(EnsureKind::Load) => Some((id, SwapCause::Load)),
+            AskKind::Ready(EnsureKind::Warmup) | AskKind::Gone { .. } => None,
+        });
+        if let Some((id, cause)) = ensure {
+            return Some((Urgency::Ensure(id), cause));
+        }
+        if let Some(since) = self.overdue_since(&spec.name).filter(|&since| since <= self.now) {
+            return Some((Urgency::Overdue(since), SwapCause::Request));
+        }
+        if self.queue_len(&spec.name) > 0 {
+            return Some((Urgency::Normal, SwapCause::Request));
+        }
+        match begun {
+            // Its caller went away or ran out of time; what it began goes on.
+            Some(cause @ (SwapCause::Ensure | SwapCause::Load)) => {
+                return Some((Urgency::Normal, cause));
+            }
+            Some(cause @ (SwapCause::Warmup | SwapCause::Restore)) => {
+                return Some((Urgency::Spare, cause));
+            }
+            Some(
+                SwapCause::Request
+                | SwapCause::Unload
+                | SwapCause::Ttl
+                | SwapCause::Reload
+                | SwapCause::Evict,
+            )
+            | None => {}
+        }
+        let spare = !self.somebody_waits();
+        let warmup = |kind: AskKind| kind == AskKind::Ready(EnsureKind::Warmup);
+        if spare && asks.any(|(_, ask)| warmup(ask.kind)) {
+            return Some((Urgency::Spare, SwapCause::Warmup));
+        }
+        (spare && self.restore_due(spec).is_some_and(|due| due <= self.now))
+            .then_some((Urgency::Spare, SwapCause::Restore))
+    }
+
+    /// A model waits for room, or is being given some.
+    pub(super) fn somebody_waits(&self) -> bool {
+        self.models.iter().any(|(name, m)| {
+            !m.queue.is_empty() && self.current(name).is_none_or(|i| !i.is_ready())
+        })
+    }
+
+    /// When a warm-up model that had to leave may come back: after quiet of twice its move.
+    pub(super) fn restore_due(&self, spec: &ModelSpec) -> Option<Time> {
+        let state = self.models.get(&spec.name)?;
+        let away = self.current(&spec.name).is_none_or(Instance::is_sleeping);
+        let left = spec.warmup && !state.unloaded && state.failure.is_none() && away;
+        // Only what was up before: the first load is asked for by the owner.
+        (left && state.learned.start.is_some())
+            .then(|| self.last_demand.max(state.since) + self.move_cost(&spec.name) * 2)
+    }
+
+    /// When the first waiter of a model became (or becomes) overdue.
+    pub(super) fn overdue_since(&self, model: &ModelName) -> Option<Time> {
+        let queue = &self.models.get(model)?.queue;
+        queue.iter().map(|w| w.overdue_from + self.max_wait(model, w.request.max_wait)).min()
+    }
+
+    /// Whether `instance` may be asked to leave for this candidate; else why not, in words.
+    pub(super) fn may_leave(
+        &self,
+        candidate: &Candidate,
+        instance: &Instance,
+    ) -> Result<Leaves, String> {
+        let name = &instance.model;
+        if self.is_pinned(instance) {
+            return Err(format!("{name} is pinned"));
+        }
+        if self.swaps.values().any(|s| s.instance == instance.id) {
+            return Err(format!("{name} is being moved"));
+        }
+        match instance.residency {
+            Residency::Sleeping { .. } if candidate.urgency != Urgency::Spare => {
+                return if instance.release.is_some() {
+                    Err(format!("{name} is falling asleep"))
+                } else {
+                    Ok(Leaves::Idle)
+                };
+            }
+            Residency::Ready if candidate.urgency != Urgency::Spare => {}
+            Residency::Starting { .. } | Residency::Waking => {
+                return Err(format!("{name} is starting"));
+            }
+            Residency::Lost { .. } => return Err(format!("{name} is out of reach")),
+            Residency::Ready
+            | Residency::Sleeping { .. }
+            | Residency::Draining
+            | Residency::Stopping
+            | Residency::FallingAsleep => return Err(format!("{name} is there")),
+        }
+        if instance.spec.is_external() {
+            return Err(format!("{name} runs elsewhere"));
+        }
+        if let Some(hold) = instance.hold {
+            let left = hold.until.since(self.now).as_secs();
+            return Err(format!("{name} is held for its caller ({left} s)"));
+        }
+        self.may_leave_ready(candidate, instance)
+    }
+
+    /// A victim that seemed idle is busy: is notice due to it all the same?
+    pub(super) fn may_give_notice(&self, candidate: &Candidate, instance: &Instance) -> bool {
+        instance.hold.is_none() && self.may_leave_ready(candidate, instance) == Ok(Leaves::Busy)
+    }
+
+    fn may_leave_ready(
+        &self,
+        candidate: &Candidate,
+        instance: &Instance,
+    ) -> Result<Leaves, String> {
+        let name = &instance.model;
+        let idle = instance.in_flight() == 0 && self.queue_len(name) == 0;
+        let tenure_ends = instance.ready_at + self.tenure(instance);
+        match candidate.urgency {
+            Urgency::Ensure(_) => return Ok(if idle { Leaves::Idle } else { Leaves::Busy }),
+            Urgency::Overdue(_) if idle => return Ok(Leaves::Idle),
+            Urgency::Normal | Urgency::Spare if idle => {
+                let lingers = instance.last_used() + self.linger(instance);
+                // An instance that nobody has used yet was started for somebody.
+                return if lingers > self.now {
+                    Err(format!("{name} was used a moment ago"))
+                } else {
+                    Ok(Leaves::Idle)
+                };
+            }
+            Urgency::Overdue(_) | Urgency::Normal | Urgency::Spare => {}
+        }
+        if tenure_ends > self.now {
+            let left = tenure_ends.since(self.now).as_secs();
+            return Err(format!("{name} is busy and may stay {left} s more"));
+        }
+        let overdue = matches!(candidate.urgency, Urgency::Overdue(_));
+        if overdue || self.outweighs(candidate, instance) {
+            return Ok(Leaves::Busy);
+        }
+        Err(format!("{name} serves {} requests", instance.in_flight()))
+    }
+
+    /// What waits is at least twice what the resident still has, for longer than its tenure.
+    fn outweighs(&self, candidate: &Candidate, instance: &Instance) -> bool {
+        let weight = |model: &ModelName| -> u64 {
+            let class =
+                self.catalog.model(model).map(|m| m.priority.weight_x4()).unwrap_or_default();
+            let queue = self.models.get(model).map(|m| m.queue.as_slice()).unwrap_or_default();
+            queue.iter().map(|w| w.request.priority.weight_x4() * class).sum()
+        };
+        let running = u64::from(instance.in_flight())
+            * instance.spec.priority.weight_x4()
+            * crate::units::Priority::Normal.weight_x4();
+        let stays = weight(&instance.model) + running;
+        self.now.since(candidate.oldest) >= self.tenure(instance)
+            && weight(&candidate.spec.name) >= stays * 2
+    }
+
+    /// Eviction order, least valuable first.
+    pub(super) fn value(&self, instance: &Instance, leaves: Leaves) -> impl Ord + use<> {
+        let idle = instance.idle_for(self.now).as_millis() + 1000;
+        let cost = self.bring_back(instance).as_millis() * 1_000_000 / idle;
+        let spec = &instance.spec;
+        (leaves, spec.warmup, spec.priority, cost, instance.last_used(), instance.id)
+    }
+
+    pub(super) fn why_evicted(&self, instance: &Instance, leaves: Leaves, sleeps: bool) -> String {
+        let state = if instance.is_sleeping() {
+            "asleep".to_owned()
+        } else if leaves == Leaves::Busy {
+            format!("given notice with {} requests running", instance.in_flight())
+        } else {
+            format!("idle {}", seconds(instance.idle_for(self.now)))
+        };
+        let keep = if sleeps { self.residue_expected(instance) } else { crate::units::Bytes::ZERO };
+        let frees = instance.promise.unwrap_or_default() - keep;
+        let back = seconds(self.bring_back(instance));
+        let how = if sleeps { ", goes to sleep" } else { "" };
+        format!("{state}, cheapest to bring back ({back}), frees {frees} per GPU{how}")
+    }
+
+    /// Old instances of a model whose process may still be there: a new one would meet its name,
+    /// port and memory.
+    pub(super) fn is_process_left(&self, model: &ModelName) -> bool {
+        self.instances.values().any(|i| i.model == *model && i.is_stopping() && i.may_run())
+    }
+}
+
+/// "41 s", "1.5 s", "4 min": as a person would say it.
+pub(super) fn seconds(duration: Duration) -> String {
+    let ms = duration.as_millis();
+    match ms {
+        0..1_000 => format!("{ms} ms"),
+        1_000..10_000 => format!("{:.1} s", duration.as_secs_f64()),
+        10_000..180_000 => format!("{} s", ms / 1000),
+        _ => format!("{} min", ms / 60_000),
+    }
+}

@@ -1,0 +1,286 @@
+//! What waits for each model: admission, order, time limits, grants.
+
+use std::time::Duration;
+
+use super::Scheduler;
+use super::action::{Action, Refusal};
+use super::event::{Fault, Learned, Request};
+use super::residency::Instance;
+use crate::units::{InstanceId, ModelName, Priority, RequestId, SwapId, Time};
+
+/// Head start of one priority class over the next within a model's queue: bounded, so that a
+/// stream of urgent requests cannot starve the others.
+const CLASS_HEAD_START: Duration = Duration::from_secs(30);
+/// First back-off after a failed start; doubles up to the largest.
+const BACKOFF_FIRST: Duration = Duration::from_secs(10);
+const BACKOFF_MAX: Duration = Duration::from_secs(600);
+
+/// What the scheduler keeps of a model beside its instances.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Model {
+    /// In the order in which they will be granted.
+    pub queue: Vec<Waiter>,
+    pub learned: Learned,
+    pub failure: Option<Failure>,
+    /// Failed starts in a row.
+    pub failures: u32,
+    /// Deaths of ready instances in a row.
+    pub deaths: u32,
+    /// Unloaded by hand: not restored until somebody wants it.
+    pub unloaded: bool,
+    /// Learned idle gap between requests.
+    pub gap: Option<Duration>,
+    pub since: Time,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Waiter {
+    pub request: Request,
+    pub enqueued: Time,
+    /// From here `max_wait` counts: the arrival, or the end of the tenure that left it behind.
+    pub overdue_from: Time,
+}
+
+impl Waiter {
+    fn order(&self) -> (Time, RequestId) {
+        let handicap = match self.request.priority {
+            Priority::High => Duration::ZERO,
+            Priority::Normal => CLASS_HEAD_START,
+            Priority::Low => CLASS_HEAD_START * 2,
+        };
+        (self.enqueued + handicap, self.request.id)
+    }
+}
+
+/// The residency `Failed{retry_at}`: between two instances, nothing is tried until `retry_at`.
+#[derive(Clone, Debug)]
+pub(super) struct Failure {
+    pub fault: Fault,
+    pub retry_at: Time,
+    /// Given to everyone who waits or comes until then.
+    pub refusal: Refusal,
+}
+
+impl Scheduler {
+    pub(super) fn arrived(&mut self, request: Request) {
+        self.last_demand = self.now;
+        let model = request.model.clone();
+        if let Err(refusal) = self.admit(&request) {
+            self.emit(Action::Refuse { request: request.id, refusal });
+            return;
+        }
+        if request.never_start {
+            match self.servable_now(&model) {
+                Some(instance) => self.grant(request.id, instance),
+                None => {
+                    self.emit(Action::Refuse { request: request.id, refusal: Refusal::NotLoaded });
+                }
+            }
+            return;
+        }
+        let overdue_from = if request.attempt > 1 { self.now } else { request.arrived };
+        let waiter = Waiter { request, enqueued: self.now, overdue_from };
+        if let Some(state) = self.models.get_mut(&model) {
+            state.unloaded = false;
+            let at = state.queue.partition_point(|w| w.order() <= waiter.order());
+            state.queue.insert(at, waiter);
+        }
+    }
+
+    /// Reasons to refuse at once.
+    fn admit(&self, request: &Request) -> Result<(), Refusal> {
+        if self.shutting_down {
+            return Err(Refusal::ShuttingDown);
+        }
+        let (Some(spec), Some(state)) =
+            (self.catalog.model(&request.model), self.models.get(&request.model))
+        else {
+            return Err(Refusal::UnknownModel);
+        };
+        if request.never_start || self.servable_now(&request.model).is_some() {
+            return Ok(());
+        }
+        if let Some(failure) = &state.failure
+            && self.current(&request.model).is_none()
+        {
+            return Err(failure.refusal.clone());
+        }
+        if self.current(&request.model).is_none()
+            && let Some(refusal) = self.cannot_fit(spec)
+        {
+            return Err(refusal);
+        }
+        let limits = &self.catalog.settings.queue;
+        if state.queue.len() >= limits.per_model as usize {
+            return Err(Refusal::QueueFull { limit: limits.per_model, per_model: true });
+        }
+        if self.queued() >= limits.limit as usize {
+            return Err(Refusal::QueueFull { limit: limits.limit, per_model: false });
+        }
+        Ok(())
+    }
+
+    pub(super) fn queued(&self) -> usize {
+        self.models.values().map(|m| m.queue.len()).sum()
+    }
+
+    pub(super) fn queue_len(&self, model: &ModelName) -> usize {
+        self.models.get(model).map_or(0, |m| m.queue.len())
+    }
+
+    /// The ready instance that could take one more request of this model right now.
+    fn servable_now(&self, model: &ModelName) -> Option<InstanceId> {
+        let instance = self.current(model)?;
+        (instance.is_ready()
+            && self.queue_len(model) == 0
+            && instance.in_flight() < instance.permits())
+        .then_some(instance.id)
+    }
+
+    pub(super) fn gone(&mut self, request: RequestId) {
+        for state in self.models.values_mut() {
+            state.queue.retain(|w| w.request.id != request);
+        }
+    }
+
+    pub(super) fn grant(&mut self, request: RequestId, id: InstanceId) {
+        let now = self.now;
+        if let Some(instance) = self.instances.get_mut(&id) {
+            instance.gate.count.in_flight += 1;
+            instance.gate.count.granted += 1;
+            instance.gate.count.last_used = instance.gate.count.last_used.max(now);
+        }
+        self.emit(Action::Grant { request, instance: id });
+    }
+
+    /// Grants what may be granted on every ready (or leaving) instance.
+    pub(super) fn grant_waiting(&mut self) {
+        let ids: Vec<InstanceId> = self.instances.keys().copied().collect();
+        for id in ids {
+            while let Some(request) = self.next_grant(id) {
+                self.gone(request);
+                self.grant(request, id);
+                self.changed();
+            }
+        }
+    }
+
+    /// The next waiter that this instance may serve. With limited places the gate is closed
+    /// first, so that the gateway cannot take the place we give away.
+    fn next_grant(&self, id: InstanceId) -> Option<RequestId> {
+        let instance = self.instances.get(&id)?;
+        let limited = instance.spec.concurrency.is_some();
+        if instance.in_flight() >= instance.permits()
+            || (limited && (instance.gate.open || instance.gate.unconfirmed))
+        {
+            return None;
+        }
+        let mut queue = self.models.get(&instance.model)?.queue.iter();
+        if instance.is_ready() {
+            return queue.next().map(|w| w.request.id);
+        }
+        queue.find(|w| self.is_privileged(instance, w)).map(|w| w.request.id)
+    }
+
+    /// After notice only what was queued when the tenure began is granted, until the deadline.
+    pub(super) fn is_privileged(&self, instance: &Instance, waiter: &Waiter) -> bool {
+        instance.drain.is_some_and(|drain| {
+            drain.notice && drain.cancelled_at.is_none() && self.now < drain.deadline
+        }) && instance.unload.is_none()
+            && waiter.enqueued <= instance.ready_at
+    }
+
+    pub(super) fn has_privileged(&self, instance: &Instance) -> bool {
+        self.models
+            .get(&instance.model)
+            .is_some_and(|m| m.queue.iter().any(|w| self.is_privileged(instance, w)))
+    }
+
+    /// Waiters that a leaving instance leaves behind lead its next tenure.
+    pub(super) fn restart_overdue(&mut self, model: &ModelName) {
+        let now = self.now;
+        if let Some(state) = self.models.get_mut(model) {
+            for waiter in &mut state.queue {
+                waiter.overdue_from = now;
+            }
+        }
+    }
+
+    pub(super) fn refuse_queue(&mut self, model: &ModelName, refusal: &Refusal) {
+        let Some(state) = self.models.get_mut(model) else { return };
+        for waiter in std::mem::take(&mut state.queue) {
+            self.emit(Action::Refuse { request: waiter.request.id, refusal: refusal.clone() });
+        }
+    }
+
+    /// Refuses what waited for `queue.timeout`.
+    pub(super) fn expire_waiters(&mut self) {
+        let timeout = self.catalog.settings.queue.timeout;
+        let now = self.now;
+        let late = |w: &Waiter| w.enqueued + timeout <= now;
+        let names: Vec<ModelName> = self
+            .models
+            .iter()
+            .filter(|(_, m)| m.queue.iter().any(late))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in names {
+            let waiting_for = self.waiting_for(&name);
+            let Some(state) = self.models.get_mut(&name) else { continue };
+            let (gone, kept) = std::mem::take(&mut state.queue).into_iter().partition(late);
+            state.queue = kept;
+            let gone: Vec<Waiter> = gone;
+            for waiter in gone {
+                let waited = now.since(waiter.enqueued).as_millis();
+                let refusal = Refusal::QueueTimeout {
+                    waited_ms: u64::try_from(waited).unwrap_or(u64::MAX),
+                    waiting_for: waiting_for.clone(),
+                };
+                self.emit(Action::Refuse { request: waiter.request.id, refusal });
+            }
+            self.changed();
+        }
+    }
+
+    /// The model enters `Failed{retry_at}`; everyone who waits for it hears why.
+    pub(super) fn fail_model(
+        &mut self,
+        model: &ModelName,
+        swap: Option<SwapId>,
+        fault: Fault,
+        eviction_cost: Duration,
+    ) {
+        let Some(state) = self.models.get_mut(model) else { return };
+        let doubled = BACKOFF_FIRST * 2_u32.saturating_pow(state.failures.min(6));
+        state.failures = state.failures.saturating_add(1);
+        let retry_at = self.now + doubled.min(BACKOFF_MAX).max(eviction_cost * 10);
+        let refusal = refusal_of(swap, &fault, retry_at);
+        state.failure = Some(Failure { fault, retry_at, refusal: refusal.clone() });
+        state.since = self.now;
+        self.changed();
+        self.refuse_queue(model, &refusal);
+        self.refuse_asks(model, &refusal);
+    }
+
+    /// Back-offs that ended.
+    pub(super) fn expire_failures(&mut self) {
+        let now = self.now;
+        for state in self.models.values_mut() {
+            if state.failure.as_ref().is_some_and(|f| f.retry_at <= now) {
+                state.failure = None;
+                state.since = now;
+            }
+        }
+    }
+}
+
+/// What those who wait for a failed model hear.
+pub(super) fn refusal_of(swap: Option<SwapId>, fault: &Fault, retry_at: Time) -> Refusal {
+    use super::event::FaultKind as Kind;
+    match (swap, fault.kind) {
+        (Some(swap), Kind::VramNeverFreed | Kind::StopFailed) => {
+            Refusal::VramNeverFreed { swap, fault: fault.clone(), retry_at }
+        }
+        (swap, _) => Refusal::StartFailed { swap, fault: fault.clone(), retry_at },
+    }
+}

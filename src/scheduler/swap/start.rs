@@ -1,0 +1,209 @@
+//! Start: the engine loads. It ends when the instance was vouched for, or failed.
+
+use std::time::Duration;
+
+use super::super::Scheduler;
+use super::super::action::{Action, Refusal};
+use super::super::event::Fault;
+use super::super::memory::{UNSEEN, uses_gpu};
+use super::super::record::{Phase, SwapCause, SwapOutcome};
+use super::super::residency::{Instance, Move, MoveKind, Residency};
+use crate::config::catalog::Vram;
+use crate::units::{Bytes, InstanceId, SwapId};
+
+/// The effect reports its own timeout; this much later we stop believing that it will.
+const REPORT_GRACE: Duration = Duration::from_secs(15);
+
+impl Scheduler {
+    /// The decision: from here the bytes are promised.
+    pub(super) fn emit_start(&mut self, id: SwapId, footprint: Bytes) {
+        let now = self.now;
+        let Some(swap) = self.swaps.get_mut(&id) else { return };
+        (swap.started, swap.memory_wait) = (true, None);
+        let (instance, model, gpus) = (swap.instance, swap.model.clone(), swap.gpus.clone());
+        self.enter_phase(id, Phase::Start);
+        let Some(target) = self.instances.get_mut(&instance) else { return };
+        let ceiling = target.spec.start_timeout;
+        let deadline = now + ceiling.unwrap_or(self.catalog.settings.swap.start_timeout);
+        let wakes = target.is_sleeping();
+        let alone = target.spec.vram == Vram::Unknown
+            && self.models.get(&model).is_none_or(|m| m.learned.footprint.is_none());
+        target.launched = true;
+        target.gpus.clone_from(&gpus);
+        if uses_gpu(&target.spec) {
+            target.promise = Some(footprint);
+        }
+        let known = uses_gpu(&target.spec) && !alone && footprint > Bytes(1);
+        if wakes {
+            target.enter(Residency::Waking, now);
+            self.set_moving(instance, MoveKind::Wake, id, deadline + REPORT_GRACE);
+            self.emit(Action::Wake { swap: id, instance, deadline });
+            return;
+        }
+        self.set_moving(instance, MoveKind::Start, id, deadline + REPORT_GRACE);
+        self.emit(Action::StartInstance {
+            swap: id,
+            instance,
+            model,
+            gpus: gpus.into_iter().filter(|&g| g != UNSEEN).collect(),
+            footprint: known.then_some(footprint),
+            deadline,
+        });
+    }
+
+    pub(super) fn start_done(
+        &mut self,
+        id: SwapId,
+        instance: InstanceId,
+        under_way: Move,
+        result: Result<Option<Bytes>, Fault>,
+    ) {
+        match result {
+            Ok(measured) => self.vouched(id, instance, under_way, measured),
+            Err(fault) if fault.kind.is_transient() && self.use_retry(id) => {
+                self.start_again(id, instance);
+            }
+            Err(fault) => self.start_failed(id, instance, fault),
+        }
+    }
+
+    pub(super) fn wake_done(
+        &mut self,
+        id: SwapId,
+        instance: InstanceId,
+        under_way: Move,
+        result: Result<Option<Bytes>, Fault>,
+    ) {
+        match result {
+            Ok(measured) => self.vouched(id, instance, under_way, measured),
+            // A sleeper that does not wake is replaced by a fresh start, once.
+            Err(_) if self.use_retry(id) => self.start_again(id, instance),
+            Err(fault) => self.start_failed(id, instance, fault),
+        }
+    }
+
+    /// Whatever is left of the failed start is taken away; waiters hear the cause at once.
+    pub(in crate::scheduler) fn start_failed(
+        &mut self,
+        id: SwapId,
+        instance: InstanceId,
+        fault: Fault,
+    ) {
+        self.emit_stop(id, instance);
+        self.fail_load(id, fault);
+    }
+
+    /// The one retry: a new instance (so a new port) on the same GPUs, once the old one is gone.
+    fn start_again(&mut self, id: SwapId, old: InstanceId) {
+        self.emit_stop(id, old);
+        let new = InstanceId(self.take_id());
+        let Some(swap) = self.swaps.get_mut(&id) else { return };
+        let Some(spec) = self.catalog.model(&swap.model) else { return };
+        let residency = Residency::Starting { phase: Phase::Prove };
+        let mut instance = Instance::new(new, spec, residency, self.now);
+        instance.gpus.clone_from(&swap.gpus);
+        swap.instance = new;
+        swap.started = false;
+        swap.victims.clear();
+        self.instances.insert(new, instance);
+        self.enter_phase(id, Phase::Prove);
+    }
+
+    /// A start (or wake) is called off by an operator or a reload. Its waiters were dealt with.
+    pub(in crate::scheduler) fn cancel_start(
+        &mut self,
+        instance: InstanceId,
+        why: &str,
+        cause: SwapCause,
+    ) {
+        let Some(swap) = self.swaps.values().find(|s| s.is_load() && s.instance == instance) else {
+            return;
+        };
+        let (id, started) = (swap.id, swap.started);
+        if !started {
+            return self.cancel_swap(id, why);
+        }
+        self.end_swap(id, SwapOutcome::Cancelled { why: why.to_owned() });
+        let stop = self.begin_unload(instance, cause, why.to_owned(), Phase::Vacate);
+        self.emit_stop(stop, instance);
+    }
+
+    /// An instance ended by itself.
+    pub(in crate::scheduler) fn died(&mut self, id: InstanceId, fault: Fault) {
+        self.changed();
+        let Some(instance) = self.instances.get(&id) else { return };
+        let model = instance.model.clone();
+        let text = format!("{model} ({id}) ended by itself: {}", fault.message);
+        match instance.residency {
+            Residency::Starting { .. } | Residency::Waking => {
+                let swap = self.swaps.values().find(|s| s.instance == id).map(|s| s.id);
+                match swap {
+                    Some(swap) if instance.launched => self.start_failed(swap, id, fault),
+                    Some(_) | None => {}
+                }
+            }
+            Residency::Ready | Residency::Draining | Residency::Lost { asleep: false } => {
+                self.served_and_died(id, &fault);
+            }
+            Residency::Sleeping { .. }
+            | Residency::FallingAsleep
+            | Residency::Lost { asleep: true } => {
+                let swap = self.swaps.values().find(|s| s.instance == id && s.is_load());
+                if let Some(swap) = swap.map(|s| s.id) {
+                    self.cancel_swap(swap, "it died in its sleep");
+                }
+                self.bury(id, &fault, "died in its sleep");
+            }
+            Residency::Stopping => {}
+        }
+        self.emit(Action::Notice { model: Some(model), text });
+    }
+
+    /// The first death is answered by a restart for whoever waits; a second in a row backs off.
+    fn served_and_died(&mut self, id: InstanceId, fault: &Fault) {
+        const SETTLED: Duration = Duration::from_secs(60);
+        let Some(instance) = self.instances.get(&id) else { return };
+        let (model, served) = (instance.model.clone(), self.now.since(instance.ready_at));
+        let unload = self.swaps.values().find(|s| !s.is_load() && s.instance == id).map(|s| s.id);
+        self.cancel_running(id, fault);
+        if let Some(swap) = unload {
+            self.end_swap(swap, SwapOutcome::Unloaded);
+        }
+        self.bury(id, fault, "died");
+        let Some(state) = self.models.get_mut(&model) else { return };
+        if served >= SETTLED {
+            state.deaths = 0;
+        }
+        state.deaths = state.deaths.saturating_add(1);
+        if state.deaths > 1 {
+            self.fail_model(&model, None, fault.clone(), Duration::ZERO);
+        }
+    }
+
+    fn cancel_running(&mut self, id: InstanceId, fault: &Fault) {
+        self.close_gate(id);
+        if let Some(instance) = self.instances.get(&id)
+            && (instance.in_flight() > 0 || instance.gate.unconfirmed)
+        {
+            let why = format!("{} died: {}", instance.model, fault.message);
+            self.emit(Action::CancelLeases { instance: id, why });
+        }
+    }
+
+    /// A dead instance may have left children, a container, or memory behind: a stop takes those
+    /// away, and the proof of release follows.
+    fn bury(&mut self, id: InstanceId, fault: &Fault, what: &str) {
+        let decision = format!("{what}: {}", fault.message);
+        let swap = self.begin_unload(id, SwapCause::Evict, decision, Phase::Vacate);
+        self.emit_stop(swap, id);
+    }
+
+    pub(in crate::scheduler) fn refuse_model(
+        &mut self,
+        model: &crate::units::ModelName,
+        refusal: &Refusal,
+    ) {
+        self.refuse_queue(model, refusal);
+        self.refuse_asks(model, refusal);
+    }
+}

@@ -1,0 +1,503 @@
+//! A small scripted machine: it answers every action the way a healthy owner would, in virtual
+//! time, and can be told to misbehave. It keeps the gate protocol: a `GateSeen` follows each
+//! `CloseGate` at once, and precedes any other event for a gate that changed.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::catalog::Catalog;
+use crate::scheduler::action::{Action, Answer, Refusal};
+use crate::scheduler::event::*;
+use crate::scheduler::record::{ModelView, SwapRecord};
+use crate::scheduler::{GpuInfo, Scheduler, World};
+use crate::units::*;
+
+#[derive(Clone, Debug)]
+pub struct Running {
+    pub model: ModelName,
+    pub gpus: Vec<GpuId>,
+    pub bytes: Bytes,
+    pub in_flight: u32,
+    pub granted: u64,
+    pub last_used: Time,
+    pub open: bool,
+    pub permits: u32,
+    pub every_release: bool,
+    pub changed: bool,
+}
+
+/// What to do differently, by model.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    pub preflight: BTreeMap<ModelName, VecDeque<FaultKind>>,
+    pub start: BTreeMap<ModelName, VecDeque<FaultKind>>,
+    pub stop: BTreeMap<ModelName, VecDeque<FaultKind>>,
+    /// Memory of these never comes back.
+    pub keeps_memory: BTreeSet<ModelName>,
+    pub no_proof: bool,
+}
+
+pub struct Sim {
+    pub scheduler: Scheduler,
+    pub now: Time,
+    pub gpus: Vec<GpuInfo>,
+    pub proof: bool,
+    pub running: BTreeMap<InstanceId, Running>,
+    /// Memory still held after the end of its process, and until when.
+    pub ghosts: Vec<(InstanceId, Vec<GpuId>, Bytes, Time)>,
+    pub strangers: BTreeMap<GpuId, Bytes>,
+    pub faults: Faults,
+    pub start_takes: Duration,
+    pub lag: Duration,
+    pub log: Vec<(Time, Action)>,
+    pub granted: BTreeMap<RequestId, InstanceId>,
+    pub refused: BTreeMap<RequestId, Refusal>,
+    pub answers: BTreeMap<AskId, Answer>,
+    pub hold_starts: bool,
+    /// No process is listed as a holder (WSL, containers without host pids).
+    pub hide_pids: bool,
+    pub sample_every: Duration,
+    over: BTreeSet<RequestId>,
+    pending: BTreeMap<(Time, u64), Event>,
+    next_sample: Time,
+    next_id: u64,
+}
+
+impl Sim {
+    pub fn new(catalog: Catalog, gpus: &[u64]) -> Sim {
+        Sim::in_world(catalog, gpus, true)
+    }
+
+    pub fn in_world(catalog: Catalog, gpus: &[u64], proof: bool) -> Sim {
+        let gpus: Vec<GpuInfo> = gpus
+            .iter()
+            .zip(0..)
+            .map(|(&gib, id)| GpuInfo {
+                id: GpuId(id),
+                uuid: format!("GPU-{id}"),
+                total: Bytes::gib(gib),
+            })
+            .collect();
+        let world = World { gpus: gpus.clone(), proof };
+        let mut sim = Sim {
+            scheduler: Scheduler::new(Arc::new(catalog), world, 1),
+            now: Time::ZERO,
+            gpus,
+            proof,
+            running: BTreeMap::new(),
+            ghosts: Vec::new(),
+            strangers: BTreeMap::new(),
+            faults: Faults::default(),
+            start_takes: Duration::from_secs(4),
+            lag: Duration::from_millis(700),
+            log: Vec::new(),
+            granted: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            hold_starts: false,
+            hide_pids: false,
+            sample_every: Duration::from_millis(100),
+            over: BTreeSet::new(),
+            pending: BTreeMap::new(),
+            next_sample: Time::ZERO,
+            next_id: 1,
+        };
+        sim.run_for(Duration::from_millis(10));
+        sim
+    }
+
+    pub fn request(&mut self, model: &str) -> RequestId {
+        self.request_with(model, |_| {})
+    }
+
+    pub fn request_with(&mut self, model: &str, edit: impl FnOnce(&mut Request)) -> RequestId {
+        let id = RequestId(self.next());
+        let mut request = Request {
+            id,
+            model: model.into(),
+            priority: Priority::Normal,
+            max_wait: None,
+            never_start: false,
+            attempt: 1,
+            arrived: self.now,
+        };
+        edit(&mut request);
+        // The gateway's own attempt comes first.
+        let ready = self
+            .running
+            .iter_mut()
+            .find(|(_, r)| r.model == request.model && r.open && r.in_flight < r.permits);
+        if let Some((&instance, running)) = ready {
+            running.in_flight += 1;
+            running.granted += 1;
+            running.last_used = self.now;
+            running.changed = true;
+            self.granted.insert(id, instance);
+        } else {
+            self.send(Event::RequestArrived(request));
+        }
+        id
+    }
+
+    pub fn ensure(&mut self, model: &str, kind: EnsureKind, timeout: Duration) -> AskId {
+        let ask = AskId(self.next());
+        let deadline = self.now + timeout;
+        self.send(Event::EnsureAsked { ask, model: model.into(), kind, deadline });
+        ask
+    }
+
+    pub fn unload(&mut self, model: &str, force: bool) -> AskId {
+        let ask = AskId(self.next());
+        self.send(Event::UnloadAsked { ask, model: model.into(), force });
+        ask
+    }
+
+    /// The request's response ended.
+    pub fn finish(&mut self, request: RequestId) {
+        let instance = self.granted.remove(&request).expect("it holds a lease");
+        let Some(running) = self.running.get_mut(&instance) else { return };
+        running.in_flight -= 1;
+        running.last_used = self.now;
+        running.changed = true;
+        if running.every_release || (!running.open && running.in_flight == 0) {
+            self.see_gates();
+        }
+    }
+
+    fn next(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn see_gates(&mut self) {
+        let changed: Vec<(InstanceId, GateCount)> = self
+            .running
+            .iter_mut()
+            .filter(|(_, r)| r.changed)
+            .map(|(&id, r)| {
+                r.changed = false;
+                let (in_flight, granted) = (r.in_flight, r.granted);
+                (id, GateCount { in_flight, granted, last_used: r.last_used })
+            })
+            .collect();
+        for (instance, gate) in changed {
+            self.deliver(Event::GateSeen { instance, gate });
+        }
+    }
+
+    pub fn send(&mut self, event: Event) {
+        self.see_gates();
+        self.deliver(event);
+    }
+
+    fn deliver(&mut self, event: Event) {
+        let mut out = Vec::new();
+        self.scheduler.handle(self.now, event, &mut out);
+        let mut closed = Vec::new();
+        for action in out {
+            self.log.push((self.now, action.clone()));
+            if let Action::CloseGate { instance } = action {
+                closed.push(instance);
+            }
+            self.perform(action);
+        }
+        for instance in closed {
+            let gate = self.running.get_mut(&instance).map_or(GateCount::default(), |r| {
+                r.changed = false;
+                GateCount { in_flight: r.in_flight, granted: r.granted, last_used: r.last_used }
+            });
+            self.deliver(Event::GateSeen { instance, gate });
+        }
+    }
+
+    fn later(&mut self, after: Duration, event: Event) {
+        let at = self.now + after;
+        let sequence = self.next();
+        self.pending.insert((at, sequence), event);
+    }
+
+    fn done(&mut self, after: Duration, swap: SwapId, instance: InstanceId, done: Done) {
+        self.later(after, Event::MoveDone { swap, instance, done });
+    }
+
+    fn perform(&mut self, action: Action) {
+        let ms = Duration::from_millis;
+        match action {
+            Action::Grant { request, instance } => {
+                let running = self.running.get_mut(&instance).expect("grants go to the living");
+                running.in_flight += 1;
+                running.granted += 1;
+                running.last_used = self.now;
+                self.granted.insert(request, instance);
+            }
+            Action::Refuse { request, refusal } => {
+                assert!(self.refused.insert(request, refusal).is_none(), "refused twice");
+            }
+            Action::OpenGate { instance, permits } => {
+                let running = self.running.get_mut(&instance).expect("a gate of the living");
+                (running.open, running.permits) = (true, permits);
+            }
+            Action::CloseGate { instance } => {
+                if let Some(running) = self.running.get_mut(&instance) {
+                    running.open = false;
+                }
+            }
+            Action::WatchGate { instance, every_release } => {
+                if let Some(running) = self.running.get_mut(&instance) {
+                    running.every_release = every_release;
+                }
+            }
+            Action::CancelLeases { instance, .. } => {
+                self.cut(instance);
+                if let Some(running) = self.running.get_mut(&instance) {
+                    running.in_flight = 0;
+                    running.changed = true;
+                }
+            }
+            Action::Preflight { swap, instance, model, .. } => {
+                let fault = self.faults.preflight.get_mut(&model).and_then(VecDeque::pop_front);
+                let result = fault.map_or(Ok(()), |kind| Err(Fault::new(kind, "as told")));
+                self.done(ms(1), swap, instance, Done::Preflight(result));
+            }
+            Action::Fetch { swap, instance, .. } => {
+                self.done(ms(1), swap, instance, Done::Fetch(Ok(())));
+            }
+            Action::StartInstance { swap, instance, model, gpus, footprint, .. } => {
+                self.start(swap, instance, model, gpus, footprint);
+            }
+            Action::StopInstance { swap, instance } => self.stop(swap, instance),
+            Action::Sleep { swap, instance } => {
+                let running = self.running.get_mut(&instance).expect("sleepers live");
+                assert_eq!(running.in_flight, 0, "put to sleep with leases");
+                running.bytes = Bytes::gib(1);
+                self.done(ms(300), swap, instance, Done::Sleep(Ok(Some(Bytes::gib(1)))));
+            }
+            Action::Wake { swap, instance, .. } => {
+                self.done(ms(400), swap, instance, Done::Wake(Ok(None)));
+            }
+            Action::Answer { ask, answer } => {
+                assert!(self.answers.insert(ask, answer).is_none(), "answered twice");
+            }
+            Action::WatchMemory { .. }
+            | Action::UnwatchMemory { .. }
+            | Action::Record(_)
+            | Action::Remember { .. }
+            | Action::Notice { .. } => {}
+        }
+    }
+
+    fn start(
+        &mut self,
+        swap: SwapId,
+        instance: InstanceId,
+        model: ModelName,
+        gpus: Vec<GpuId>,
+        footprint: Option<Bytes>,
+    ) {
+        let bytes = footprint.unwrap_or(Bytes::gib(6));
+        for &gpu in &gpus {
+            let free = self.free(gpu);
+            assert!(
+                !self.proof || free >= bytes,
+                "{model} on GPU {gpu}: {bytes} wanted, {free} free"
+            );
+        }
+        let fault = self.faults.start.get_mut(&model).and_then(VecDeque::pop_front);
+        self.running.insert(
+            instance,
+            Running {
+                model,
+                gpus,
+                bytes,
+                in_flight: 0,
+                granted: 0,
+                last_used: self.now,
+                open: false,
+                permits: 0,
+                every_release: false,
+                changed: false,
+            },
+        );
+        if self.hold_starts {
+            return;
+        }
+        let result = fault.map_or(Ok(Some(bytes)), |kind| Err(Fault::new(kind, "as told")));
+        if result.is_ok() {
+            let vouching = self.start_takes - Duration::from_millis(50);
+            self.later(vouching, Event::Vouching { swap, instance });
+        }
+        self.done(self.start_takes, swap, instance, Done::Start(result));
+    }
+
+    fn stop(&mut self, swap: SwapId, instance: InstanceId) {
+        let took = Duration::from_millis(200);
+        if let Some(running) = self.running.get(&instance) {
+            assert_eq!(running.in_flight, 0, "{} stopped with leases", running.model);
+            let model = running.model.clone();
+            if let Some(kind) = self.faults.stop.get_mut(&model).and_then(VecDeque::pop_front) {
+                let fault = Fault::new(kind, "it does not die");
+                return self.done(took, swap, instance, Done::Stop(Err(fault)));
+            }
+        }
+        if let Some(running) = self.running.remove(&instance) {
+            let forever = self.faults.keeps_memory.contains(&running.model);
+            let until = if forever { Time::MAX } else { self.now + took + self.lag };
+            self.ghosts.push((instance, running.gpus, running.bytes, until));
+        }
+        self.done(took, swap, instance, Done::Stop(Ok(())));
+    }
+
+    fn cut(&mut self, instance: InstanceId) {
+        let cut = self.granted.extract_if(.., |_, on| *on == instance);
+        self.over.extend(cut.map(|(request, _)| request));
+    }
+
+    /// The client is done, or leaves.
+    pub fn end(&mut self, request: RequestId) {
+        if self.granted.contains_key(&request) {
+            self.finish(request);
+        } else if !self.is_over(request) {
+            self.send(Event::RequestGone { request });
+        }
+        self.over.insert(request);
+    }
+
+    pub fn is_over(&self, request: RequestId) -> bool {
+        self.over.contains(&request) || self.refused.contains_key(&request)
+    }
+
+    pub fn kill_if_running(&mut self, model: &str) {
+        if self.running.values().any(|r| r.model.as_str() == model) {
+            self.kill(model);
+        }
+    }
+
+    /// Memory that would never come back does.
+    pub fn heal(&mut self) {
+        for ghost in &mut self.ghosts {
+            ghost.3 = ghost.3.min(self.now + Duration::from_secs(1));
+        }
+    }
+
+    /// The process ends by itself.
+    pub fn kill(&mut self, model: &str) {
+        let (&id, _) =
+            self.running.iter().find(|(_, r)| r.model.as_str() == model).expect("it runs");
+        let running = self.running.remove(&id).expect("just found");
+        self.cut(id);
+        self.ghosts.push((id, running.gpus, running.bytes, self.now + self.lag));
+        let fault = Fault::new(FaultKind::Exited, "exited with code 1");
+        self.send(Event::InstanceDied { instance: id, fault });
+    }
+
+    fn holders(&self, gpu: GpuId) -> Vec<Holder> {
+        let holder = |id: InstanceId, bytes, mine: bool| Holder {
+            pid: 1000 + u32::try_from(id.0).expect("small ids"),
+            bytes,
+            label: format!("engine {id}"),
+            instance: mine.then_some(id),
+        };
+        let mut holders: Vec<Holder> = self
+            .running
+            .iter()
+            .filter(|(_, r)| r.gpus.contains(&gpu))
+            .map(|(&id, r)| holder(id, r.bytes, true))
+            .collect();
+        let held = self
+            .ghosts
+            .iter()
+            .filter(|(_, gpus, _, until)| gpus.contains(&gpu) && *until > self.now);
+        holders.extend(held.map(|(id, _, bytes, _)| holder(*id, *bytes, false)));
+        if let Some(&bytes) = self.strangers.get(&gpu) {
+            holders.push(Holder { pid: 4711, bytes, label: "blender".to_owned(), instance: None });
+        }
+        holders
+    }
+
+    pub fn free(&self, gpu: GpuId) -> Bytes {
+        let total = self.gpus.iter().find(|g| g.id == gpu).map_or(Bytes::ZERO, |g| g.total);
+        total - self.holders(gpu).iter().map(|h| h.bytes).sum()
+    }
+
+    pub fn sample(&mut self) {
+        if !self.proof {
+            return;
+        }
+        let sample = if self.faults.no_proof {
+            Err(NoProof { message: "NVML: Unknown Error".to_owned() })
+        } else {
+            let gpus = self.gpus.iter().map(|g| GpuMemory {
+                gpu: g.id,
+                uuid: g.uuid.clone(),
+                total: g.total,
+                free: self.free(g.id),
+                holders: if self.hide_pids { Vec::new() } else { self.holders(g.id) },
+            });
+            Ok(MemorySample { taken_at: self.now, gpus: gpus.collect() })
+        };
+        self.send(Event::MemorySeen(sample));
+    }
+
+    /// Lets time pass: effects, samples every 100 ms, wakes.
+    pub fn run_for(&mut self, duration: Duration) {
+        let end = self.now + duration;
+        for _ in 0..1_000_000 {
+            let effect = self.pending.keys().next().map(|(at, _)| *at);
+            let wake = self.scheduler.next_wake().map(|(at, _)| at.max(self.now));
+            let next = [effect, wake, Some(self.next_sample)].into_iter().flatten().min();
+            let Some(next) = next.filter(|&at| at <= end) else {
+                self.now = end;
+                return;
+            };
+            self.now = self.now.max(next);
+            if effect.is_some_and(|at| at <= self.now) {
+                let (_, event) = self.pending.pop_first().expect("just seen");
+                self.send(event);
+            } else if self.next_sample <= self.now {
+                self.next_sample = self.now + self.sample_every;
+                self.sample();
+            } else {
+                self.send(Event::Woke);
+            }
+        }
+        panic!("time does not pass: {:?}", self.scheduler.next_wake());
+    }
+
+    pub fn run_secs(&mut self, seconds: u64) {
+        self.run_for(Duration::from_secs(seconds));
+    }
+
+    pub fn model(&self, name: &str) -> ModelView {
+        let view = self.scheduler.view(self.now);
+        view.models.into_iter().find(|m| m.name.as_str() == name).expect("configured")
+    }
+
+    pub fn state(&self, name: &str) -> &'static str {
+        self.model(name).residency.as_str()
+    }
+
+    pub fn served_by(&self, request: RequestId) -> Option<&str> {
+        Some(self.running.get(self.granted.get(&request)?)?.model.as_str())
+    }
+
+    /// Index in the log of the first action that matches.
+    pub fn first(&self, of: impl Fn(&Action) -> bool) -> Option<usize> {
+        self.log.iter().position(|(_, action)| of(action))
+    }
+
+    pub fn count(&self, of: impl Fn(&Action) -> bool) -> usize {
+        self.log.iter().filter(|(_, action)| of(action)).count()
+    }
+
+    pub fn starts(&self, model: &str) -> usize {
+        self.count(|a| matches!(a, Action::StartInstance { model: m, .. } if m.as_str() == model))
+    }
+
+    /// Rows of the ledger that ended.
+    pub fn ledger(&self) -> Vec<SwapRecord> {
+        let record =
+            |action: &Action| if let Action::Record(r) = action { Some(r.clone()) } else { None };
+        self.log.iter().filter_map(|(_, a)| record(a)).filter(|r| r.ended.is_some()).collect()
+    }
+}
