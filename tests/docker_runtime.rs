@@ -9,7 +9,9 @@ mod docker;
 use std::time::{Duration, Instant};
 
 use bollard::models::{ContainerCreateBody, HostConfig, RestartPolicy, RestartPolicyNameEnum};
-use bollard::query_parameters::{CreateContainerOptionsBuilder, KillContainerOptionsBuilder};
+use bollard::query_parameters::{
+    CreateContainerOptionsBuilder, KillContainerOptionsBuilder, RemoveImageOptions,
+};
 use docker::{BUSYBOX, OwnDaemon, Yard, eventually, exit_of, healthy, stop_spec};
 use wharf::config::catalog::PullPolicy;
 use wharf::runtime::docker::DockerRuntime;
@@ -130,6 +132,53 @@ async fn a_registry_that_cannot_be_reached_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_pulled_with_progress_and_refusals_are_named() {
+    let Some(yard) = Yard::open("pull").await else { return };
+    let registry = docker::registry::serve().await;
+    let spec = |path: &str, pull: PullPolicy| {
+        yard.spec_with(|docker| {
+            docker.image = Some(format!("{registry}/{path}"));
+            docker.pull = pull;
+        })
+    };
+    let (progress, mut seen) = Progress::new();
+    let watch = tokio::spawn(async move {
+        let mut reports = Vec::new();
+        while seen.changed().await.is_ok() {
+            reports.push(seen.borrow_and_update().clone());
+        }
+        reports
+    });
+    let open = spec("open/model:1", PullPolicy::Missing);
+    yard.runtime.fetch(&open, &progress).await.expect("a pull");
+    drop(progress);
+    let reports = watch.await.expect("the reports");
+    assert!(reports.iter().all(|report| report.stage == "pull"));
+    let on_the_way = |f: f32| f > 0.0 && f < 1.0;
+    let rated = reports
+        .iter()
+        .find(|report| report.fraction.is_some_and(on_the_way) && report.detail.ends_with("/s"));
+    assert!(rated.is_some_and(|report| report.detail.contains(" of 8.0 MiB, ")), "{reports:?}");
+    assert_eq!(reports.last().and_then(|report| report.fraction), Some(1.0), "{reports:?}");
+    // Present now, so nobody is asked.
+    yard.runtime
+        .fetch(&spec("open/model:1", PullPolicy::Never), &Progress::new().0)
+        .await
+        .expect("it");
+
+    for (path, kind) in
+        [("gated/model:1", FaultKind::FetchDenied), ("none/model:1", FaultKind::ImageMissing)]
+    {
+        let spec = spec(path, PullPolicy::Missing);
+        let fault = yard.runtime.fetch(&spec, &Progress::new().0).await.expect_err(path);
+        assert_eq!(fault.kind, kind, "{}", fault.message);
+        assert!(fault.message.contains(&registry), "{}", fault.message);
+    }
+    let image = format!("{registry}/open/model:1");
+    yard.docker.remove_image(&image, None::<RemoveImageOptions>, None).await.expect("removed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_taken_port_is_named_and_nothing_is_left() {
     let Some(yard) = Yard::open("port").await else { return };
     let spec = yard.server();
@@ -196,8 +245,10 @@ async fn an_exit_comes_with_its_code_and_the_last_log_lines() {
     let running = yard.runtime.start(&spec).await.expect("a start");
     let report = exit_of(&running).await;
     assert_eq!((report.code, report.signal, report.oom_killed), (Some(3), None, false));
-    // Already complete when the exit is known.
-    assert_eq!(running.log.last(2), ["first", "fatal: no weights"]);
+    // Already complete when the exit is known. Its two pipes are in no order.
+    let log = running.log.last(9);
+    assert_eq!(log.len(), 2, "{log:?}");
+    assert!(log.iter().any(|line| line == "fatal: no weights"), "{log:?}");
     assert!(!yard.found().await[0].alive);
     yard.runtime.stop(&running, &stop_spec(1)).await.expect("removed");
     assert!(yard.containers().await.is_empty());
@@ -475,6 +526,47 @@ async fn containers_with_a_gpu_that_are_not_ours_are_foreign() {
     assert_eq!(foreign[0].image, BUSYBOX);
     assert!(!foreign[0].pids.is_empty());
     yard.clean().await;
+}
+
+/// A Docker that believes to have an NVIDIA toolkit: its hook does nothing, and says which GPUs
+/// Docker asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn gpus_are_given_by_uuid() {
+    let test = "gpu-uuid";
+    let daemon = OwnDaemon::start_with(test, &[], |dir| {
+        let programs = dir.join("bin");
+        std::fs::create_dir(&programs).expect("a folder");
+        let hook = programs.join("nvidia-container-runtime-hook");
+        std::fs::write(&hook, "#!/bin/sh\nexit 0\n").expect("the hook");
+        docker::run(std::process::Command::new("chmod").arg("755").arg(&hook));
+        if docker::engine_major() >= 25 {
+            docker::write_cdi(dir);
+        }
+        programs.display().to_string()
+    });
+    let Some(daemon) = daemon else { return };
+    let yard = Yard::on(&daemon.host, test).await;
+    let uuids = ["GPU-aaaa", "GPU-bbbb"];
+    let ways = if docker::engine_major() >= 25 { &[false, true][..] } else { &[false] };
+    for &cdi in ways {
+        let mut spec = yard.spec_with(|docker| {
+            let script = "echo gpus=$NVIDIA_VISIBLE_DEVICES$CDI; sleep 600";
+            docker.args = ["sh", "-c", script].map(str::to_owned).into();
+            docker.cdi = cdi;
+        });
+        let device = |index| GpuDevice { id: GpuId(index), uuid: uuids[usize::from(index)].into() };
+        spec.gpus = vec![device(0), device(1)];
+        let running = yard.runtime.start(&spec).await.expect("a start");
+        eventually("the GPUs", async || {
+            let line = running.log.last(1).pop()?;
+            let expected = if cdi { "gpus=GPU-bbbb" } else { "gpus=GPU-aaaa,GPU-bbbb" };
+            (line == expected).then_some(())
+        })
+        .await;
+        let other = DockerRuntime::new(Some(daemon.host.clone()));
+        assert_eq!(other.foreign("another").await.len(), 1);
+        yard.runtime.stop(&running, &stop_spec(1)).await.expect("a stop");
+    }
 }
 
 /// This test program runs again inside a container, on a network of its own.

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use control::*;
 use wharf::orchestrator::StartKind;
-use wharf::orchestrator::puppet::Puppet;
 use wharf::scheduler::record::{SwapKind, SwapOutcome, SwapRecord};
 use wharf::telemetry::metrics::Metrics;
 use wharf::units::ModelName;
@@ -134,8 +133,14 @@ fn every_configured_model_has_its_series_from_the_start() {
         zero("orchestrator_instance_restarts_total", &[]);
         zero("orchestrator_swap_causes_total", &[("cause", "ensure"), ("result", "ready")]);
     }
+    for reason in ["queue_full", "start_failed", "vram_not_freed"] {
+        let labels = [("reason", reason)];
+        assert_eq!(value(&text, "orchestrator_refusals_total", &labels), Some(0.0), "{reason}");
+    }
     let version = [("version", env!("CARGO_PKG_VERSION"))];
     assert_eq!(value(&text, "orchestrator_build_info", &version), Some(1.0));
+    drop(puppet.inbox);
+    assert!(!Metrics::new().render(&puppet.handle).is_empty(), "also after the owner ended");
 }
 
 #[test]
@@ -145,7 +150,7 @@ fn a_model_that_left_the_configuration_leaves_no_series() {
     exercised(&metrics);
     assert!(metrics.render(&puppet.handle).contains("\"mistral\""));
 
-    Puppet::replace_catalog(&puppet.handle, catalog([model(CODER), model(TINY)]));
+    puppet.handle.catalog_for_tests(catalog([model(CODER), model(TINY)]));
     let text = metrics.render(&puppet.handle);
     let left: Vec<&str> = text.lines().filter(|line| line.contains("\"mistral\"")).collect();
     assert!(left.is_empty(), "{left:#?}");

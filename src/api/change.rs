@@ -24,6 +24,8 @@ use crate::units::{ModelName, SwapId, Time};
 const TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 /// The ledger's row follows the owner's answer by a few milliseconds.
 const LEDGER_LAG_MAX: Duration = Duration::from_secs(1);
+/// The owner's answer to a deadline that passed.
+const OWNER_LAG_MAX: Duration = Duration::from_secs(1);
 /// Above the drain, for stopping the engine and for the proof.
 const UNLOAD_MARGIN: Duration = Duration::from_secs(120);
 
@@ -70,7 +72,7 @@ pub async fn ensure_model(
         return Ok(begun(&api, spec, EnsureKind::Ensure, timeout));
     }
     let asked = api.handle.now();
-    let answer = api.handle.ensure(spec.name.clone(), EnsureKind::Ensure, timeout).await;
+    let answer = ensured(&api, spec, EnsureKind::Ensure, timeout).await;
     let ready = ready(&api, &spec.name, answer, timeout, asked).await?;
     Ok(Json(ready.json()).into_response())
 }
@@ -113,7 +115,7 @@ async fn load(
         return Ok(begun(api, spec, EnsureKind::Load, timeout));
     }
     let asked = api.handle.now();
-    let answer = api.handle.ensure(spec.name.clone(), EnsureKind::Load, timeout).await;
+    let answer = ensured(api, spec, EnsureKind::Load, timeout).await;
     let ready = ready(api, &spec.name, answer, timeout, asked).await?;
     let message = match ready.swapped {
         true => format!("Model {} loaded", spec.name),
@@ -148,6 +150,14 @@ async fn unload(
     let mut body = render::object(render::done(name, message));
     body.insert("was_loaded".to_owned(), json!(was_loaded));
     Ok(Json(body).into_response())
+}
+
+/// The owner keeps the deadline; should it not, the caller still gets an answer.
+async fn ensured(api: &Api, spec: &ModelSpec, kind: EnsureKind, timeout: Duration) -> Answer {
+    let answer = api.handle.ensure(spec.name.clone(), kind, timeout);
+    tokio::time::timeout(timeout + OWNER_LAG_MAX, answer)
+        .await
+        .unwrap_or(Answer::TimedOut { swap: None })
 }
 
 /// 202: the swap goes on (or begins) without the caller.

@@ -42,7 +42,11 @@ pub fn unknown_model(catalog: &Catalog, wanted: &str) -> Reject {
         message.push_str(&format!("; did you mean {}?", near.join(" or ")));
     }
     let listed: Vec<&str> = known.take(NAMES_MAX).collect();
-    message.push_str(&format!(" Configured: {}", listed.join(", ")));
+    message.push_str(&format!(
+        "{} known are {}",
+        if near.is_empty() { ";" } else { "" },
+        listed.join(", ")
+    ));
     if catalog.models.len() > NAMES_MAX {
         message.push_str(&format!(" and {} more", catalog.models.len() - NAMES_MAX));
     }

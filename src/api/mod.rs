@@ -32,13 +32,8 @@ pub struct Api {
     metrics: Arc<Metrics>,
 }
 
-/// The control API alone; every other path is a JSON 404.
+/// The control API; every other path is a JSON 404. For one address that serves the gateway too,
+/// make the gateway its `fallback_service`: paths that both have answer this API's superset.
 pub fn router(handle: Handle, metrics: Arc<Metrics>) -> Router {
     routes::router(Api { handle, metrics }).fallback(error::no_such_path)
-}
-
-/// The control API in front of the gateway, for one address that serves both: paths that both
-/// have (`/health`, `/status`, `/metrics`) answer the control API's superset.
-pub fn router_before(handle: Handle, metrics: Arc<Metrics>, gateway: Router) -> Router {
-    routes::router(Api { handle, metrics }).fallback_service(gateway)
 }

@@ -1,6 +1,7 @@
 //! `wharf ensure MODEL`: makes a model ready, and says what that took.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -30,6 +31,11 @@ pub struct Wait {
 }
 
 impl Wait {
+    /// For how long the answer may take: the orchestrator keeps the caller's own limit.
+    pub fn limit(&self) -> Duration {
+        self.timeout.map_or(client::WAIT_TIMEOUT, |timeout| *timeout + client::READ_TIMEOUT)
+    }
+
     pub fn body(&self) -> Value {
         let mut body = json!({});
         if let Some(timeout) = self.timeout {
@@ -50,7 +56,7 @@ async fn ensure(args: &Args) -> Result<(), Failure> {
     let mut body = args.wait.body();
     body["model"] = json!(args.model);
     let client = Client::new(&args.connection)?;
-    let answer = client.post("/ensure_model", &body, client::WAIT_TIMEOUT).await?;
+    let answer = client.post("/ensure_model", &body, args.wait.limit()).await?;
     client::show(&answer, args.connection.json, describe);
     Ok(())
 }

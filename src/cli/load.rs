@@ -23,7 +23,7 @@ pub async fn run(args: Args) -> ExitCode {
 async fn load(args: &Args) -> Result<(), Failure> {
     let client = Client::new(&args.connection)?;
     let path = format!("/models/{}/load", client::encode(&args.model));
-    let answer = client.post(&path, &args.wait.body(), client::WAIT_TIMEOUT).await?;
+    let answer = client.post(&path, &args.wait.body(), args.wait.limit()).await?;
     client::show(&answer, args.connection.json, ensure::describe);
     Ok(())
 }

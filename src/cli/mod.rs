@@ -6,6 +6,7 @@ pub mod demo;
 pub mod engine;
 pub mod ensure;
 pub mod load;
+pub mod pull;
 pub mod serve;
 pub mod status;
 pub mod swaps;
@@ -15,6 +16,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::runtime::docker::DockerRuntime;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -53,6 +56,14 @@ enum Command {
     Load(load::Args),
     /// Unload a model
     Unload(unload::Args),
+    /// Bring images and weights here, so that no swap has to wait for a download
+    Pull {
+        #[command(flatten)]
+        args: pull::Args,
+        /// The configuration; models.yaml by default
+        #[arg(long, short, env = "WHARF_CONFIG")]
+        config: Option<PathBuf>,
+    },
     /// The ledger of swaps
     Swaps(swaps::Args),
     /// Run the stand-in engine
@@ -88,6 +99,11 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Ensure(args) => ensure::run(args).await,
         Command::Load(args) => load::run(args).await,
         Command::Unload(args) => unload::run(args).await,
+        Command::Pull { args, config } => {
+            let catalog = crate::config::load(&crate::config::path(config))?.catalog;
+            let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
+            pull::run(&args, &catalog, &docker).await?
+        }
         Command::Swaps(args) => swaps::run(args).await,
         Command::Engine(args) => engine::run(args).await?,
     })

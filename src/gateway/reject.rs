@@ -211,6 +211,22 @@ fn type_of(status: StatusCode) -> &'static str {
     }
 }
 
+/// Every value of [`code_of`], so that its metric can begin at 0.
+pub const REFUSAL_CODES: [&str; 12] = [
+    "model_not_found",
+    "model_not_loaded",
+    "queue_full",
+    "queue_timeout",
+    "cannot_fit",
+    "start_failed",
+    "vram_not_freed",
+    "no_vram_proof",
+    "runtime_lost",
+    "model_unloaded",
+    "instance_lost",
+    "shutting_down",
+];
+
 /// The refusal's name in answers and in metric labels.
 pub fn code_of(refusal: &Refusal) -> &'static str {
     match refusal {
@@ -363,6 +379,7 @@ mod tests {
         ] {
             let response = reject(refusal.clone(), false).into_response();
             assert!(response.headers().contains_key("retry-after"), "{refusal:?}");
+            assert!(REFUSAL_CODES.contains(&code_of(&refusal)), "{refusal:?}");
         }
     }
 }

@@ -255,6 +255,10 @@ impl Handle {
         self.shared.view.store(Arc::new(view));
     }
 
+    pub fn catalog_for_tests(&self, catalog: Catalog) {
+        self.shared.catalog.store(Arc::new(catalog));
+    }
+
     /// A gate of one instance, published; open if `permits` is not zero.
     pub fn gate_for_tests(
         &self,

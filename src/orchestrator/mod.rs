@@ -11,8 +11,6 @@ mod launch;
 mod memory_watch;
 mod perform;
 mod publish;
-#[doc(hidden)]
-pub mod puppet;
 mod reconcile;
 mod run;
 mod start;

@@ -9,6 +9,7 @@ use prometheus::{Encoder, TextEncoder};
 
 use super::metrics::{Metrics, NO_MODEL};
 use crate::config::catalog::Catalog;
+use crate::gateway::reject::REFUSAL_CODES;
 use crate::orchestrator::{Handle, StartKind, View};
 use crate::scheduler::record::{Phase, ResidencyView, SwapCause, SwapOutcome};
 use crate::units::ModelName;
@@ -38,6 +39,9 @@ pub(super) fn render(metrics: &Metrics, handle: &Handle) -> String {
     forget_removed(metrics, &catalog);
     for model in catalog.models.keys() {
         begin_series(metrics, model);
+    }
+    for reason in REFUSAL_CODES {
+        metrics.refusals.with_label_values(&[reason]);
     }
     read_models(metrics, handle, &catalog, &view);
     read_gpus(metrics, &view);

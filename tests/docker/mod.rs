@@ -1,5 +1,7 @@
 //! What the Docker tests share: a daemon, specs, and a folder of containers that cleans up.
 
+pub mod registry;
+
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -137,6 +139,18 @@ impl Yard {
     }
 }
 
+/// A test that fails half-way leaves nothing either.
+impl Drop for Yard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let script = "docker -H $0 ps -aq --filter label=wharf.installation=$1 \
+                          | xargs -r docker -H $0 rm -f";
+            let arguments = ["-c", script, &self.host, &self.installation];
+            let _ = Command::new("sh").args(arguments).output();
+        }
+    }
+}
+
 pub fn model(runtime: RuntimeSpec) -> ModelSpec {
     ModelSpec {
         name: ModelName::new("org/busy:1"),
@@ -205,7 +219,8 @@ pub async fn healthy(base: &str) -> String {
         stream.write_all(b"GET /health HTTP/1.0\r\n\r\n").await.ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.ok()?;
-        answer.contains(" 200 ").then(|| answer.rsplit("\r\n\r\n").next().unwrap().to_owned())
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        head.contains(" 200 ").then(|| body.to_owned())
     })
     .await
 }
@@ -220,12 +235,23 @@ pub async fn exit_of(running: &Running) -> wharf::runtime::ExitReport {
 pub struct OwnDaemon {
     dir: tempfile::TempDir,
     flags: Vec<String>,
+    programs: String,
     pub host: String,
 }
 
 impl OwnDaemon {
     /// `None` (and loudly so): this machine cannot run one.
     pub fn start(test: &str, flags: &[&str]) -> Option<OwnDaemon> {
+        OwnDaemon::start_with(test, flags, |_| String::new())
+    }
+
+    /// `prepare` may put files into the daemon's folder (its daemon.json among them) and returns
+    /// a folder of programs that the daemon shall find first.
+    pub fn start_with(
+        test: &str,
+        flags: &[&str],
+        prepare: impl FnOnce(&Path) -> String,
+    ) -> Option<OwnDaemon> {
         let asked = Command::new(support("dockerd.sh")).arg("available").output().expect("bash");
         if !asked.status.success() || std::env::var_os("WHARF_TEST_DOCKER").is_none() {
             skipped(test, "no Docker Engine of its own can be started here");
@@ -234,7 +260,8 @@ impl OwnDaemon {
         // Directly under /tmp: a socket's path is short.
         let dir = tempfile::Builder::new().prefix("whd").tempdir_in("/tmp").expect("a folder");
         let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
-        let mut daemon = OwnDaemon { dir, flags, host: String::new() };
+        let programs = prepare(dir.path());
+        let mut daemon = OwnDaemon { dir, flags, programs, host: String::new() };
         daemon.host = daemon.up();
         Some(daemon)
     }
@@ -242,6 +269,11 @@ impl OwnDaemon {
     fn script(&self, verb: &str) -> Command {
         let mut command = Command::new(support("dockerd.sh"));
         command.arg(verb).arg(self.dir.path());
+        if !self.programs.is_empty() {
+            let others = std::env::var("WHARF_DOCKER_PATH").unwrap_or_default();
+            let path = format!("{}:{others}", self.programs);
+            command.env("WHARF_DOCKER_PATH", path.trim_end_matches(':'));
+        }
         command
     }
 
@@ -263,4 +295,30 @@ impl Drop for OwnDaemon {
     fn drop(&mut self) {
         let _ = self.script("stop").output();
     }
+}
+
+/// Major version of the engine that `OwnDaemon` starts.
+pub fn engine_major() -> u32 {
+    let first = std::env::var("WHARF_DOCKER_PATH").unwrap_or_default();
+    let path = format!("{first}:{}:/usr/sbin", std::env::var("PATH").unwrap_or_default());
+    let said = run(Command::new("sh").args(["-c", "dockerd --version"]).env("PATH", path));
+    let number = said.split("version ").nth(1).and_then(|rest| rest.split('.').next());
+    number.and_then(|number| number.parse().ok()).expect("a version")
+}
+
+/// CDI devices `nvidia.com/gpu=GPU-aaaa` and `…=GPU-bbbb` that set `CDI` to their name.
+pub fn write_cdi(dir: &Path) {
+    let device =
+        |name: &str| format!(r#"{{"name":"{name}","containerEdits":{{"env":["CDI={name}"]}}}}"#);
+    let spec = format!(
+        r#"{{"cdiVersion":"0.5.0","kind":"nvidia.com/gpu","devices":[{},{}]}}"#,
+        device("GPU-aaaa"),
+        device("GPU-bbbb")
+    );
+    let specs = dir.join("cdi");
+    std::fs::create_dir(&specs).expect("a folder");
+    std::fs::write(specs.join("nvidia.json"), spec).expect("the devices");
+    let config =
+        format!(r#"{{"features":{{"cdi":true}},"cdi-spec-dirs":["{}"]}}"#, specs.display());
+    std::fs::write(dir.join("daemon.json"), config).expect("the configuration");
 }

@@ -68,7 +68,13 @@ impl World {
                 self.preflight(swap, instance, &model, gpus);
             }
             Action::Fetch { swap, instance, model } => self.fetch(swap, instance, &model),
-            Action::StartInstance { swap, instance, model, footprint, deadline, .. } => {
+            Action::StartInstance { swap, instance, model, gpus, footprint, deadline } => {
+                if !self.machine.insts.contains_key(&instance) {
+                    self.instance(instance, &model, Vec::new(), Real::Preparing);
+                }
+                if let Some(inst) = self.machine.insts.get_mut(&instance) {
+                    inst.gpus = gpus;
+                }
                 self.start(swap, instance, &model, footprint, deadline);
             }
             Action::StopInstance { swap, instance } => self.stop(swap, instance),
@@ -376,7 +382,7 @@ impl World {
         if self.scenario.proof && self.rng.chance(self.faults.late_release) {
             ms = self.rng.range(0, 30_000);
         }
-        inst.pid_visible = self.rng.chance(500);
+        inst.pid_visible = truth.never_frees || self.rng.chance(500);
         if inst.held == Bytes::ZERO || self.quiet {
             inst.stuck = false;
         }

@@ -20,6 +20,6 @@ mod world;
 use wharf::scheduler::Scheduler;
 
 /// The scheduler's own assertions.
-fn invariants(_scheduler: &Scheduler) -> Result<(), String> {
-    Ok(())
+fn invariants(scheduler: &Scheduler) -> Result<(), String> {
+    scheduler.check_invariants()
 }

@@ -8,6 +8,7 @@
 #   dockerd.sh kill DIR                     SIGKILL (a crash); `start` brings it back on its data
 #   dockerd.sh available                    exits 0 if this machine can run one (says why not)
 #
+# DIR/daemon.json, if it is there, is the engine's configuration.
 # WHARF_DOCKER_PATH: folder(s) searched first for dockerd, containerd and docker (see docker26.sh).
 # DIR must be short: a socket's path holds 107 bytes.
 set -euo pipefail
@@ -30,13 +31,17 @@ answers() { curl -s -o /dev/null --max-time 2 --unix-socket "$1/docker.sock" htt
 bridge_of() { printf 'whbr%s' "$(printf '%s' "$1" | cksum | cut -c1-6)"; }
 
 make_bridge() {
-    local bridge=$1 octet
-    ip link show "$bridge" >/dev/null 2>&1 && return
+    local bridge=$1 octet lock
+    # Two engines that start at once must not take the same subnet.
+    exec {lock}>/tmp/wharf-dockerd.lock
+    flock -w "$DEADLINE_SECONDS" "$lock"
+    if ip link show "$bridge" >/dev/null 2>&1; then exec {lock}>&-; return; fi
     for octet in $(seq 200 250); do
         if ! ip -4 addr show | grep -q "172\.29\.$octet\."; then
             ip link add "$bridge" type bridge
             ip addr add "172.29.$octet.1/24" dev "$bridge"
             ip link set "$bridge" up
+            exec {lock}>&-
             return
         fi
     done
@@ -54,7 +59,8 @@ start() {
         rm -f "$dir/docker.pid" "$dir/docker.sock"
         make_bridge "$(bridge_of "$dir")"
         # A session of its own: Ctrl-C in a test run must not reach it before the tests clean up.
-        setsid dockerd --data-root "$dir/data" --exec-root "$dir/exec" --pidfile "$dir/docker.pid" \
+        [ -e "$dir/daemon.json" ] || echo '{}' >"$dir/daemon.json"
+        setsid dockerd --config-file "$dir/daemon.json" --data-root "$dir/data" --exec-root "$dir/exec" --pidfile "$dir/docker.pid" \
             -H "unix://$dir/docker.sock" --bridge "$(bridge_of "$dir")" \
             --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false \
             "$@" >>"$dir/log" 2>&1 </dev/null &
@@ -85,7 +91,22 @@ stop() {
         kill "$pid"
         wait_gone "$pid" || kill -9 "$pid"
     fi
+    sweep "$dir"
     ip link del "$(bridge_of "$dir")" 2>/dev/null || true
+}
+
+# What a crash or --live-restore leaves: containers with their shims, and mounts.
+sweep() {
+    local dir=$1 shim children mount
+    for shim in $(grep -lsF -- "$dir/exec/" /proc/[0-9]*/cmdline | cut -d/ -f3); do
+        [[ "$(cat "/proc/$shim/comm" 2>/dev/null)" == containerd-shim* ]] || continue
+        children=$(cat /proc/"$shim"/task/*/children 2>/dev/null || true)
+        # shellcheck disable=SC2086
+        [ -z "$children" ] || kill -9 $children 2>/dev/null || true
+        kill -9 "$shim" 2>/dev/null || true
+    done
+    awk -v dir="$dir/" 'index($2, dir) == 1 { print $2 }' /proc/mounts | sort -r \
+        | while read -r mount; do umount -l "$mount" 2>/dev/null || true; done
 }
 
 down() {
@@ -112,5 +133,5 @@ case "${1:-}" in
     down) down "$2" ;;
     kill) crash "$2" ;;
     available) available ;;
-    *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -238,7 +238,14 @@ fn explain_pull(image: &str, registry: &str, words: &str) -> (FaultKind, String)
             ),
         );
     }
-    if has(&["manifest unknown", "not found", "no matching manifest", "name unknown"]) {
+    if has(&[
+        "manifest unknown",
+        "not found",
+        "no matching manifest",
+        "name unknown",
+        "manifest_unknown",
+        "name_unknown",
+    ]) {
         return (
             FaultKind::ImageMissing,
             format!("registry {registry} has no image {image} for this machine: {words}"),

@@ -116,12 +116,12 @@ impl Checker {
         let shutting_down = self.shutting_down;
         let Some(known) = self.existing(instance, "CancelLeases") else { return };
         known.cancelled = true;
-        let drained = known.closed_at.is_some_and(|at| now >= at + drain) && !known.open;
+        let noticed = known.closed_at.into_iter().chain(known.listed_at).min();
+        let drained = noticed.is_some_and(|at| now >= at + drain) && !known.open;
         let dead = known.told == Told::Gone || known.lost;
         let excused = forced.contains(&known.model) || drained || dead || shutting_down;
-        let closed_at = known.closed_at;
         self.require(excused || machine.in_flight(instance) == 0, || {
-            format!("leases of {instance} are cancelled before drain_timeout ({closed_at:?})")
+            format!("leases of {instance} are cancelled before drain_timeout ({noticed:?})")
         });
     }
 
@@ -159,7 +159,7 @@ impl Checker {
         self.require(!lost || what == Move::Stop, || {
             format!("{what:?} of {instance}, whose runtime is lost")
         });
-        let ended = self.ended.contains(&swap);
+        let ended = self.ended.contains(&swap) && what != Move::Stop;
         self.require(!ended, || format!("{what:?} of {instance} for {swap}, which has ended"));
         self.profiling_is_alone(what, instance);
     }
@@ -196,19 +196,35 @@ impl Checker {
         (model, gpus, footprint): (&ModelName, &[GpuId], Option<Bytes>),
         machine: &Machine,
     ) {
+        self.second_try(swap, instance, model);
         let Some(known) = self.existing(instance, "StartInstance") else { return };
-        let ready = known.preflight && known.fetched && known.gpus == gpus && known.model == *model;
-        self.require(ready, || {
-            format!("{instance} starts without preflight and fetch, or elsewhere than planned")
-        });
+        let ready = known.preflight && known.fetched && known.model == *model;
+        known.gpus = gpus.to_vec();
+        self.require(ready, || format!("{instance} starts without preflight and fetch"));
         self.begin_move(Move::Start, swap, instance);
         self.start_is_wanted(instance, model);
         self.start_fits(instance, gpus, footprint, machine);
         self.live.insert(instance);
         if let Some(known) = self.insts.get_mut(&instance) {
             known.footprint = footprint;
+            known.started_for = Some(swap);
             known.told = Told::Starting;
             known.profiling = known.spec.engine == EngineKind::Vllm && !known.gpus.is_empty();
+        }
+    }
+
+    /// The one retry inside a swap is a new instance; what was checked and fetched still counts.
+    fn second_try(&mut self, swap: SwapId, instance: InstanceId, model: &ModelName) {
+        let first = self.insts.values().find(|known| {
+            known.start_failed && known.started_for == Some(swap) && known.model == *model
+        });
+        if let (None, Some(first)) = (self.insts.get(&instance), first) {
+            let known = Known {
+                preflight: true,
+                fetched: true,
+                ..Known::new(model, first.spec.clone(), &[])
+            };
+            self.insts.insert(instance, known);
         }
     }
 
@@ -216,9 +232,9 @@ impl Checker {
         self.require(!self.shutting_down, || format!("{model} starts during shutdown"));
         let up = |id: &&InstanceId| {
             let other = &self.insts[*id];
-            **id != instance && other.told != Told::Preparing && !other.spec.is_external()
+            **id != instance && other.told != Told::Preparing && !other.gpus.is_empty()
         };
-        let external = self.insts[&instance].spec.is_external();
+        let on_gpu = !self.insts[&instance].gpus.is_empty();
         let others = self.live.iter().filter(up).count();
         let twin = self.live.iter().find(|&&id| {
             let other = &self.insts[&id];
@@ -227,7 +243,7 @@ impl Checker {
         let twin = twin.copied();
         self.require(twin.is_none(), || format!("{model} starts beside its ready {twin:?}"));
         if let Some(most) = self.models_max()
-            && !external
+            && on_gpu
         {
             self.require(others < most, || {
                 format!("{model} starts beside {others} others, {most} may be up at once")
@@ -260,13 +276,12 @@ impl Checker {
     fn stop(&mut self, swap: SwapId, instance: InstanceId, machine: &Machine) {
         self.counts.stops += 1;
         let Some(known) = self.existing(instance, "StopInstance") else { return };
-        let fine = known.told != Told::Gone || known.start_failed;
         let was_up = !matches!(known.told, Told::Gone | Told::Preparing);
         if known.told != Told::Gone {
             known.told = Told::Stopping;
         }
         known.profiling = false;
-        self.require(fine, || format!("{instance} is stopped, but is gone"));
+        // Also of one that died: something may be left of it.
         self.begin_move(Move::Stop, swap, instance);
         if was_up {
             self.idle(instance, machine, "stopped");
@@ -375,7 +390,10 @@ impl Checker {
             Refusal::UnknownModel => spec.is_none(),
             Refusal::Removed => spec.is_none(),
             // Under notice it takes no one new.
-            Refusal::NotLoaded => self.ready(model).is_none_or(|id| !self.insts[&id].open),
+            Refusal::NotLoaded => self.ready(model).is_none_or(|id| {
+                let known = &self.insts[&id];
+                !known.open || known.in_flight >= self.concurrency(known)
+            }),
             Refusal::CannotFit { .. } => self.may_never_fit(spec.as_deref()),
             Refusal::StartFailed { retry_at, .. } => {
                 self.failed_models.contains(model) && *retry_at >= Time(now)

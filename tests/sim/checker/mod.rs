@@ -55,6 +55,9 @@ pub struct Known {
     pub fetched: bool,
     pub open: bool,
     pub closed_at: Option<u64>,
+    /// First named as the one that leaves.
+    pub listed_at: Option<u64>,
+    pub started_for: Option<SwapId>,
     pub cancelled: bool,
     pub lost: bool,
     /// Its start failed: the scheduler may still make sure that nothing is left.
@@ -502,6 +505,8 @@ impl Known {
             fetched: false,
             open: false,
             closed_at: None,
+            listed_at: None,
+            started_for: None,
             cancelled: false,
             lost: false,
             start_failed: false,

@@ -18,6 +18,13 @@ impl Checker {
             self.follows(&before, record);
         }
         self.evictions(record);
+        let leaves = (record.kind == SwapKind::Unload).then_some(record.instance).flatten();
+        let victims = record.evicted.iter().map(|evicted| evicted.instance);
+        for leaver in victims.chain(leaves).collect::<Vec<_>>() {
+            if let Some(known) = self.insts.get_mut(&leaver) {
+                known.listed_at.get_or_insert(now);
+            }
+        }
         if record.ended.is_some() {
             self.swaps.remove(&id);
             self.ended.insert(id);

@@ -8,14 +8,13 @@ use std::time::Duration;
 use wharf::config::catalog::*;
 use wharf::orchestrator::Handle;
 use wharf::orchestrator::View;
-use wharf::orchestrator::puppet::Puppet;
+use wharf::orchestrator::handle::Message;
 use wharf::orchestrator::view::{GpuFacts, Health as PartHealth, ModelFacts};
-use wharf::runtime::{Foreign, ProgressNow};
+use wharf::runtime::{Endpoint, Foreign, ProgressNow};
 use wharf::scheduler::event::{Fault, FaultKind, GpuMemory, Holder};
 use wharf::scheduler::record::*;
 use wharf::units::*;
 
-pub const AGE: Duration = Duration::from_secs(1000);
 /// Ready, two requests in flight.
 pub const MISTRAL: &str = "mistral";
 /// Starting; two requests wait.
@@ -169,6 +168,7 @@ pub fn ended_swap(id: u64, model: &str, evicted: &[&str], outcome: SwapOutcome) 
     }
 }
 
+/// Its times lie ahead of the owner's clock, which begins with each test: ages since them are 0.
 pub fn view() -> View {
     let under_way = SwapRecord {
         ended: None,
@@ -218,6 +218,7 @@ pub fn view() -> View {
             },
         )]),
         gpus: vec![gpu()],
+        gpu_measured: true,
         gpu_health: PartHealth { ok: true, detail: "simulated".to_owned() },
         docker_health: None,
         foreign: vec![Foreign {
@@ -232,7 +233,7 @@ pub fn view() -> View {
 fn facts() -> BTreeMap<ModelName, ModelFacts> {
     let mistral = ModelFacts {
         loaded_at: Some(Time(900_000)),
-        uptime_before: Duration::from_secs(3500),
+        uptime_before: Duration::from_secs(3600),
         requests_before: 40,
         starts: 2,
         endpoint: Some("http://127.0.0.1:18051".to_owned()),
@@ -277,16 +278,26 @@ fn gpu() -> GpuFacts {
     }
 }
 
-/// The world of [`view`], with mistral's gate open and two requests in flight on it.
-pub fn world() -> (Puppet, Vec<wharf::orchestrator::Lease>) {
-    let puppet = Puppet::new(three_models(), AGE);
-    Puppet::publish(&puppet.handle, view());
-    let leases = two_leases(&puppet.handle);
-    (puppet, leases)
+/// An orchestrator whose owner is the test.
+pub struct Puppet {
+    pub handle: Handle,
+    /// What the owner would receive.
+    pub inbox: tokio::sync::mpsc::UnboundedReceiver<Message>,
 }
 
-fn two_leases(handle: &Handle) -> Vec<wharf::orchestrator::Lease> {
-    let name = ModelName::new(MISTRAL);
-    let gate = Puppet::open_gate(handle, &name, InstanceId(7), "http://127.0.0.1:18051", 8);
-    (0..2).map(|_| gate.try_lease().expect("an open gate")).collect()
+impl Puppet {
+    pub fn new(catalog: Catalog) -> Puppet {
+        let (handle, inbox) = Handle::for_tests(Arc::new(catalog));
+        Puppet { handle, inbox }
+    }
+}
+
+/// The world of [`view`], with mistral's gate open and two requests in flight on it.
+pub fn world() -> (Puppet, Vec<wharf::orchestrator::Lease>) {
+    let puppet = Puppet::new(three_models());
+    puppet.handle.publish_for_tests(view());
+    let endpoint = Endpoint { base: "http://127.0.0.1:18051".to_owned(), api_key: None };
+    let gate = puppet.handle.gate_for_tests(InstanceId(7), &ModelName::new(MISTRAL), endpoint, 8);
+    let leases = (0..2).map(|_| gate.try_lease().expect("an open gate")).collect();
+    (puppet, leases)
 }
