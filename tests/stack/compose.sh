@@ -123,7 +123,7 @@ PY
 # The engines are siblings on the stack's own network, and nothing of them is published.
 published=$(engines --format '{{.Names}} {{.Ports}}' | grep -- '->' || true)
 [ -z "$published" ] || fail "an engine is published: $published"
-engines --format '{{.Names}}' | grep -q '^wharf-coder-' || fail "coder's container is not on the stack's network"
+engines --format '{{.Names}}' | grep -q '^wharf-llava-' || fail "llava's container is not on the stack's network"
 
 # 5. Prometheus, as a user without rights, reads the key and scrapes.
 query() { curl -s -m 5 -G "http://127.0.0.1:$PROMETHEUS_PORT/api/v1/query" --data-urlencode "query=$1"; }
