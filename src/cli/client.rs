@@ -27,7 +27,8 @@ pub const EXIT_CODES: &str = "Exit codes: 0 done; 1 unexpected; 2 wrong use; \
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Connection {
-    /// Where the orchestrator listens. A key, where one is needed, is read from WHARF_KEY
+    /// Where the orchestrator listens. A key, where one is needed, is read from WHARF_KEY, or from
+    /// the file that WHARF_KEY_FILE names
     #[arg(long, env = "WHARF_URL", default_value = "http://127.0.0.1:8888", value_name = "URL")]
     pub url: String,
     /// Print the answer as JSON
@@ -74,6 +75,21 @@ pub fn finish(result: Result<(), Failure>, json: bool) -> ExitCode {
     ExitCode::from(failure.code())
 }
 
+/// From WHARF_KEY, else from the file that `serve --key-file` made. A file that is not there yet
+/// is no error: Wharf may need no key.
+fn key() -> Result<Option<String>, Failure> {
+    let given = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    if let Some(key) = given("WHARF_KEY") {
+        return Ok(Some(key));
+    }
+    let Some(path) = given("WHARF_KEY_FILE") else { return Ok(None) };
+    match std::fs::read_to_string(&path) {
+        Ok(key) => Ok(Some(key.trim().to_owned()).filter(|key| !key.is_empty())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Failure::Usage(format!("failed to read WHARF_KEY_FILE {path}: {error}"))),
+    }
+}
+
 /// The control API of one Wharf.
 #[derive(Debug)]
 pub struct Client {
@@ -98,7 +114,7 @@ impl Client {
         connector.set_nodelay(true);
         Ok(Client {
             base: base.to_owned(),
-            key: std::env::var("WHARF_KEY").ok().filter(|key| !key.is_empty()),
+            key: key()?,
             http: HttpClient::builder(TokioExecutor::new()).build(connector),
         })
     }

@@ -33,6 +33,9 @@ pub struct ServeArgs {
     /// Accept the key in this file, with every scope; made at first start if it is not there.
     #[arg(long, env = "WHARF_KEY_FILE")]
     pub key_file: Option<PathBuf>,
+    /// A further name under which clients may reach Wharf, beside `hosts`; repeatable.
+    #[arg(long = "host", env = "WHARF_HOSTS", value_delimiter = ',', value_name = "NAME")]
+    pub hosts: Vec<String>,
 }
 
 impl ServeArgs {
@@ -43,6 +46,7 @@ impl ServeArgs {
         if let Some(store) = &self.store {
             settings.store.clone_from(store);
         }
+        settings.hosts.extend(self.hosts.iter().cloned());
         if let Some(path) = &self.key_file {
             settings.auth.keys.push(ApiKey {
                 name: "key-file".to_owned(),

@@ -14,6 +14,9 @@ const BAR_CELLS: u64 = 24;
 pub struct Args {
     #[command(flatten)]
     pub connection: Connection,
+    /// Only ask whether Wharf can serve; needs no key. Exit code 0 if so, else 5
+    #[arg(long)]
+    pub health: bool,
 }
 
 pub async fn run(args: Args) -> ExitCode {
@@ -22,6 +25,9 @@ pub async fn run(args: Args) -> ExitCode {
 
 async fn status(args: &Args) -> Result<(), Failure> {
     let client = Client::new(&args.connection)?;
+    if args.health {
+        return health(&client, args.connection.json).await;
+    }
     let status = client.get("/status").await?;
     let gpus = match args.connection.json {
         true => Value::Null,
@@ -53,6 +59,25 @@ pub fn describe(base: &str, status: &Value, gpus: &Value) -> String {
         }
     }
     told
+}
+
+/// For health checks of containers and load balancers.
+async fn health(client: &Client, json: bool) -> Result<(), Failure> {
+    match client.get("/health").await {
+        Ok(body) => {
+            client::show(&body, json, |body| text(&body["status"]));
+            Ok(())
+        }
+        Err(Failure::Refused { status, body, .. }) => {
+            let failed = body.as_object().into_iter().flatten();
+            let failed = failed.filter(|(_, part)| part["status"] == "failed");
+            let parts: Vec<String> =
+                failed.map(|(name, part)| format!("{name}: {}", text(&part["detail"]))).collect();
+            let message = format!("{}: {}", text(&body["status"]), parts.join("; "));
+            Err(Failure::Refused { status, message, body })
+        }
+        Err(failure) => Err(failure),
+    }
 }
 
 fn models(status: &Value) -> String {

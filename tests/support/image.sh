@@ -17,7 +17,8 @@ libraries() { ldd "$1" 2>/dev/null | sed -nE 's/^.*(=> |\t)(\/[^ ]+) \(0x.*$/\2/
 add() {
     local root=$1 file=$2
     mkdir -p "$root$(dirname "$file")"
-    cp -Lr "$file" "$root$file"
+    # -T: the folder may be there already, made for a library in it.
+    cp -LrT "$file" "$root$file"
 }
 
 add_libraries() {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use bollard::models::{
-    ContainerCreateBody, DeviceRequest, HostConfig, HostConfigLogConfig, PortBinding,
+    ContainerCreateBody, DeviceRequest, HealthConfig, HostConfig, HostConfigLogConfig, PortBinding,
     ResourcesUlimits, RestartPolicy, RestartPolicyNameEnum,
 };
 
@@ -102,6 +102,12 @@ pub fn body(
         labels: Some(labels_of(spec, docker)),
         exposed_ports: publish.then(|| vec![port]),
         stop_signal: Some(spec.model.stop.signal.clone()),
+        // Wharf asks the engine itself. An image's own check would go on beside it, and tools that
+        // restart what is "unhealthy" would take the engine out of Wharf's hands.
+        healthcheck: Some(HealthConfig {
+            test: Some(vec!["NONE".to_owned()]),
+            ..HealthConfig::default()
+        }),
         host_config: Some(host_config),
         ..ContainerCreateBody::default()
     }

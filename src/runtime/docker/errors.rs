@@ -50,7 +50,7 @@ pub fn fault(host: &str, what: &str, error: &Error) -> Fault {
         (Error::RequestTimeoutError, _) => format!("Docker at {host} did not answer in time"),
         (Error::SocketNotFoundError(_), _) | (_, Some(io::ErrorKind::NotFound)) => format!(
             "Docker is not there: no socket at {host}. Is it installed and started \
-             (`systemctl start docker`)? Another place: DOCKER_HOST or `docker_host`"
+             (`systemctl start docker`)? Another place: DOCKER_HOST or `docker: {{ host }}`"
         ),
         (_, Some(io::ErrorKind::PermissionDenied)) => format!(
             "may not use Docker at {host}: permission denied. Add this user to the group of the \
