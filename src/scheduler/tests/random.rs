@@ -160,6 +160,9 @@ fn random_day(seed: u64) {
     }
     let view = sim.scheduler.view(sim.now);
     assert_eq!(view.queued, 0, "seed {seed}");
+    if !view.swaps.is_empty() {
+        sim.print_log();
+    }
     assert!(view.swaps.is_empty(), "seed {seed}: {:#?}", view.swaps);
     for model in base.models.keys() {
         assert_served(&mut sim, model.as_str(), seed);
