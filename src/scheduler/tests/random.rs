@@ -104,6 +104,7 @@ fn mishap(sim: &mut Sim, dice: &mut Dice, model: &str, base: &Catalog) {
             }
             sim.send(Event::CatalogChanged(Arc::new(changed)));
         }
+        9 if dice.one_in(2) => sim.sneaks += 3,
         9 => sim.lag = Duration::from_millis(dice.roll(3000)),
         10 => {
             let kinds = [EnsureKind::Ensure, EnsureKind::Load, EnsureKind::Warmup];
