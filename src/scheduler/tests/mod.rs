@@ -1,6 +1,9 @@
 //! What users rely on, told with a small scripted machine.
 
 mod config;
+mod control;
+mod fairness;
+mod faults;
 mod random;
 mod swaps;
 mod world;
