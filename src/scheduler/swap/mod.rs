@@ -75,7 +75,7 @@ impl Swap {
     /// Whether it keeps its GPUs from others.
     pub fn claims(&self, now: Time) -> bool {
         let slow = self.phase == Phase::Fetch && now.since(self.since) >= FETCH_CLAIM;
-        self.placed || (self.planned && !slow)
+        self.placed || (self.planned && self.phase < Phase::Drain && !slow)
     }
 
     pub fn has_victim(&self, id: InstanceId) -> bool {
