@@ -28,15 +28,8 @@ async fn there_and_back(daemon: &Daemon, models: &str) {
         );
     }
     // The daemon's own account: each is gone before the next begins.
-    let wanted = [
-        "start ada",
-        "die ada",
-        "destroy ada",
-        "start bob",
-        "die bob",
-        "destroy bob",
-        "start ada",
-    ];
+    let wanted =
+        ["start ada", "die ada", "destroy ada", "start bob", "die bob", "destroy bob", "start ada"];
     scene.until("all is reported", |scene| scene.events.seen().len() >= wanted.len()).await;
     let seen = scene.events.seen();
     let order: Vec<&str> = seen.iter().map(|(_, event)| event.as_str()).collect();
@@ -108,8 +101,7 @@ async fn over_tcp_too() {
 #[tokio::test]
 async fn no_more_leaves_than_must() {
     let Some(daemon) = Daemon::given("WHARF_TEST_DOCKER", "packing in Docker") else { return };
-    let models =
-        ["ada", "bob", "cyd"].map(|name| standin(name, "11GiB", "--load 100ms")).concat();
+    let models = ["ada", "bob", "cyd"].map(|name| standin(name, "11GiB", "--load 100ms")).concat();
     let daemon = daemon.with_standin();
     let scene = Scene::open(daemon, &settings(daemon, "on_exit: stop"), &models, &[]).await;
     for name in ["ada", "bob", "ada", "bob"] {

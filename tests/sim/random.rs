@@ -420,7 +420,8 @@ fn probes(scenario: &Scenario) -> Vec<ModelName> {
     let able = |spec: &&Arc<ModelSpec>| {
         !shut
             && last.settings.queue.timeout >= Duration::from_secs(300)
-            && (!pinned || !on_gpu(spec)) && fits(last, &scenario.gpus, spec) == Some(true)
+            && (!pinned || !on_gpu(spec))
+            && fits(last, &scenario.gpus, spec) == Some(true)
     };
     last.models.values().filter(able).map(|spec| spec.name.clone()).collect()
 }

@@ -214,7 +214,7 @@ impl Checker {
         self.live.insert(instance);
         if let Some(known) = self.insts.get_mut(&instance) {
             known.footprint = footprint;
-                        known.told = Told::Starting;
+            known.told = Told::Starting;
             known.profiling = known.spec.engine == EngineKind::Vllm && !known.gpus.is_empty();
         }
     }
