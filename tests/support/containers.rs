@@ -155,6 +155,20 @@ impl Scene {
         assert!(answer.is_from(model), "{answer:?}\n{}", self.world.log());
     }
 
+    /// The same for a model that may still be backing off.
+    pub async fn until_answers(&self, model: &str) {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            let answer = self.world.server.talk.chat(model, false, &[]).await.unwrap();
+            if answer.is_from(model) {
+                return;
+            }
+            assert_eq!(answer.status, 503, "{answer:?}");
+            assert!(Instant::now() < end, "{answer:?}\n{}", self.world.log());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
     /// Status and whole body, as an OpenAI client gets them.
     pub async fn ask(&self, model: &str) -> (u16, Value) {
         let mut talk = self.world.server.talk.clone();
