@@ -4,6 +4,7 @@ mod config;
 mod control;
 mod fairness;
 mod faults;
+mod look;
 mod random;
 mod swaps;
 mod world;

@@ -143,6 +143,7 @@ fn random_day(seed: u64) {
     }
     // The faults stop; what runs ends within a minute; everybody gets their answer.
     sim.faults = Faults::default();
+    sim.sneaks = 0;
     sim.strangers.clear();
     sim.heal();
     sim.send(Event::CatalogChanged(Arc::new(base.clone())));
