@@ -61,8 +61,9 @@ fi
 
 step unit cargo test --locked --lib
 step simulation cargo test --locked --test sim -- --nocapture
-for file in tests/*.rs; do
-    name=$(basename "$file" .rs)
+for file in tests/*.rs tests/*/main.rs; do
+    name=$(basename "${file%/main.rs}" .rs)
+    [ "$name" != sim ] || continue
     step "$name" cargo test --locked --test "$name" -- --nocapture
 done
 

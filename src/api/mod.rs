@@ -24,6 +24,7 @@ use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
 
 pub use health::answer as health_answer;
+pub use read::status_of as status_answer;
 
 /// State of every handler.
 #[derive(Clone, Debug)]

@@ -13,6 +13,7 @@ use super::extract::PathText;
 use super::render::{self, Snapshot};
 use super::{Api, health, ledger, machine, name};
 use crate::gateway::reject::Reject;
+use crate::orchestrator::Handle;
 use crate::orchestrator::view::LEDGER_ROWS_MAX;
 use crate::scheduler::record::SwapRecord;
 
@@ -27,8 +28,13 @@ pub async fn health(State(api): State<Api>) -> Response {
 }
 
 pub async fn status(State(api): State<Api>) -> Json<Value> {
-    let at = Snapshot::of(&api.handle);
-    Json(render::status(&at, health::is_healthy(&at)))
+    Json(status_of(&api.handle))
+}
+
+/// `GET /status` of both listeners.
+pub fn status_of(handle: &Handle) -> Value {
+    let at = Snapshot::of(handle);
+    render::status(&at, health::is_healthy(&at))
 }
 
 pub async fn models(State(api): State<Api>) -> Json<Value> {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::catalog::{ApiKey, Catalog, Scope};
 use crate::config::{Loaded, Report};
@@ -60,6 +61,7 @@ impl ServeArgs {
 }
 
 pub async fn run(args: ServeArgs) -> anyhow::Result<()> {
+    allow_many_connections();
     let path = config::path(args.config.clone());
     let loaded = config::load(&path)?;
     warn_of(&path, &loaded);
@@ -78,6 +80,15 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<()> {
         Ok(loaded.catalog)
     };
     app::run(catalog, reload).await
+}
+
+/// Each request in flight holds two descriptors; the usual soft limit of 1024 is soon reached.
+fn allow_many_connections() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files could not be raised");
+    }
 }
 
 /// What `wharf check` would say beside errors.

@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 
 use super::reject::Reject;
 use super::{Gateway, admit, auth};
+use crate::api;
 use crate::config::catalog::{ModelSpec, Scope};
 use crate::orchestrator::{Handle, View};
-use crate::scheduler::record::{ResidencyView, SwapRecord};
-use crate::units::{ModelName, Time};
+use crate::units::Time;
 
 #[derive(Deserialize)]
 pub struct Listing {
@@ -86,25 +86,11 @@ fn created(handle: &Handle) -> u64 {
 
 /// 200 only if requests can be served. Open without a key: probes have none.
 pub async fn health(State(gateway): State<Arc<Gateway>>) -> Response {
-    let handle = &gateway.handle;
-    let view = handle.view();
-    let gpu_ok = view.gpu_health.ok && view.scheduler.no_proof.is_none();
-    let docker_ok = view.docker_health.as_ref().is_none_or(|docker| docker.ok);
-    let ok = handle.is_alive() && gpu_ok && docker_ok;
-    let gpu_detail = view.scheduler.no_proof.as_ref().unwrap_or(&view.gpu_health.detail);
-    let mut body = json!({
-        "status": if ok { "ok" } else { "unhealthy" },
-        "gateway": { "ok": true },
-        "orchestrator": { "ok": handle.is_alive() },
-        "gpu": { "ok": gpu_ok, "detail": gpu_detail },
-    });
-    if let Some(docker) = &view.docker_health {
-        body["docker"] = json!(docker);
+    let (status, body) = api::health_answer(&gateway.handle).await;
+    match status {
+        StatusCode::OK => Json(body).into_response(),
+        _ => (status, [(header::RETRY_AFTER, "5")], Json(body)).into_response(),
     }
-    if ok {
-        return Json(body).into_response();
-    }
-    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "5")], Json(body)).into_response()
 }
 
 pub async fn status(
@@ -113,55 +99,9 @@ pub async fn status(
 ) -> Result<Response, Reject> {
     let catalog = gateway.handle.catalog();
     auth::authorize(&catalog.settings, &headers, Scope::Read)?;
-    let view = gateway.handle.view();
-    let gates = gateway.handle.gates();
-    let ready: Vec<&ModelName> = view
-        .scheduler
-        .models
-        .iter()
-        .filter(|model| model.residency == ResidencyView::Ready)
-        .map(|model| &model.name)
-        .collect();
-    let models: Vec<Value> = view
-        .scheduler
-        .models
-        .iter()
-        .map(|model| {
-            json!({
-                "model": model.name,
-                "state": model.residency.as_str(),
-                "in_flight": gates.get(&model.name).map_or(0, |gate| gate.in_flight()),
-                "queued": model.queue.len(),
-                "ready_in_seconds": model.ready_in.map(|left| left.as_secs_f64()),
-                "waiting_for": model.waiting_for,
-            })
-        })
-        .collect();
-    let swaps: Vec<Value> = view.scheduler.swaps.iter().map(|swap| swap_row(swap, &view)).collect();
-    let body = json!({
-        "status": "running",
-        "current_models": ready,
-        "queued": view.scheduler.queued,
-        "models": models,
-        "swaps": swaps,
-        "body_bytes": gateway.bodies.in_use(),
-    });
+    let mut body = api::status_answer(&gateway.handle);
+    body["body_bytes"] = json!(gateway.bodies.in_use());
     Ok(Json(body).into_response())
-}
-
-fn swap_row(swap: &SwapRecord, view: &View) -> Value {
-    let progress = view.progress_of(&swap.model);
-    let estimate = view.model(&swap.model).and_then(|model| model.ready_in);
-    json!({
-        "swap_id": swap.id.to_string(),
-        "model": swap.model,
-        "cause": swap.cause,
-        "phase": swap.phase.map(|(phase, _)| phase.as_str()),
-        "stage": progress.map(|progress| &progress.stage),
-        "progress": progress.and_then(|progress| progress.fraction),
-        "seconds": view.at.since(swap.began).as_secs_f64(),
-        "ready_in_seconds": estimate.map(|left| left.as_secs_f64()),
-    })
 }
 
 pub async fn metrics(

@@ -8,8 +8,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
+use crate::config::catalog::{Catalog, RuntimeSpec};
 use crate::scheduler::event::Event;
 use crate::units::Time;
 
@@ -36,7 +38,10 @@ impl Journal {
     }
 
     pub fn append(&mut self, now: Time, event: &Event) {
-        let Ok(mut line) = serde_json::to_vec(&(now, event)) else { return };
+        let masked = without_environments(event);
+        let Ok(mut line) = serde_json::to_vec(&(now, masked.as_ref().unwrap_or(event))) else {
+            return;
+        };
         line.push(b'\n');
         if self.dropped > 0 {
             let gap = format!("{{\"dropped\":{}}}\n", self.dropped).into_bytes();
@@ -51,6 +56,21 @@ impl Journal {
             Err(TrySendError::Full(_)) => self.dropped += 1,
         }
     }
+}
+
+/// Environments hold tokens; the scheduler never reads them.
+fn without_environments(event: &Event) -> Option<Event> {
+    let Event::CatalogChanged(catalog) = event else { return None };
+    let mut catalog = Catalog::clone(catalog);
+    for spec in catalog.models.values_mut() {
+        let spec = Arc::make_mut(spec);
+        match &mut spec.runtime {
+            RuntimeSpec::Docker(docker) => docker.env.clear(),
+            RuntimeSpec::Process(process) => process.env.clear(),
+            RuntimeSpec::External(_) => {}
+        }
+    }
+    Some(Event::CatalogChanged(Arc::new(catalog)))
 }
 
 fn write_all(dir: &Path, pending: &Receiver<Vec<u8>>) {

@@ -243,6 +243,12 @@ impl Owner {
 
     /// What the owner must know of an effect's end before the scheduler acts on it.
     pub(super) fn effect(&mut self, event: Event) {
+        if let Event::InstanceDied { instance, .. } = &event
+            && self.instances.get(instance).is_none_or(|live| live.stopping)
+        {
+            // It was told to end; `MoveDone` says so.
+            return;
+        }
         match &event {
             Event::MoveDone { instance, done, .. } => self.before_move_done(*instance, done),
             Event::InstanceDied { instance, fault } => self.before_death(*instance, fault),
@@ -322,9 +328,6 @@ impl Owner {
     fn before_death(&mut self, instance: InstanceId, fault: &Fault) {
         let now = self.effects.now();
         let Some(live) = self.instances.get(&instance) else { return };
-        if live.stopping {
-            return;
-        }
         let (spec, running) = (Arc::clone(&live.spec), peek(&live.slot));
         tracing::error!(model = %spec.name, %instance, "{}", fault.message);
         self.unpublish_gate(instance);

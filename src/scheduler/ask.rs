@@ -240,8 +240,7 @@ impl Scheduler {
             .values()
             .filter_map(|i| {
                 let fault = i.trouble.as_ref()?;
-                let swap = i.moving.map(|m| m.swap).unwrap_or(SwapId(i.id.0));
-                Some((i.id, refusal_of(Some(swap), fault, i.stop_retry.unwrap_or(now))))
+                Some((i.id, refusal_of(i.stopped_by, fault, i.stop_retry.unwrap_or(now))))
             })
             .collect();
         for (instance, refusal) in stuck {

@@ -82,7 +82,9 @@ impl Attempt<'_> {
             .filter(|i| i.model != self.candidate.spec.name)
             .filter_map(|i| may_leave(i).map(|leaves| (i, leaves)))
             .map(|(i, leaves)| {
-                let sleeps = asleep && i.is_ready() && i.can_sleep().is_some();
+                // What a sleeper keeps on a GPU of unknown size cannot be known either.
+                let blind = i.gpus.iter().any(|&g| s.is_blind(g));
+                let sleeps = asleep && i.is_ready() && !blind && i.can_sleep().is_some();
                 (i, leaves, sleeps)
             })
             .collect();

@@ -6,12 +6,12 @@
 //! taken after the stop or sleep completed.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use super::Scheduler;
 use super::action::Action;
-use super::event::{Fault, FaultKind, GpuMemory, MemorySample, NoProof};
-use super::residency::{Instance, MoveKind, Release};
+use super::event::{GpuMemory, MemorySample, NoProof};
+use super::proof::own_bytes;
+use super::residency::{Instance, MoveKind};
 use crate::config::catalog::{EngineKind, GpuRequest, ModelSpec, Vram};
 use crate::units::{Bytes, GpuId, InstanceId, Time};
 
@@ -21,7 +21,7 @@ pub(super) const UNSEEN: GpuId = GpuId(u16::MAX);
 /// On top of a learned footprint.
 const LEARNED_MARGIN_PERCENT: u64 = 5;
 /// Smallest difference in used bytes that can mean anything (driver bookkeeping moves that much).
-const SLACK_MIN: Bytes = Bytes::mib(64);
+pub(super) const SLACK_MIN: Bytes = Bytes::mib(64);
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Memory {
@@ -248,160 +248,6 @@ impl Scheduler {
         self.memory.unlisted.extend(quiet);
     }
 
-    fn prove_releases(&mut self) {
-        let ids: Vec<InstanceId> =
-            self.instances.values().filter(|i| i.release.is_some()).map(|i| i.id).collect();
-        for id in ids {
-            if self.is_release_proven(id) {
-                self.released(id);
-            }
-        }
-    }
-
-    fn is_release_proven(&self, id: InstanceId) -> bool {
-        let Some(instance) = self.instances.get(&id) else { return false };
-        let (Some(release), Some(sample)) = (&instance.release, &self.memory.sample) else {
-            return false;
-        };
-        if !self.must_prove(instance) {
-            return true;
-        }
-        sample.taken_at > release.since
-            && instance.gpus.iter().all(|&gpu| {
-                self.is_blind(gpu)
-                    || self.sampled(gpu).is_some_and(|m| self.is_released_on(instance, release, m))
-            })
-    }
-
-    fn is_released_on(&self, instance: &Instance, release: &Release, gpu: &GpuMemory) -> bool {
-        let held = instance.held();
-        let slack = SLACK_MIN.max(Bytes(held.0 / 20));
-        let own = own_bytes(instance, gpu);
-        if own > release.keep + if release.keep > Bytes::ZERO { slack } else { Bytes::ZERO } {
-            return false;
-        }
-        if own > Bytes::ZERO {
-            return true;
-        }
-        let used = gpu.total - gpu.free;
-        let strangers: Bytes = self.stranger_bytes(gpu);
-        let unlisted = self.memory.unlisted.get(&gpu.gpu).copied().unwrap_or_default();
-        let others: Bytes = self
-            .instances
-            .values()
-            .filter(|i| i.id != instance.id)
-            .map(|i| {
-                let listed = own_bytes(i, gpu);
-                let settled = i.release.is_none() || i.trouble.is_some();
-                if listed > Bytes::ZERO || i.is_unvouched() || !settled {
-                    listed
-                } else {
-                    self.promise_on(i, gpu.gpu)
-                }
-            })
-            .sum();
-        let back_to = |before: &Bytes| gpu.free + slack >= *before + (held - release.keep);
-        used <= others + strangers + unlisted + release.keep + slack
-            || release.free_before.get(&gpu.gpu).is_some_and(back_to)
-    }
-
-    /// Listed bytes of processes that are none of ours.
-    fn stranger_bytes(&self, gpu: &GpuMemory) -> Bytes {
-        let ours = |pid: u32| self.instances.values().any(|i| i.pids.contains(&pid));
-        gpu.holders.iter().filter(|h| h.instance.is_none() && !ours(h.pid)).map(|h| h.bytes).sum()
-    }
-
-    /// Where memory cannot be read, the end of the process is the proof.
-    pub(super) fn must_prove(&self, instance: &Instance) -> bool {
-        self.world.proof
-            && instance.promise.is_some()
-            && instance.gpus.iter().any(|&gpu| !self.is_blind(gpu))
-    }
-
-    /// Starts to wait for the bytes of an instance that stopped or fell asleep.
-    pub(super) fn expect_release(&mut self, id: InstanceId, keep: Bytes, began: Time) {
-        let Some(instance) = self.instances.get(&id) else { return };
-        let gpus = instance.gpus.clone();
-        let free_before = gpus
-            .iter()
-            .filter_map(|&gpu| Some((gpu, self.sampled(gpu)?.free)))
-            .filter(|_| self.memory.sample.as_ref().is_some_and(|s| s.taken_at <= began))
-            .collect();
-        let now = self.now;
-        if let Some(instance) = self.instances.get_mut(&id) {
-            instance.release = Some(Release { since: now, keep, free_before, began });
-        }
-        self.memory_changed(&gpus);
-        let proven = self.instances.get(&id).is_some_and(|i| !self.must_prove(i));
-        if proven {
-            self.released(id);
-        }
-    }
-
-    /// The release is proven: the promise ends (or shrinks to the residue).
-    fn released(&mut self, id: InstanceId) {
-        let Some(instance) = self.instances.get_mut(&id) else { return };
-        let Some(release) = instance.release.take() else { return };
-        let (model, took) = (instance.model.clone(), self.now.since(release.began));
-        self.changes += 1;
-        if instance.is_sleeping() {
-            instance.promise = Some(release.keep);
-            instance.residue = release.keep;
-            instance.trouble = None;
-            self.learn_move(&model, MoveKind::Sleep, took);
-            return;
-        }
-        let was_up = instance.served;
-        if instance.trouble.is_some() {
-            let text = format!("memory of {model} ({id}) came back after {} s", took.as_secs());
-            self.emit(Action::Notice { model: Some(model.clone()), text });
-        } else if was_up {
-            self.learn_move(&model, MoveKind::Stop, took);
-        }
-        self.instances.remove(&id);
-        self.answer_unloaded(id);
-        self.forget_removed(&model);
-    }
-
-    /// Releases that are late: their bytes stay promised and the holder is named.
-    pub(super) fn expire_releases(&mut self) {
-        let timeout = self.catalog.settings.swap.vram_timeout;
-        let late: Vec<InstanceId> = self
-            .instances
-            .values()
-            .filter(|i| i.trouble.is_none() && self.memory.no_proof.is_none())
-            .filter(|i| i.release.as_ref().is_some_and(|r| r.since + timeout <= self.now))
-            .map(|i| i.id)
-            .collect();
-        for id in late {
-            let fault = self.never_freed(id, timeout);
-            let Some(instance) = self.instances.get_mut(&id) else { continue };
-            let (model, text) = (instance.model.clone(), fault.message.clone());
-            if instance.is_sleeping() {
-                // It sleeps and keeps more than it should: take it away whole.
-                instance.release = None;
-                self.stop_sleeper(id);
-            } else {
-                instance.trouble = Some(fault);
-            }
-            self.changed();
-            self.emit(Action::Notice { model: Some(model), text });
-        }
-    }
-
-    fn never_freed(&self, id: InstanceId, waited: Duration) -> Fault {
-        let (model, gpus) = self
-            .instances
-            .get(&id)
-            .map_or((String::new(), Vec::new()), |i| (i.model.to_string(), i.gpus.clone()));
-        let message = format!(
-            "GPU memory of {model} was not freed within {} s of its end: {}",
-            waited.as_secs(),
-            self.holder_text(&gpus, Some(id))
-        );
-        Fault::new(FaultKind::VramNeverFreed, message)
-    }
-
     /// Who holds the memory: the instance's own processes if they are listed, else the largest
     /// holder that is none of ours.
     pub(super) fn holder_text(&self, gpus: &[GpuId], of: Option<InstanceId>) -> String {
@@ -473,16 +319,4 @@ pub(super) fn uses_gpu(spec: &ModelSpec) -> bool {
             GpuRequest::Count(n) => *n > 0,
             GpuRequest::Explicit(names) => !names.is_empty(),
         }
-}
-
-/// Bytes that processes of this instance are listed with.
-fn own_bytes(instance: &Instance, gpu: &GpuMemory) -> Bytes {
-    gpu.holders
-        .iter()
-        .filter(|h| match h.instance {
-            Some(id) => id == instance.id,
-            None => instance.pids.contains(&h.pid),
-        })
-        .map(|h| h.bytes)
-        .sum()
 }

@@ -11,7 +11,7 @@
 //! | `ask` | ensure, load, unload: one answer each |
 //! | `policy` | whose turn it is; who may be asked to leave |
 //! | `placement` | on which GPUs, and who has to leave for it |
-//! | `memory` | promises, samples, proof of release |
+//! | `memory`, `proof` | promises, samples; when a release counts as proven |
 //! | `swap/` | the way of a swap, phase by phase |
 //! | `gates` | when the gateway may serve by itself |
 #![deny(clippy::wildcard_enum_match_arm)]
@@ -27,6 +27,7 @@ mod lifecycle;
 mod memory;
 mod placement;
 mod policy;
+mod proof;
 mod queue;
 pub mod record;
 mod residency;

@@ -66,6 +66,9 @@ impl Scheduler {
                 let name = candidate.spec.name.clone();
                 self.refuse_queue(&name, &refusal);
                 self.refuse_asks(&name, &refusal);
+                if let Some(swap) = candidate.swap {
+                    self.cancel_swap(swap, "pinned models leave no room for it any more");
+                }
                 continue;
             }
             let urgent = candidate.urgency < Urgency::Normal;
@@ -333,7 +336,13 @@ impl Scheduler {
         let frees = instance.promise.unwrap_or_default() - keep;
         let back = seconds(self.bring_back(instance));
         let how = if sleeps { ", goes to sleep" } else { "" };
-        format!("{state}, cheapest to bring back ({back}), frees {frees} per GPU{how}")
+        let room = match instance.gpus.as_slice() {
+            [] => "frees a place".to_owned(),
+            gpus if gpus.iter().any(|&g| self.is_blind(g)) => "frees the GPU".to_owned(),
+            [_] => format!("frees {frees}"),
+            _ => format!("frees {frees} on each of {} GPUs", instance.gpus.len()),
+        };
+        format!("{state}, cheapest to bring back ({back}), {room}{how}")
     }
 
     /// Old instances of a model whose process may still be there: a new one would meet its name,

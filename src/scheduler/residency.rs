@@ -167,6 +167,8 @@ pub(super) struct Instance {
     pub release: Option<Release>,
     /// Why it can neither be stopped nor its memory be had back. Its promise stays.
     pub trouble: Option<Fault>,
+    /// The swap that stopped it last.
+    pub stopped_by: Option<SwapId>,
     pub stop_retry: Option<Time>,
     pub stop_tries: u32,
     pub gate: GateState,
@@ -201,6 +203,7 @@ impl Instance {
             stop_wanted: None,
             release: None,
             trouble: None,
+            stopped_by: None,
             stop_retry: None,
             stop_tries: 0,
             gate: GateState::default(),

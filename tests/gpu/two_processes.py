@@ -189,7 +189,7 @@ def take_turns(args, gateway, orchestrator, wharf):
         text = "answered" if is_right else f"{status}: {json.dumps(answer)}"
         print(f"{name}: {text} after {seconds:.2f} s", flush=True)
     swaps = call(orchestrator, "/swaps?limit=100")[1]["swaps"]
-    for swap in sorted(swaps, key=lambda swap: swap["id"]):
+    for swap in sorted(swaps, key=lambda swap: int(swap["id"][1:])):
         phases = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in swap["phases"].items())
         print(f"  {swap['id']} {swap['model']} {swap['result']}: {phases}")
     proofs = [swap["phases"]["prove"] for swap in swaps if swap["phases"].get("prove")]

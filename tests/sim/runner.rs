@@ -86,7 +86,31 @@ fn traced(seed: u64) -> String {
         text.push_str(line);
         text.push('\n');
     }
+    text.push_str(&view(&world));
     format!("{text}seed {seed} at {} ms: {failure}\n", world.now)
+}
+
+/// What the scheduler says of itself at the end.
+fn view(world: &World) -> String {
+    let view = world.scheduler.view(wharf::units::Time(world.now));
+    let mut text = String::new();
+    for model in view.models {
+        text.push_str(&format!(
+            "{} is {} since {} as {:?} on {:?}, {} queued: {}\n",
+            model.name,
+            model.residency.as_str(),
+            model.since.0,
+            model.instance.map(|id| id.0),
+            model.gpus.iter().map(|gpu| gpu.0).collect::<Vec<_>>(),
+            model.queue.len(),
+            model.waiting_for,
+        ));
+    }
+    for gpu in view.gpus {
+        let free = gpu.free.unwrap_or_default();
+        text.push_str(&format!("GPU {}: {} promised, {free} free\n", gpu.gpu, gpu.promised));
+    }
+    text
 }
 
 fn summary(world: &World) -> String {

@@ -75,7 +75,7 @@ impl Swap {
     /// Whether it keeps its GPUs from others.
     pub fn claims(&self, now: Time) -> bool {
         let slow = self.phase == Phase::Fetch && now.since(self.since) >= FETCH_CLAIM;
-        self.placed || (self.planned && !slow)
+        self.placed || (self.planned && self.phase < Phase::Drain && !slow)
     }
 
     pub fn has_victim(&self, id: InstanceId) -> bool {
@@ -379,7 +379,8 @@ impl Scheduler {
     }
 
     pub(super) fn watch(&mut self, id: SwapId) {
-        let Some(swap) = self.swaps.get_mut(&id).filter(|s| !s.watching) else { return };
+        let proof = self.world.proof;
+        let Some(swap) = self.swaps.get_mut(&id).filter(|s| proof && !s.watching) else { return };
         let gpus: Vec<GpuId> =
             swap.gpus.iter().copied().filter(|&g| g != super::memory::UNSEEN).collect();
         if gpus.is_empty() {

@@ -114,6 +114,7 @@ impl Scheduler {
         let now = self.now;
         let Some(instance) = self.instances.get_mut(&id) else { return };
         (instance.drain, instance.hold, instance.stop_retry) = (None, None, None);
+        instance.stopped_by = Some(swap);
         if !instance.is_stopping() {
             instance.enter(Residency::Stopping, now);
         }

@@ -104,6 +104,7 @@ fn mishap(sim: &mut Sim, dice: &mut Dice, model: &str, base: &Catalog) {
             }
             sim.send(Event::CatalogChanged(Arc::new(changed)));
         }
+        9 if dice.one_in(2) => sim.sneaks += 3,
         9 => sim.lag = Duration::from_millis(dice.roll(3000)),
         10 => {
             let kinds = [EnsureKind::Ensure, EnsureKind::Load, EnsureKind::Warmup];
@@ -142,6 +143,7 @@ fn random_day(seed: u64) {
     }
     // The faults stop; what runs ends within a minute; everybody gets their answer.
     sim.faults = Faults::default();
+    sim.sneaks = 0;
     sim.strangers.clear();
     sim.heal();
     sim.send(Event::CatalogChanged(Arc::new(base.clone())));
@@ -160,6 +162,9 @@ fn random_day(seed: u64) {
     }
     let view = sim.scheduler.view(sim.now);
     assert_eq!(view.queued, 0, "seed {seed}");
+    if !view.swaps.is_empty() {
+        sim.print_log();
+    }
     assert!(view.swaps.is_empty(), "seed {seed}: {:#?}", view.swaps);
     for model in base.models.keys() {
         assert_served(&mut sim, model.as_str(), seed);

@@ -9,7 +9,6 @@ use std::time::Duration;
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Action, Answer, Refusal};
 use crate::scheduler::event::*;
-use crate::scheduler::record::{ModelView, SwapRecord};
 use crate::scheduler::{GpuInfo, Scheduler, World};
 use crate::units::*;
 
@@ -55,10 +54,11 @@ pub struct Sim {
     pub granted: BTreeMap<RequestId, InstanceId>,
     pub refused: BTreeMap<RequestId, Refusal>,
     pub answers: BTreeMap<AskId, Answer>,
-    pub hold_starts: bool,
     /// No process is listed as a holder (WSL, containers without host pids).
     pub hide_pids: bool,
     pub sample_every: Duration,
+    /// So many times the gateway takes a lease in the very moment its gate is closed.
+    pub sneaks: u32,
     over: BTreeSet<RequestId>,
     pending: BTreeMap<(Time, u64), Event>,
     next_sample: Time,
@@ -96,9 +96,9 @@ impl Sim {
             granted: BTreeMap::new(),
             refused: BTreeMap::new(),
             answers: BTreeMap::new(),
-            hold_starts: false,
             hide_pids: false,
             sample_every: Duration::from_millis(100),
+            sneaks: 0,
             over: BTreeSet::new(),
             pending: BTreeMap::new(),
             next_sample: Time::ZERO,
@@ -240,7 +240,16 @@ impl Sim {
                 (running.open, running.permits) = (true, permits);
             }
             Action::CloseGate { instance } => {
+                let sneaked = RequestId(self.next());
+                let sneaks = self.sneaks > 0;
                 if let Some(running) = self.running.get_mut(&instance) {
+                    if sneaks && running.open && running.in_flight < running.permits {
+                        self.sneaks -= 1;
+                        running.in_flight += 1;
+                        running.granted += 1;
+                        running.last_used = self.now;
+                        self.granted.insert(sneaked, instance);
+                    }
                     running.open = false;
                 }
             }
@@ -307,25 +316,7 @@ impl Sim {
             );
         }
         let fault = self.faults.start.get_mut(&model).and_then(VecDeque::pop_front);
-        self.running.insert(
-            instance,
-            Running {
-                model,
-                gpus,
-                bytes,
-                awake: bytes,
-                in_flight: 0,
-                granted: 0,
-                last_used: self.now,
-                open: false,
-                permits: 0,
-                every_release: false,
-                changed: false,
-            },
-        );
-        if self.hold_starts {
-            return;
-        }
+        self.insert(instance, model, gpus, bytes);
         let result = fault.map_or(Ok(Some(bytes)), |kind| Err(Fault::new(kind, "as told")));
         if result.is_ok() {
             let vouching = self.start_takes - Duration::from_millis(50);
@@ -395,54 +386,6 @@ impl Sim {
         self.send(Event::InstanceDied { instance: id, fault });
     }
 
-    fn holders(&self, gpu: GpuId) -> Vec<Holder> {
-        let holder = |id: InstanceId, bytes, mine: bool| Holder {
-            pid: 1000 + u32::try_from(id.0).expect("small ids"),
-            bytes,
-            label: format!("engine {id}"),
-            instance: mine.then_some(id),
-        };
-        let mut holders: Vec<Holder> = self
-            .running
-            .iter()
-            .filter(|(_, r)| r.gpus.contains(&gpu))
-            .map(|(&id, r)| holder(id, r.bytes, true))
-            .collect();
-        let held = self
-            .ghosts
-            .iter()
-            .filter(|(_, gpus, _, until)| gpus.contains(&gpu) && *until > self.now);
-        holders.extend(held.map(|(id, _, bytes, _)| holder(*id, *bytes, false)));
-        if let Some(&bytes) = self.strangers.get(&gpu) {
-            holders.push(Holder { pid: 4711, bytes, label: "blender".to_owned(), instance: None });
-        }
-        holders
-    }
-
-    pub fn free(&self, gpu: GpuId) -> Bytes {
-        let total = self.gpus.iter().find(|g| g.id == gpu).map_or(Bytes::ZERO, |g| g.total);
-        total - self.holders(gpu).iter().map(|h| h.bytes).sum()
-    }
-
-    pub fn sample(&mut self) {
-        if !self.proof {
-            return;
-        }
-        let sample = if self.faults.no_proof {
-            Err(NoProof { message: "NVML: Unknown Error".to_owned() })
-        } else {
-            let gpus = self.gpus.iter().map(|g| GpuMemory {
-                gpu: g.id,
-                uuid: g.uuid.clone(),
-                total: g.total,
-                free: self.free(g.id),
-                holders: if self.hide_pids { Vec::new() } else { self.holders(g.id) },
-            });
-            Ok(MemorySample { taken_at: self.now, gpus: gpus.collect() })
-        };
-        self.send(Event::MemorySeen(sample));
-    }
-
     /// Lets time pass: effects, samples every 100 ms, wakes.
     pub fn run_for(&mut self, duration: Duration) {
         let end = self.now + duration;
@@ -470,47 +413,5 @@ impl Sim {
 
     pub fn run_secs(&mut self, seconds: u64) {
         self.run_for(Duration::from_secs(seconds));
-    }
-
-    pub fn model(&self, name: &str) -> ModelView {
-        let view = self.scheduler.view(self.now);
-        view.models.into_iter().find(|m| m.name.as_str() == name).expect("configured")
-    }
-
-    pub fn state(&self, name: &str) -> &'static str {
-        self.model(name).residency.as_str()
-    }
-
-    pub fn served_by(&self, request: RequestId) -> Option<&str> {
-        Some(self.running.get(self.granted.get(&request)?)?.model.as_str())
-    }
-
-    /// Shown by a failing test.
-    pub fn print_log(&self) {
-        for (at, action) in &self.log {
-            let line = format!("{action:?}");
-            println!("{:>8} {}", at.0, line.chars().take(300).collect::<String>());
-        }
-        println!("{:#?}", self.scheduler);
-    }
-
-    /// Index in the log of the first action that matches.
-    pub fn first(&self, of: impl Fn(&Action) -> bool) -> Option<usize> {
-        self.log.iter().position(|(_, action)| of(action))
-    }
-
-    pub fn count(&self, of: impl Fn(&Action) -> bool) -> usize {
-        self.log.iter().filter(|(_, action)| of(action)).count()
-    }
-
-    pub fn starts(&self, model: &str) -> usize {
-        self.count(|a| matches!(a, Action::StartInstance { model: m, .. } if m.as_str() == model))
-    }
-
-    /// Rows of the ledger that ended.
-    pub fn ledger(&self) -> Vec<SwapRecord> {
-        let record =
-            |action: &Action| if let Action::Record(r) = action { Some(r.clone()) } else { None };
-        self.log.iter().filter_map(|(_, a)| record(a)).filter(|r| r.ended.is_some()).collect()
     }
 }

@@ -165,7 +165,7 @@ impl Checker {
         self.require(!ended, || format!("{what:?} of {instance} for {swap}, which has ended"));
         // What was never launched, or is gone, holds nothing.
         let known = &self.insts[&instance];
-        let launched = known.launched || known.footprint.is_some();
+        let launched = known.launched;
         if what != Move::Stop || (launched && known.told != Told::Gone) {
             self.profiling_is_alone(what, instance);
         }
@@ -185,7 +185,7 @@ impl Checker {
                 other.under_way,
                 Some((Move::Start | Move::Stop | Move::Sleep | Move::Wake, _))
             );
-            shares && (other.profiling || (starts_vllm && moves))
+            shares && (other.profiling || (starts_vllm && moves && other.launched))
         });
         if let Some(&other) = clash {
             let other_move = self.insts[&other].under_way;
@@ -240,7 +240,7 @@ impl Checker {
         let up = |id: &&InstanceId| {
             let other = &self.insts[*id];
             let up = !matches!(other.told, Told::Preparing | Told::Asleep);
-            **id != instance && up && !other.gpus.is_empty()
+            **id != instance && up && other.launched && !other.gpus.is_empty()
         };
         let on_gpu = !self.insts[&instance].gpus.is_empty();
         let others = self.live.iter().filter(up).count();

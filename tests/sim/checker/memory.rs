@@ -71,13 +71,15 @@ impl Checker {
         }
     }
 
-    /// An instance of unknown size has its GPUs to itself.
+    /// An instance of unknown size has its GPUs to itself, but for pinned ones.
     fn is_alone(&mut self, instance: InstanceId, gpus: &[GpuId], machine: &Machine) {
         for &gpu in gpus {
             let beside = machine.on(gpu).find(|(id, inst)| {
                 let told = self.insts.get(id).map_or(Told::Gone, |known| known.told);
                 let there = !matches!(inst.real, Real::Gone | Real::Preparing);
+                let pinned = self.catalog.model(&inst.model).is_some_and(|spec| spec.pinned);
                 **id != instance
+                    && !pinned
                     && (there || (self.proof && inst.held > Bytes::ZERO))
                     && told != Told::Preparing
             });

@@ -297,6 +297,7 @@ impl Checker {
             told: Told::Ready,
             preflight: true,
             fetched: true,
+            launched: true,
             ..Known::new(model, spec, gpus)
         };
         self.insts.insert(instance, known);
