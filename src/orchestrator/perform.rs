@@ -195,8 +195,14 @@ impl Owner {
         deadline: Time,
     ) {
         self.note_id(instance.0);
-        if let Some(live) = self.instances.get_mut(&instance) {
-            live.gpus = gpus;
+        let known = self.instances.get_mut(&instance);
+        match (known, self.shared.catalog.load().model(model)) {
+            (Some(live), _) => live.gpus = gpus,
+            // The one retry of a start comes as a new instance, which had no preflight.
+            (None, Some(spec)) => {
+                self.instances.insert(instance, Live::new(Arc::clone(spec), gpus));
+            }
+            (None, None) => {}
         }
         let launch = match self.launch(instance, footprint) {
             Ok(launch) => launch,

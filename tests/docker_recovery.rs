@@ -1,0 +1,216 @@
+//! `kill -9` of Wharf with containers at bad moments, `on_exit`, and containers that somebody else
+//! made: what is healthy is adopted without a reload, the rest is reaped, strangers stay.
+
+#[path = "support/containers.rs"]
+mod containers;
+mod support;
+
+use containers::{Daemon, STANDIN, Scene, model, settings, standin, standin_args};
+use serde_json::{Value, json};
+
+fn given() -> Option<Daemon> {
+    let daemon = Daemon::given("WHARF_TEST_DOCKER", "recovery in Docker")?;
+    daemon.with_standin();
+    Some(daemon)
+}
+
+/// Room for one of the two.
+async fn scene(daemon: &Daemon, on_exit: &str) -> Scene {
+    let models = standin("ada", "14GiB", "--load 600ms")
+        + &standin("bob", "14GiB", "--load 600ms --shutdown drain:2s");
+    let swap = format!("on_exit: {on_exit}");
+    Scene::open(daemon, &settings(daemon, &swap), &models, &[]).await
+}
+
+/// A background request whose fate does not matter.
+fn ask(scene: &Scene, model: &'static str) -> tokio::task::JoinHandle<()> {
+    let talk = scene.world.server.talk.clone();
+    tokio::spawn(async move {
+        let _ = talk.chat(model, false, &[]).await;
+    })
+}
+
+fn in_phase(phase: &'static str) -> impl Fn(&Value) -> bool {
+    move |status| status["swaps"][0]["phase"] == phase
+}
+
+/// A container of nobody's, with the labels of another installation.
+struct Stranger<'a> {
+    daemon: &'a Daemon,
+    id: String,
+}
+
+impl<'a> Stranger<'a> {
+    fn run(daemon: &'a Daemon) -> Stranger<'a> {
+        let labels =
+            ["installation=another", "instance=1", "model=ada", "spec=0", "gpus=", "port=1"];
+        let labels: Vec<String> = labels.map(|label| format!("--label=wharf.{label}")).into();
+        let mut args = vec!["run", "-d", "--label=wharf.container_port=8000"];
+        args.extend(labels.iter().map(String::as_str));
+        args.extend([STANDIN, "engine", "--name", "stranger"]);
+        Stranger { daemon, id: daemon.docker(&args) }
+    }
+
+    fn lives(&self) -> bool {
+        self.daemon.docker(&["inspect", "--format", "{{.State.Running}}", &self.id]) == "true"
+    }
+}
+
+impl Drop for Stranger<'_> {
+    fn drop(&mut self) {
+        let _ = self.daemon.try_docker(&["rm", "-f", &self.id]);
+    }
+}
+
+#[tokio::test]
+async fn a_running_container_is_adopted_without_a_reload_and_a_stranger_is_left_alone() {
+    let Some(daemon) = given() else { return };
+    let stranger = Stranger::run(&daemon);
+    let mut scene = scene(&daemon, "stop").await;
+    scene.answers("ada").await;
+    let before = scene.containers();
+    scene.world.server.kill_and_restart().await.unwrap();
+    assert_eq!(scene.world.state_of("ada").await, "ready", "{}", scene.world.log());
+    scene.answers("ada").await;
+    assert_eq!(scene.containers(), before, "the very same container");
+    assert_eq!(scene.events.count("start ada"), 1);
+    assert!(scene.world.swaps().await.is_empty(), "no load was needed");
+    // An adopted engine is as good as any: it can be swapped out.
+    scene.answers("bob").await;
+    assert_eq!(scene.containers().len(), 1);
+    assert!(stranger.lives());
+    scene.stop().await;
+    assert!(stranger.lives());
+}
+
+#[tokio::test]
+async fn killed_in_the_middle_of_a_start_at_most_one_container_is_left() {
+    let Some(daemon) = given() else { return };
+    let mut scene = scene(&daemon, "stop").await;
+    let asked = ask(&scene, "ada");
+    scene.world.until("ada starts", in_phase("start")).await;
+    scene.world.server.kill().unwrap();
+    asked.abort();
+    scene.world.server.restart().await.unwrap();
+    scene.answers("ada").await;
+    // Docker may have carried out a start that nobody waited for any more.
+    scene.until("one container", |scene| scene.containers().len() == 1).await;
+    scene.answers("bob").await;
+    assert_eq!(scene.containers().len(), 1, "{}", scene.world.log());
+    scene.stop().await;
+}
+
+#[tokio::test]
+async fn killed_in_the_middle_of_a_stop_nothing_is_left_behind() {
+    let Some(daemon) = given() else { return };
+    let mut scene = scene(&daemon, "stop").await;
+    scene.answers("bob").await;
+    let asked = ask(&scene, "ada");
+    scene.world.until("bob stops", in_phase("vacate")).await;
+    scene.world.server.kill().unwrap();
+    asked.abort();
+    scene.world.server.restart().await.unwrap();
+    scene.answers("ada").await;
+    scene.world.until("bob is gone", |status| status["models"]["bob"]["state"] == "stopped").await;
+    assert_eq!(scene.containers().len(), 1, "{}", scene.world.log());
+    scene.stop().await;
+}
+
+#[tokio::test]
+async fn a_container_whose_configuration_changed_is_not_adopted() {
+    let Some(daemon) = given() else { return };
+    let mut scene = scene(&daemon, "stop").await;
+    scene.answers("ada").await;
+    let before = scene.containers();
+    scene.world.server.kill().unwrap();
+    let path = scene.world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, yaml.replace("600ms", "200ms")).unwrap();
+    scene.world.server.restart().await.unwrap();
+    assert!(scene.containers().is_empty(), "reaped: {}", scene.world.log());
+    scene.answers("ada").await;
+    assert_ne!(scene.containers(), before);
+    scene.stop().await;
+}
+
+#[tokio::test]
+async fn on_exit_keep_leaves_containers_to_be_adopted() {
+    let Some(daemon) = given() else { return };
+    let mut scene = scene(&daemon, "keep").await;
+    scene.answers("ada").await;
+    let before = scene.containers();
+    scene.terminate().await;
+    assert_eq!(scene.containers(), before);
+    scene.world.server.restart().await.unwrap();
+    scene.answers("ada").await;
+    assert_eq!(scene.containers(), before, "{}", scene.world.log());
+    assert_eq!(scene.events.count("start ada"), 1);
+    // What is kept here goes with the scene.
+}
+
+#[tokio::test]
+async fn on_exit_stop_leaves_none() {
+    let Some(daemon) = given() else { return };
+    let mut scene = scene(&daemon, "stop").await;
+    scene.answers("ada").await;
+    scene.terminate().await;
+    assert!(scene.containers().is_empty());
+}
+
+/// As compose makes it: created, not started, publishing its own port.
+struct Named<'a> {
+    daemon: &'a Daemon,
+    name: String,
+}
+
+impl<'a> Named<'a> {
+    fn create(daemon: &'a Daemon, name: &str) -> Named<'a> {
+        let name = format!("wharf-{name}-{}", std::process::id());
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let publish = format!("127.0.0.1:{port}:8000");
+        let mut args = vec!["create", "--init", "--name", &name, "-p", &publish, STANDIN];
+        let engine = standin_args("ada", "--load 300ms");
+        args.extend(engine.iter().map(String::as_str));
+        daemon.docker(&args);
+        Named { daemon, name }
+    }
+
+    fn inspect(&self, what: &str) -> String {
+        self.daemon.docker(&["inspect", "--format", what, &self.name])
+    }
+
+    fn runs(&self) -> bool {
+        self.inspect("{{.State.Running}}") == "true"
+    }
+}
+
+impl Drop for Named<'_> {
+    fn drop(&mut self) {
+        let _ = self.daemon.try_docker(&["rm", "-f", &self.name]);
+    }
+}
+
+#[tokio::test]
+async fn a_container_that_compose_made_is_started_stopped_and_adopted_but_never_removed() {
+    let Some(daemon) = given() else { return };
+    let named = Named::create(&daemon, "named");
+    let docker = json!({ "container": named.name, "port": 8000 });
+    let models = model("ada", &json!({ "engine": "openai", "vram": "14GiB", "docker": docker }))
+        + &standin("bob", "14GiB", "--load 200ms");
+    let mut scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &models, &[]).await;
+    assert!(!named.runs());
+    scene.answers("ada").await;
+    assert!(named.runs());
+    scene.answers("bob").await;
+    assert!(!named.runs(), "stopped for bob, still there");
+    scene.answers("ada").await;
+    let began = named.inspect("{{.State.StartedAt}}");
+    scene.world.server.kill_and_restart().await.unwrap();
+    assert_eq!(scene.world.state_of("ada").await, "ready", "{}", scene.world.log());
+    scene.answers("ada").await;
+    assert_eq!(named.inspect("{{.State.StartedAt}}"), began, "adopted as it ran");
+    scene.answers("bob").await;
+    assert!(!named.runs());
+    scene.stop().await;
+    assert!(!named.runs(), "stopped with Wharf, never removed");
+}
