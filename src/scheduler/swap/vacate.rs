@@ -14,6 +14,7 @@ const STOP_RETRY_MAX: Duration = Duration::from_secs(600);
 
 impl Scheduler {
     pub(super) fn advance_vacate(&mut self, id: SwapId) {
+        self.watch(id);
         let Some(swap) = self.swaps.get(&id) else { return };
         let victims = swap.victims.clone();
         let mut waiting = false;
