@@ -89,6 +89,10 @@ impl Scheduler {
                     if urgent {
                         wanted.extend(gpus);
                     }
+                    if let Some(swap) = swap.filter(|_| candidate.urgency == Urgency::Spare) {
+                        self.cancel_swap(swap, "the free memory was taken");
+                        continue;
+                    }
                     if let Some(swap) = swap {
                         self.forget_memory_wait(swap);
                     }
