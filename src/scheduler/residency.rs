@@ -134,6 +134,8 @@ pub(super) struct Release {
     pub since: Time,
     /// Stays promised: the residue of a sleeper, else nothing.
     pub keep: Bytes,
+    /// `keep` is a guess: what the driver lists once it has settled is the residue.
+    pub keep_guessed: bool,
     /// Free bytes before it began, per GPU.
     pub free_before: BTreeMap<GpuId, Bytes>,
     /// For the learned duration.
