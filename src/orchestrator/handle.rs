@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
 
 use super::gate::{Gate, Lease};
+use super::reconcile::Adopted;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
@@ -33,6 +34,8 @@ pub enum Message {
     Effect(Event),
     /// What an instance that died by itself had left behind is gone too.
     Cleared(InstanceId),
+    /// Docker answers for the first time: what an earlier run left there.
+    FoundInDocker(Vec<Adopted>),
     /// A runtime went away or came back.
     DockerHealth(Health),
     /// A new configuration, already validated.

@@ -123,6 +123,10 @@ impl Launcher<'_> {
         let total = used.iter().map(|gpu| gpu.total).min();
         let derived = engine::derive(model, port, gpus.len(), footprint, total);
         let mut env = self.gpus.engine_env(gpus);
+        if matches!(model.runtime, RuntimeSpec::Docker(_)) && !used.iter().all(|gpu| is_uuid(gpu)) {
+            // A container counts only the GPUs that it was given: the host's indexes mislead it.
+            env.remove("CUDA_VISIBLE_DEVICES");
+        }
         env.extend(derived.env);
         LaunchSpec {
             identity: Identity {
@@ -142,6 +146,10 @@ impl Launcher<'_> {
             log_dir: self.log_dir.clone(),
         }
     }
+}
+
+fn is_uuid(gpu: &Gpu) -> bool {
+    gpu.uuid.starts_with("GPU-")
 }
 
 #[cfg(test)]

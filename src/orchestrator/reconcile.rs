@@ -19,27 +19,42 @@ use crate::units::{Bytes, GpuId, InstanceId};
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 const REAP_GRACE: Duration = Duration::from_secs(5);
 
+#[derive(Debug)]
 pub struct Adopted {
     pub spec: Arc<ModelSpec>,
     pub running: Running,
     pub footprint: Bytes,
 }
 
-/// Looks through every runtime that the catalog (or an earlier one) uses.
+pub struct Reconciled {
+    pub adopted: Vec<Adopted>,
+    /// Docker did not answer: what runs there is looked up when it does.
+    pub docker_missed: bool,
+}
+
+/// Looks through every runtime that the catalog uses.
 pub async fn reconcile(
     effects: &Effects,
     catalog: &Catalog,
     installation: &str,
     last_id: u64,
-) -> Vec<Adopted> {
+) -> Reconciled {
+    let mut adopted = match effects.runtimes.process.find(installation).await {
+        Ok(found) => adopt_or_reap_all(effects, catalog, found).await,
+        Err(fault) => {
+            tracing::warn!("processes of an earlier run cannot be looked up: {}", fault.message);
+            Vec::new()
+        }
+    };
     let uses_docker =
         catalog.models.values().any(|spec| matches!(spec.runtime, RuntimeSpec::Docker(_)));
-    let mut found = listed("process", effects.runtimes.process.find(installation).await);
-    if uses_docker {
-        found.extend(listed("docker", effects.runtimes.docker.find(installation).await));
+    if !uses_docker {
+        return Reconciled { adopted, docker_missed: false };
     }
-    let checked = found.into_iter().map(|found| adopt_or_reap(effects, catalog, found));
-    let mut adopted: Vec<Adopted> = join_all(checked).await.into_iter().flatten().collect();
+    let Some(in_docker) = reconcile_docker(effects, catalog, installation).await else {
+        return Reconciled { adopted, docker_missed: true };
+    };
+    adopted.extend(in_docker);
     let mut next =
         adopted.iter().map(|adopted| adopted.running.identity.instance.0).fold(last_id, u64::max);
     for spec in catalog.models.values() {
@@ -50,7 +65,42 @@ pub async fn reconcile(
         let named = adopt_named(effects, spec, name, installation, InstanceId(next)).await;
         adopted.extend(named);
     }
-    adopted
+    Reconciled { adopted, docker_missed: false }
+}
+
+/// Containers by label; `None`: Docker does not answer.
+pub async fn reconcile_docker(
+    effects: &Effects,
+    catalog: &Catalog,
+    installation: &str,
+) -> Option<Vec<Adopted>> {
+    match effects.runtimes.docker.find(installation).await {
+        Ok(found) => Some(adopt_or_reap_all(effects, catalog, found).await),
+        Err(fault) => {
+            tracing::warn!("containers of an earlier run cannot be looked up: {}", fault.message);
+            None
+        }
+    }
+}
+
+/// At most one instance per model: the newest that is fit.
+async fn adopt_or_reap_all(
+    effects: &Effects,
+    catalog: &Catalog,
+    found: Vec<Found>,
+) -> Vec<Adopted> {
+    let checked = found.into_iter().map(|found| adopt_or_reap(effects, catalog, found));
+    let mut adopted: Vec<Adopted> = join_all(checked).await.into_iter().flatten().collect();
+    adopted.sort_by_key(|adopted| std::cmp::Reverse(adopted.running.identity.instance));
+    let mut kept: Vec<Adopted> = Vec::new();
+    for each in adopted {
+        if kept.iter().any(|other| other.spec.name == each.spec.name) {
+            reap(effects, &each.running, "a newer instance of its model runs").await;
+        } else {
+            kept.push(each);
+        }
+    }
+    kept
 }
 
 /// A container that compose (say) made and that runs already. If it does not answer it is left as
@@ -112,17 +162,6 @@ fn all_wanted(spec: &ModelSpec, gpus: &Gpus) -> Vec<GpuId> {
     }
 }
 
-fn listed(runtime: &str, found: Result<Vec<Found>, Fault>) -> Vec<Found> {
-    found.unwrap_or_else(|fault| {
-        tracing::warn!(
-            runtime,
-            "instances of an earlier run cannot be looked up: {}",
-            fault.message
-        );
-        Vec::new()
-    })
-}
-
 async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, found: Found) -> Option<Adopted> {
     let identity = &found.running.identity;
     let (model, instance) = (&identity.model, identity.instance);
@@ -146,12 +185,17 @@ async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, found: Found) -> Op
             }
         },
     };
-    tracing::info!(%model, %instance, "reaping an instance of an earlier run: {why_not}");
+    reap(effects, &found.running, &why_not).await;
+    None
+}
+
+pub async fn reap(effects: &Effects, running: &Running, why: &str) {
+    let (model, instance) = (&running.identity.model, running.identity.instance);
+    tracing::info!(%model, %instance, "reaping an instance of an earlier run: {why}");
     let stop = StopSpec { signal: "SIGTERM".to_owned(), grace: REAP_GRACE };
-    if let Err(fault) = effects.stop_within(&found.running, &stop).await {
+    if let Err(fault) = effects.stop_within(running, &stop).await {
         tracing::error!(%model, %instance, "failed to reap: {}", fault.message);
     }
-    None
 }
 
 async fn answers(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {

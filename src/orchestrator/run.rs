@@ -12,6 +12,7 @@ use super::handle::{Message, Shared};
 use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
+use super::reconcile::reconcile_docker;
 use super::state_dir::StateDir;
 use super::view::{Health, ModelFacts};
 use crate::config::catalog::ModelSpec;
@@ -45,6 +46,8 @@ pub(super) struct Owner {
     /// Events that an action produced at once; handled before anything else.
     pub follow_up: VecDeque<Event>,
     pub last_id: u64,
+    /// What an earlier run left in Docker is still to be looked up.
+    pub docker_missed: bool,
     pub docker_health: Option<Health>,
     pub foreign: watch::Receiver<Vec<Foreign>>,
     pub shutdown: Option<oneshot::Sender<()>>,
@@ -156,6 +159,7 @@ impl Owner {
                     self.ports.release(instance);
                 }
             }
+            Message::FoundInDocker(adopted) => self.found_in_docker(adopted),
             Message::DockerHealth(health) => self.docker(health),
             Message::Reload { catalog, reply } => {
                 self.shared.catalog.store(Arc::clone(&catalog));
@@ -228,6 +232,14 @@ impl Owner {
             }
             (false, true) => self.ask_who_lives(ours),
             _ => {}
+        }
+        if is_ok && std::mem::take(&mut self.docker_missed) {
+            let (effects, catalog) = (self.effects.clone(), self.shared.catalog.load_full());
+            let installation = self.state.installation.clone();
+            tokio::spawn(async move {
+                let found = reconcile_docker(&effects, &catalog, &installation).await;
+                effects.inbox.send(Message::FoundInDocker(found.unwrap_or_default()));
+            });
         }
     }
 

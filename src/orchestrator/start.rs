@@ -15,7 +15,7 @@ use super::handle::{Gates, Handle, Inbox, Message, Shared};
 use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
-use super::reconcile::{Adopted, reconcile};
+use super::reconcile::{Adopted, reap, reconcile};
 use super::run::{Live, Owner};
 use super::state_dir::{StateDir, StateError};
 use super::view::View;
@@ -69,7 +69,8 @@ pub async fn start(
     if uses_docker {
         docker.connect();
     }
-    let adopted = reconcile(&effects, &catalog, &state.installation, state.last_id()).await;
+    let reconciled = reconcile(&effects, &catalog, &state.installation, state.last_id()).await;
+    let adopted = reconciled.adopted;
     let last_id = adopted
         .iter()
         .map(|adopted| adopted.running.identity.instance.0)
@@ -114,6 +115,7 @@ pub async fn start(
         ledger: Arc::new(VecDeque::new()),
         follow_up: VecDeque::new(),
         last_id,
+        docker_missed: reconciled.docker_missed,
         docker_health: uses_docker.then(|| docker.health().borrow().clone()),
         foreign,
         shutdown: None,
@@ -158,20 +160,8 @@ impl Owner {
         for (model, learned) in remembered {
             self.step(Event::Remembered { model, learned });
         }
-        for Adopted { spec, running, footprint } in adopted {
-            let identity = running.identity.clone();
-            let mut live = Live::new(spec, identity.gpus.clone());
-            live.slot = Arc::new(std::sync::Mutex::new(Some(running.clone())));
-            self.instances.insert(identity.instance, live);
-            self.ports.reserve(identity.instance, identity.port);
-            self.became_ready(identity.instance, &running);
-            self.watch_exit(identity.instance, &running);
-            self.step(Event::Adopted {
-                instance: identity.instance,
-                model: identity.model,
-                gpus: identity.gpus,
-                footprint,
-            });
+        for adopted in adopted {
+            self.adopt(adopted);
         }
         if gpus.kind() != GpuKind::None {
             let taken_at = self.effects.now();
@@ -181,6 +171,36 @@ impl Owner {
             }
             let seen = reading.map(|gpus| MemorySample { taken_at, gpus });
             self.step(Event::MemorySeen(seen));
+        }
+    }
+
+    fn adopt(&mut self, Adopted { spec, running, footprint }: Adopted) {
+        let identity = running.identity.clone();
+        let mut live = Live::new(spec, identity.gpus.clone());
+        live.slot = Arc::new(std::sync::Mutex::new(Some(running.clone())));
+        self.instances.insert(identity.instance, live);
+        self.ports.reserve(identity.instance, identity.port);
+        self.became_ready(identity.instance, &running);
+        self.watch_exit(identity.instance, &running);
+        self.step(Event::Adopted {
+            instance: identity.instance,
+            model: identity.model,
+            gpus: identity.gpus,
+            footprint,
+        });
+    }
+
+    /// Docker was away at our start: its instances may have been replaced meanwhile.
+    pub(super) fn found_in_docker(&mut self, adopted: Vec<Adopted>) {
+        for each in adopted {
+            if self.instances.values().any(|live| live.spec.name == each.spec.name) {
+                let effects = self.effects.clone();
+                tokio::spawn(async move {
+                    reap(&effects, &each.running, "its model was started anew").await;
+                });
+            } else {
+                self.adopt(each);
+            }
         }
     }
 

@@ -75,14 +75,22 @@ impl Scheduler {
             match (self.plan(&candidate, &wanted), candidate.swap) {
                 (Planned::Room(plan), None) => self.begin_load(&candidate, plan),
                 (Planned::Room(plan), Some(swap)) => self.place(swap, &candidate, plan),
-                (Planned::Held { gpus }, swap) => self.begin_held(&candidate, swap, gpus),
-                (Planned::Blocked { gpus, why }, _) => {
+                (Planned::Held { gpus }, swap) => {
+                    let why = self.holder_text(&gpus, None);
+                    self.blocked.insert(candidate.spec.name.clone(), why);
+                    self.held(&candidate, swap, gpus);
+                    continue;
+                }
+                (Planned::Blocked { gpus, why }, swap) => {
                     if let Some(sleeper) = self.is_better_off_cold(&candidate, &wanted) {
                         self.stop_sleeper(sleeper);
                         continue;
                     }
                     if urgent {
                         wanted.extend(gpus);
+                    }
+                    if let Some(swap) = swap {
+                        self.forget_memory_wait(swap);
                     }
                     self.blocked.insert(candidate.spec.name.clone(), why);
                     continue;

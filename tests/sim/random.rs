@@ -22,7 +22,8 @@ pub fn scenario(seed: u64) -> Scenario {
     let mut rng = Rng::new(seed);
     let rng = &mut rng;
     let calm = rng.chance(300);
-    let proof = rng.chance(850);
+    let unseen = rng.chance(50);
+    let proof = !unseen && rng.chance(850);
     let gpus = gpus(rng);
     let settings = random_settings(rng, &gpus, calm);
     let mut models = Models { rng, gpus: &gpus, settings: &settings, calm, proof };
@@ -34,6 +35,7 @@ pub fn scenario(seed: u64) -> Scenario {
     let mut scenario = Scenario {
         seed,
         proof,
+        unseen,
         truth,
         faults: if calm { Faults::default() } else { faults(rng) },
         sample_every: *rng.pick(&[1000, 2000, 5000]),
@@ -389,7 +391,7 @@ fn reload(
 }
 
 fn adopt(rng: &mut Rng, scenario: &mut Scenario) {
-    if !rng.chance(150) {
+    if scenario.unseen || !rng.chance(150) {
         return;
     }
     let names: Vec<ModelName> = scenario.catalog.models.keys().cloned().collect();
@@ -416,12 +418,15 @@ fn probes(scenario: &Scenario) -> Vec<ModelName> {
     });
     let last = reloads.max_by_key(|(at, _)| **at).map_or(&scenario.catalog, |(_, last)| last);
     let on_gpu = |spec: &ModelSpec| spec.gpus != GpuRequest::None;
-    let pinned = last.models.values().any(|spec| spec.pinned && on_gpu(spec));
+    let swap = &last.settings.swap;
+    let places =
+        scenario.unseen || swap.mode == SwapMode::SingleActive || swap.max_concurrent_models > 0;
+    let pinned = last.models.values().any(|spec| spec.pinned && (places || on_gpu(spec)));
     let able = |spec: &&Arc<ModelSpec>| {
         !shut
             && last.settings.queue.timeout >= Duration::from_secs(300)
             && (!pinned || !on_gpu(spec))
-            && fits(last, &scenario.gpus, spec) == Some(true)
+            && fits(last, scenario.told_gpus(), spec) == Some(true)
     };
     last.models.values().filter(able).map(|spec| spec.name.clone()).collect()
 }

@@ -153,6 +153,8 @@ pub struct Scenario {
     pub seed: u64,
     pub gpus: Vec<Gpu>,
     pub proof: bool,
+    /// The scheduler is told of no GPU at all: room for one model at a time.
+    pub unseen: bool,
     pub catalog: Arc<Catalog>,
     pub truth: BTreeMap<ModelName, Truth>,
     pub faults: Faults,
@@ -250,8 +252,18 @@ pub fn catalog(settings: Settings, models: impl IntoIterator<Item = ModelSpec>) 
     Catalog { models, aliases: BTreeMap::new(), settings }
 }
 
+impl Scenario {
+    /// The GPUs that the scheduler is told of.
+    pub fn told_gpus(&self) -> &[Gpu] {
+        if self.unseen { &[] } else { &self.gpus }
+    }
+}
+
 /// Whether the model could ever run here, pinned models left aside. `None`: cannot be said.
 pub fn fits(catalog: &Catalog, gpus: &[Gpu], spec: &ModelSpec) -> Option<bool> {
+    if gpus.is_empty() {
+        return Some(true);
+    }
     let usable = |gpu: &Gpu, bytes: Bytes| gpu.total - catalog.settings.gpu.reserve >= bytes;
     let bytes = match spec.vram {
         Vram::Declared(bytes) => bytes,

@@ -34,6 +34,7 @@ impl Trap {
         let scenario = Scenario {
             seed: 1,
             proof: true,
+            unseen: false,
             truth: BTreeMap::new(),
             faults: Faults::default(),
             sample_every: 1000,

@@ -98,7 +98,7 @@ pub fn scheduler(scenario: &Scenario) -> Scheduler {
         let id = GpuId(n as u16);
         GpuInfo { id, uuid: uuid(id), total: gpu.total }
     };
-    let gpus = scenario.gpus.iter().enumerate().map(gpu).collect();
+    let gpus = scenario.told_gpus().iter().enumerate().map(gpu).collect();
     let told = Told { gpus, proof: scenario.proof };
     Scheduler::new(Arc::clone(&scenario.catalog), told, FIRST_ID)
 }

@@ -11,7 +11,7 @@ use super::super::placement::Plan;
 use super::super::policy::{Candidate, Urgency};
 use super::super::record::{Eviction, Phase};
 use super::super::residency::{Drain, Instance, Residency};
-use crate::units::{GpuId, InstanceId, SwapId};
+use crate::units::{InstanceId, SwapId};
 
 /// From cancelling the leases of an instance to stopping it whether they ended or not.
 pub(in crate::scheduler) const CANCEL_GRACE: Duration = Duration::from_secs(10);
@@ -34,7 +34,7 @@ impl Scheduler {
         swap.gpus.clone_from(&plan.gpus);
         swap.victims.clone_from(&plan.victims);
         swap.evicted.extend(evicted);
-        (swap.planned, swap.placed) = (true, true);
+        (swap.planned, swap.placed, swap.memory_wait) = (true, true, None);
         swap.urgent = candidate.urgency < Urgency::Normal;
         if let Some(instance) = self.instances.get_mut(&instance) {
             instance.gpus = plan.gpus;
@@ -44,21 +44,6 @@ impl Scheduler {
         }
         self.changed();
         self.record(id);
-    }
-
-    /// Memory that nobody accounts for is in the way: nobody is disturbed for it; the swap waits
-    /// in its prove phase and names the holder when its time is up.
-    pub(in crate::scheduler) fn begin_held(
-        &mut self,
-        candidate: &Candidate,
-        swap: Option<SwapId>,
-        gpus: Vec<GpuId>,
-    ) {
-        let plan = Plan { gpus, victims: Vec::new() };
-        match swap {
-            None => self.begin_load(candidate, plan),
-            Some(swap) => self.place(swap, candidate, plan),
-        }
     }
 
     pub(super) fn begin_drain(&mut self, id: InstanceId, swap: SwapId, notice: bool) {

@@ -4,6 +4,8 @@
 use super::super::Scheduler;
 use super::super::event::{Fault, FaultKind};
 use super::super::memory::uses_gpu;
+use super::super::placement::Plan;
+use super::super::policy::Candidate;
 use super::super::record::{Phase, SwapOutcome};
 use super::super::residency::Instance;
 use crate::config::catalog::EngineKind;
@@ -59,21 +61,48 @@ impl Scheduler {
     }
 
     fn wait_for_room(&mut self, id: SwapId, block: &StartBlock) {
-        self.watch(id);
         let for_memory = match block {
             StartBlock::Unproven | StartBlock::Held | StartBlock::NoSample => true,
             StartBlock::NoProof | StartBlock::Moving(_) | StartBlock::Process(_) => false,
             StartBlock::Stale => false,
         };
+        if for_memory {
+            self.wait_for_memory(id);
+        } else {
+            self.watch(id);
+            self.forget_memory_wait(id);
+        }
+    }
+
+    /// Memory that nobody accounts for is in the way of everyone who could leave: nobody is
+    /// disturbed for it. The swap begins (what can be checked and fetched is), and waits.
+    pub(in crate::scheduler) fn held(
+        &mut self,
+        candidate: &Candidate,
+        swap: Option<SwapId>,
+        gpus: Vec<GpuId>,
+    ) {
+        match swap {
+            None => self.begin_load(candidate, Plan { gpus, victims: Vec::new() }),
+            Some(swap) => self.wait_for_memory(swap),
+        }
+    }
+
+    pub(in crate::scheduler) fn forget_memory_wait(&mut self, id: SwapId) {
+        if let Some(swap) = self.swaps.get_mut(&id) {
+            swap.memory_wait = None;
+        }
+    }
+
+    /// Only memory is missing: after `vram_timeout` the swap fails and names the holder.
+    fn wait_for_memory(&mut self, id: SwapId) {
+        self.watch(id);
         let now = self.now;
         let timeout = self.catalog.settings.swap.vram_timeout;
+        let no_proof = self.memory.no_proof.is_some();
         let Some(swap) = self.swaps.get_mut(&id) else { return };
-        if !for_memory || self.memory.no_proof.is_some() {
-            swap.memory_wait = None;
-            return;
-        }
         let since = *swap.memory_wait.get_or_insert(now);
-        if since + timeout > now {
+        if no_proof || since + timeout > now {
             return;
         }
         let swap = swap.clone();

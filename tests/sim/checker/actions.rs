@@ -151,7 +151,7 @@ impl Checker {
         let Some(known) = self.existing(instance, "a move") else { return };
         let busy = known.under_way;
         let cancels = what == Move::Stop
-            && matches!(busy, Some((Move::Preflight | Move::Fetch | Move::Start, _)));
+            && matches!(busy, Some((Move::Preflight | Move::Fetch | Move::Start | Move::Wake, _)));
         (known.under_way, known.last_for) = (Some((what, swap)), Some(swap));
         known.launched |= what == Move::Start;
         let lost = known.lost;
@@ -240,9 +240,9 @@ impl Checker {
         let up = |id: &&InstanceId| {
             let other = &self.insts[*id];
             let up = !matches!(other.told, Told::Preparing | Told::Asleep);
-            **id != instance && up && other.launched && !other.gpus.is_empty()
+            **id != instance && up && other.launched && other.wants_gpu()
         };
-        let on_gpu = !self.insts[&instance].gpus.is_empty();
+        let on_gpu = self.insts[&instance].wants_gpu();
         let others = self.live.iter().filter(up).count();
         let twin = self.live.iter().find(|&&id| {
             let other = &self.insts[&id];

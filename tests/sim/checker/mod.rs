@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use wharf::config::catalog::{Catalog, ModelSpec, SwapMode};
+use wharf::config::catalog::{Catalog, GpuRequest, ModelSpec, SwapMode};
 use wharf::scheduler::event::{Done, EnsureKind, Event, FaultKind, Request};
 use wharf::scheduler::record::{ResidencyView, SchedulerView, SwapRecord};
 use wharf::units::{AskId, Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId};
@@ -145,7 +145,7 @@ impl Checker {
         Checker {
             failure: None,
             catalog: Arc::clone(&scenario.catalog),
-            gpus: scenario.gpus.clone(),
+            gpus: scenario.told_gpus().to_vec(),
             proof: scenario.proof,
             calm: scenario.calm,
             waiting: BTreeMap::new(),
@@ -492,6 +492,7 @@ impl Checker {
         let swap = &self.catalog.settings.swap;
         match (swap.mode, swap.max_concurrent_models) {
             (SwapMode::SingleActive, _) => Some(1),
+            (SwapMode::MultiActive, _) if self.gpus.is_empty() => Some(1),
             (SwapMode::MultiActive, 0) => None,
             (SwapMode::MultiActive, n) => Some(n as usize),
         }
@@ -499,6 +500,10 @@ impl Checker {
 }
 
 impl Known {
+    pub fn wants_gpu(&self) -> bool {
+        !self.spec.is_external() && self.spec.gpus != GpuRequest::None
+    }
+
     pub fn new(model: &ModelName, spec: Arc<ModelSpec>, gpus: &[GpuId]) -> Known {
         Known {
             model: model.clone(),
