@@ -65,10 +65,10 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        stats["asked"] += 1
         path = [unquote(part) for part in urlparse(self.path).path.strip("/").split("/")]
         if path == ["-", "stats"]:
             return self.answer(200, json.dumps(stats).encode())
+        stats["asked"] += 1
         api = path[:2] == ["api", "models"]
         repo = "/".join(path[2:4] if api else path[:2])
         if repo == "org/broken":
@@ -124,7 +124,12 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.2)
 
 
-server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """Clients that hang up are no news."""
+
+
+server = Server(("127.0.0.1", 0), Handler)
 server.daemon_threads = True
 threading.Thread(target=server.serve_forever, daemon=True).start()
 print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)

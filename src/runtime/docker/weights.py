@@ -16,7 +16,7 @@ import time
 
 TICK_SECONDS = 0.5
 STALL_SECONDS = 300
-ASK_SECONDS = 30
+ASK_SECONDS = 10
 # What vLLM loads, in its order; a repository often holds the same weights several times.
 LOADED = (".safetensors", ".bin", ".pt")
 OTHER = (".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".tflite")
@@ -71,9 +71,10 @@ def kind_of(error):
             return "missing"
         if status is not None:
             return "failed"
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             return "disk"
-        if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
             return "readonly"
     for error in chain:
         modules = {base.__module__.split(".")[0] for base in type(error).__mro__}
@@ -118,7 +119,8 @@ def complete(folder):
             files = json.load(file).get("weight_map", {}).values()
         wanted.update(os.path.join(os.path.dirname(index), name) for name in files)
     for start, number, of, count, rest in (m.groups() for m in map(SHARD.match, weights) if m):
-        wanted.update(f"{start}{n:0{len(number)}}{of}{count}{rest}" for n in range(1, int(count) + 1))
+        for n in range(1, int(count) + 1):
+            wanted.add(f"{start}{n:0{len(number)}}{of}{count}{rest}")
     return bool(weights) and wanted <= set(names)
 
 
@@ -131,12 +133,13 @@ class Download:
         names = set(chosen([file.rfilename for file in info.siblings]))
         self.files, self.here = [], set()
         for file in (file for file in info.siblings if file.rfilename in names):
-            lfs = getattr(file, "lfs", None)
-            etag = (lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)) or file.blob_id
-            self.files.append((file.rfilename, etag, file.size or 0))
-            path = hub.try_to_load_from_cache(want["repo"], file.rfilename, cache_dir=cache, revision=info.sha)
+            name, lfs = file.rfilename, getattr(file, "lfs", None)
+            sha = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
+            self.files.append((name, sha or file.blob_id, file.size or 0))
+            path = hub.try_to_load_from_cache(
+                want["repo"], name, cache_dir=cache, revision=info.sha)
             if isinstance(path, str):
-                self.here.add(file.rfilename)
+                self.here.add(name)
         self.total = sum(size for _, _, size in self.files)
 
     def parts(self, etag):

@@ -28,7 +28,7 @@ use crate::runtime::Progress;
 use crate::scheduler::event::{Fault, FaultKind};
 
 const SCRIPT: &str = include_str!("weights.py");
-/// The script speaks every half second while bytes come, and gives the hub 30 s to answer.
+/// The script speaks every half second while bytes come, and gives the hub 10 s to answer.
 const SILENCE_MAX: Duration = Duration::from_secs(180);
 const HF_TOKEN: &str = "HF_TOKEN";
 const HF_TOKEN_FILE: &str = "HF_TOKEN_FILE";
@@ -46,17 +46,24 @@ pub enum Weights {
 
 /// What was found out in this process, so that later swaps do not pay for it again. Should
 /// somebody clear a cache, the engine fetches while it starts.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Known(Mutex<BTreeMap<Key, Weights>>);
 
 /// Everything that decides which files go where.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     image: String,
     hub: HubModel,
     volumes: Vec<String>,
     env: BTreeMap<String, String>,
     user: Option<String>,
+}
+
+impl std::fmt::Debug for Known {
+    /// Its keys hold secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Known")
+    }
 }
 
 impl Known {
