@@ -84,6 +84,9 @@ impl Checker {
             ));
         }
         let busy = machine.in_flight(instance);
+        if let Some(known) = self.insts.get_mut(&instance) {
+            known.in_flight += 1;
+        }
         let limit = self.concurrency(&known);
         self.require(busy < limit, || {
             format!("{request} is granted on {instance} beside {busy}; the limit is {limit}")

@@ -89,8 +89,12 @@ impl Checker {
             .values()
             .filter(|record| {
                 let phase = record.phase.map(|(phase, _)| phase);
+                let leaves = |id: &InstanceId| {
+                    let told = self.insts.get(id).map_or(Told::Gone, |known| known.told);
+                    matches!(told, Told::Ready | Told::FallingAsleep | Told::Stopping)
+                };
                 record.kind == SwapKind::Load
-                    && !record.evicted.is_empty()
+                    && record.evicted.iter().any(|evicted| leaves(&evicted.instance))
                     && matches!(phase, Some(Phase::Drain | Phase::Vacate))
             })
             .collect();
@@ -107,6 +111,10 @@ impl Checker {
 
     /// An instance that is up may be made to leave for `swap`.
     pub(super) fn may_leave(&mut self, swap: SwapId, instance: InstanceId) {
+        if self.ended.contains(&swap) {
+            // What could not fall asleep for a swap called off meanwhile.
+            return;
+        }
         let Some(record) = self.swaps.get(&swap).cloned() else {
             return self.fail(format!("{instance} leaves for {swap}, which is not recorded"));
         };
