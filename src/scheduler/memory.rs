@@ -90,7 +90,7 @@ impl Scheduler {
     pub(super) fn unvouched(&self, gpu: GpuId) -> Bytes {
         self.instances
             .values()
-            .filter(|i| i.is_unvouched())
+            .filter(|i| i.unvouched)
             .map(|i| self.promise_on(i, gpu) - i.residue)
             .sum()
     }
@@ -111,6 +111,9 @@ impl Scheduler {
         }
         if self.is_blind(gpu) {
             return Some(Need { bytes: Bytes(1), elastic: false });
+        }
+        if let Some(sleeper) = self.current(&spec.name).filter(|i| i.awake > Bytes::ZERO) {
+            return Some(Need { bytes: sleeper.awake, elastic: false });
         }
         let learned = self.models.get(&spec.name).and_then(|m| m.learned.footprint);
         Some(match (spec.vram, learned) {

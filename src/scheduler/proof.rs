@@ -84,7 +84,7 @@ impl Scheduler {
             .map(|i| {
                 let listed = own_bytes(i, gpu);
                 let settled = i.release.is_none() || i.trouble.is_some();
-                if listed > Bytes::ZERO || i.is_unvouched() || !settled {
+                if listed > Bytes::ZERO || i.unvouched || !settled {
                     listed
                 } else {
                     self.promise_on(i, gpu.gpu)
@@ -127,6 +127,7 @@ impl Scheduler {
         let now = self.now;
         if let Some(instance) = self.instances.get_mut(&id) {
             let keep_guessed = instance.is_sleeping() && residue.is_none();
+            instance.unvouched = false;
             instance.release = Some(Release { since: now, keep, keep_guessed, free_before, began });
         }
         self.memory_changed(&gpus);

@@ -33,7 +33,7 @@ impl Scheduler {
         swap.decision = decision;
         swap.gpus.clone_from(&plan.gpus);
         swap.victims.clone_from(&plan.victims);
-        swap.evicted.extend(evicted);
+        swap.evicted = evicted;
         (swap.planned, swap.placed, swap.memory_wait) = (true, true, None);
         swap.urgent = candidate.urgency < Urgency::Normal;
         if let Some(instance) = self.instances.get_mut(&instance) {
@@ -169,8 +169,9 @@ impl Scheduler {
         if let Some(swap) = self.swaps.get_mut(&id) {
             (swap.planned, swap.placed, swap.vacated) = (false, false, false);
             swap.victims.clear();
-            swap.evicted
-                .retain(|e| !self.instances.get(&e.instance).is_some_and(Instance::is_ready));
+            let left =
+                |e: &Eviction| !self.instances.get(&e.instance).is_some_and(Instance::is_ready);
+            swap.evicted_before.extend(std::mem::take(&mut swap.evicted).into_iter().filter(left));
             swap.decision = format!("chooses again: {why}");
         }
         self.changed();

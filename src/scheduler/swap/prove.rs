@@ -4,7 +4,7 @@
 use super::super::Scheduler;
 use super::super::event::{Fault, FaultKind};
 use super::super::memory::uses_gpu;
-use super::super::placement::Plan;
+use super::super::placement::{ELASTIC_SHARE, Plan};
 use super::super::policy::Candidate;
 use super::super::record::{Phase, SwapOutcome};
 use super::super::residency::Instance;
@@ -179,12 +179,18 @@ impl Scheduler {
             return Ok(need.bytes);
         }
         let free = self.fresh_free(gpu).ok_or(StartBlock::NoSample)?;
-        let left = free - self.unvouched(gpu) - self.catalog.settings.gpu.reserve + residue;
-        if !need.elastic {
-            return if left >= need.bytes { Ok(need.bytes) } else { Err(StartBlock::Held) };
+        let loading = self.unvouched(gpu);
+        let free = free - self.catalog.settings.gpu.reserve + residue;
+        let left = free - loading;
+        let least = if need.elastic { Bytes(need.bytes.0 / ELASTIC_SHARE) } else { need.bytes };
+        if left >= least.max(Bytes(1)) {
+            Ok(left.min(need.bytes))
+        } else if free >= least && loading > Bytes::ZERO {
+            // Whether it fits shows once the neighbour has taken its bytes.
+            Err(StartBlock::Moving("another model loads there first".to_owned()))
+        } else {
+            Err(StartBlock::Held)
         }
-        let least = Bytes(need.bytes.0 / 4).max(Bytes(1));
-        if left >= least { Ok(left.min(need.bytes)) } else { Err(StartBlock::Held) }
     }
 
     /// Earlier models that still count, where only so many may run.

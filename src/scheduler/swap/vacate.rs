@@ -97,6 +97,7 @@ impl Scheduler {
         let deadline = self.stop_deadline(id);
         if let Some(instance) = self.instances.get_mut(&id) {
             instance.drain = None;
+            instance.awake = instance.promise.unwrap_or_default();
             instance.enter(Residency::FallingAsleep, now);
         }
         self.set_moving(id, MoveKind::Sleep, swap, deadline);
