@@ -89,9 +89,12 @@ impl Checker {
             .values()
             .filter(|record| {
                 let phase = record.phase.map(|(phase, _)| phase);
+                // Chosen again, it may still name those who left for its first choice.
                 let leaves = |id: &InstanceId| {
-                    let told = self.insts.get(id).map_or(Told::Gone, |known| known.told);
-                    matches!(told, Told::Ready | Told::FallingAsleep | Told::Stopping)
+                    self.insts.get(id).is_some_and(|known| {
+                        known.last_for == Some(record.id)
+                            && matches!(known.told, Told::FallingAsleep | Told::Stopping)
+                    })
                 };
                 record.kind == SwapKind::Load
                     && record.evicted.iter().any(|evicted| leaves(&evicted.instance))
