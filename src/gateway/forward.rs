@@ -88,11 +88,11 @@ pub async fn send(
         answer = timeout(silence_max, gate.client.request(request)) => match answer {
             Ok(Ok(response)) => Ok(response),
             // The engine is stopped by cancelling first: its closing connections are no accident.
-            Ok(Err(_)) if gate.cancelled.is_cancelled() => Err(Failure::Cancelled),
+            Ok(Err(_)) if lease.cut().is_cancelled() => Err(Failure::Cancelled),
             Ok(Err(error)) => Err(judge(&error)),
             Err(_) => Err(Failure::Silent(silence_max)),
         },
-        () = gate.cancelled.cancelled() => Err(Failure::Cancelled),
+        () = lease.cut().cancelled() => Err(Failure::Cancelled),
     }
 }
 

@@ -283,7 +283,7 @@ impl Job {
             let gates = self.gateway.handle.gates();
             let replaced =
                 !gates.get(&self.spec.name).is_some_and(|current| Arc::ptr_eq(current, gate));
-            replaced || gate.cancelled.is_cancelled() || (was_open && !gate.is_open())
+            replaced || gate.is_cancelled() || (was_open && !gate.is_open())
         };
         let settled = async {
             while !learned() {

@@ -13,6 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, interval};
+use tokio_util::sync::CancellationToken;
 
 use super::Limits;
 use super::account::Account;
@@ -137,8 +138,7 @@ impl Flow {
                     }
                 }
                 Poll::Ready(Some(Err(error))) => {
-                    let cancelled =
-                        state.open.take().is_some_and(|(_, l)| l.gate().cancelled.is_cancelled());
+                    let cancelled = state.open.take().is_some_and(|(_, l)| l.cut().is_cancelled());
                     let why = super::forward::describe(&error);
                     let cut = if cancelled { Cut::Cancelled } else { Cut::UpstreamBroke(why) };
                     return Poll::Ready(Some(Err(cut)));
@@ -153,11 +153,11 @@ impl Flow {
     }
 }
 
-async fn watch(flow: Arc<Flow>, gate: Arc<Gate>, limits: Limits) {
+async fn watch(flow: Arc<Flow>, gate: Arc<Gate>, cut: CancellationToken, limits: Limits) {
     let mut look = interval(LOOK_EVERY.min(limits.reader_stall));
     loop {
         tokio::select! {
-            () = gate.cancelled.cancelled() => return flow.cut(Cut::Cancelled),
+            () = cut.cancelled() => return flow.cut(Cut::Cancelled),
             _ = look.tick() => if let Some(why) = flow.overdue(&gate, &limits) {
                 return flow.cut(why);
             },
@@ -196,7 +196,7 @@ pub struct Source {
 impl Relay {
     pub fn new(source: Source, limits: &Limits) -> Relay {
         let Source { status, body, lease, account, meter, events, epilogue } = source;
-        let gate = Arc::clone(lease.gate());
+        let (gate, cut) = (Arc::clone(lease.gate()), lease.cut().clone());
         let remaining = if events { None } else { body.size_hint().exact() };
         let flow = Arc::new(Flow(Mutex::new(State {
             open: Some((body, lease)),
@@ -205,7 +205,7 @@ impl Relay {
             waits_for_reader: true,
             since: Instant::now(),
         })));
-        let watchdog = tokio::spawn(watch(Arc::clone(&flow), gate, limits.clone()));
+        let watchdog = tokio::spawn(watch(Arc::clone(&flow), gate, cut, limits.clone()));
         Relay {
             flow,
             watchdog,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
+use arc_swap::ArcSwap;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use tokio_util::sync::CancellationToken;
@@ -49,8 +50,9 @@ pub struct Gate {
     pub endpoint: Endpoint,
     /// A connection pool of this instance alone: it goes when the instance goes.
     pub client: UpstreamClient,
-    /// Cancelled with a reason when leases must end now.
-    pub cancelled: CancellationToken,
+    /// Ends the leases taken since the gate was opened last. Renewed when it opens again: a drain
+    /// may be called off after its leases were cut, and the instance then serves on.
+    cut: ArcSwap<CancellationToken>,
     word: AtomicU64,
     permits: AtomicU32,
     granted: AtomicU64,
@@ -75,7 +77,7 @@ impl Gate {
             model,
             endpoint,
             client,
-            cancelled: CancellationToken::new(),
+            cut: ArcSwap::default(),
             word: AtomicU64::new(0),
             permits: AtomicU32::new(0),
             granted: AtomicU64::new(0),
@@ -98,7 +100,7 @@ impl Gate {
     pub fn try_lease_quietly(self: &Arc<Self>) -> Option<Lease> {
         self.take_permit()?;
         self.granted.fetch_add(1, Ordering::Relaxed);
-        Some(Lease { gate: Arc::clone(self), start: StartKind::Hot, quiet: true })
+        Some(self.lease(StartKind::Hot, true))
     }
 
     fn take_permit(&self) -> Option<()> {
@@ -125,10 +127,32 @@ impl Gate {
     fn leased(self: &Arc<Self>, start: StartKind) -> Lease {
         self.granted.fetch_add(1, Ordering::Relaxed);
         self.touch();
-        Lease { gate: Arc::clone(self), start, quiet: false }
+        self.lease(start, false)
+    }
+
+    fn lease(self: &Arc<Self>, start: StartKind, quiet: bool) -> Lease {
+        Lease {
+            gate: Arc::clone(self),
+            cut: CancellationToken::clone(&self.cut.load()),
+            start,
+            quiet,
+        }
+    }
+
+    /// Ends every lease now.
+    pub fn cancel_leases(&self) {
+        self.cut.load().cancel();
+    }
+
+    /// The leases were ended, and the gate has not been opened since.
+    pub fn is_cancelled(&self) -> bool {
+        self.cut.load().is_cancelled()
     }
 
     pub(super) fn open(&self, permits: u32) {
+        if self.is_cancelled() {
+            self.cut.store(Arc::default());
+        }
         self.permits.store(permits, Ordering::Relaxed);
         self.word.fetch_or(OPEN, Ordering::AcqRel);
     }
@@ -192,6 +216,7 @@ fn elapsed_ms(epoch: Instant) -> u64 {
 #[must_use = "a lease ends when it is dropped"]
 pub struct Lease {
     gate: Arc<Gate>,
+    cut: CancellationToken,
     pub start: StartKind,
     quiet: bool,
 }
@@ -200,10 +225,59 @@ impl Lease {
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate
     }
+
+    /// Cancelled when this lease must end now: drain deadline, forced unload, or a dead instance.
+    pub fn cut(&self) -> &CancellationToken {
+        &self.cut
+    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         self.gate.release(self.quiet);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gate() -> Arc<Gate> {
+        let client =
+            Client::builder(hyper_util::rt::TokioExecutor::new()).build(HttpConnector::new());
+        let endpoint = Endpoint { base: "http://127.0.0.1:1".into(), api_key: None };
+        let (inbox, _) = Inbox::new();
+        let model = ModelName::new("ada");
+        let gate = Gate::new(InstanceId(1), model, endpoint, client, inbox, Instant::now());
+        gate.open(2);
+        Arc::new(gate)
+    }
+
+    #[test]
+    fn an_instance_that_was_rescued_after_its_leases_were_cut_serves_again() {
+        let gate = gate();
+        let before = gate.try_lease().unwrap();
+        gate.close();
+        gate.cancel_leases();
+        assert!(before.cut().is_cancelled());
+        gate.open(2);
+        let after = gate.try_lease().unwrap();
+        assert!(!after.cut().is_cancelled(), "a fresh start");
+        assert!(before.cut().is_cancelled(), "what was cut stays cut");
+        assert_eq!(gate.in_flight(), 2);
+    }
+
+    #[test]
+    fn nothing_passes_a_closed_gate_but_the_owners_own_grant() {
+        let gate = gate();
+        let leases = (gate.try_lease().unwrap(), gate.try_lease().unwrap());
+        assert!(gate.try_lease().is_none(), "two permits");
+        gate.close();
+        drop(leases.0);
+        assert!(gate.try_lease().is_none());
+        let granted = gate.grant(StartKind::Cold);
+        assert_eq!(gate.in_flight(), 2);
+        drop((leases.1, granted));
+        assert_eq!((gate.in_flight(), gate.granted()), (0, 3));
     }
 }

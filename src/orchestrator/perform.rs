@@ -38,7 +38,7 @@ impl Owner {
             Action::CancelLeases { instance, why } => {
                 if let Some(gate) = self.gate(instance) {
                     tracing::warn!(model = %gate.model, %instance, why, "ending leases");
-                    gate.cancelled.cancel();
+                    gate.cancel_leases();
                 }
             }
             Action::Preflight { swap, instance, model, gpus } => {
@@ -338,7 +338,7 @@ impl Owner {
         tracing::error!(model = %spec.name, %instance, "{}", fault.message);
         self.unpublish_gate(instance);
         if let Some(gate) = self.gate(instance) {
-            gate.cancelled.cancel();
+            gate.cancel_leases();
         }
         self.count_residency(now, instance);
         let facts = self.facts.entry(spec.name.clone()).or_default();

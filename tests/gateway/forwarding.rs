@@ -174,7 +174,7 @@ async fn cancelled_before_an_answer_it_is_requeued_once() {
     let reply = world.spawn(world.post(CHAT, ASK));
     let exchange = world.engine.request().await;
     Handle::close_for_tests(&gate);
-    gate.cancelled.cancel();
+    gate.cancel_leases();
     exchange.closed().await;
     until("the lease ended", || gate.in_flight() == 0).await;
     let arrived = world.arrived().await;
@@ -183,7 +183,7 @@ async fn cancelled_before_an_answer_it_is_requeued_once() {
         world.handle.gate_for_tests(InstanceId(2), &"mistral".into(), world.engine.endpoint(), 0);
     arrived.grant(&second);
     let exchange = world.engine.request().await;
-    second.cancelled.cancel();
+    second.cancel_leases();
     exchange.closed().await;
     let (status, code, message) = reply.await.unwrap().error().await;
     assert_eq!((status, code.as_str()), (503, "instance_lost"));

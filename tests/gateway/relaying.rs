@@ -127,7 +127,7 @@ async fn a_cancelled_stream_ends_with_an_error_event_and_without_done() {
     exchange.chunk("data: {\"choi").await;
     let mut reply = reply.await.unwrap();
     assert_eq!(reply.part().await.unwrap(), event("a"));
-    gate.cancelled.cancel();
+    gate.cancel_leases();
     exchange.closed().await;
     let last = reply.part().await.unwrap();
     let error: serde_json::Value =
@@ -167,7 +167,7 @@ async fn a_cut_json_answer_breaks_the_connection() {
     let mut reply = reply.await.unwrap();
     assert_eq!(reply.headers()["content-length"], "100");
     assert_eq!(reply.part().await.unwrap(), "{");
-    gate.cancelled.cancel();
+    gate.cancel_leases();
     assert!(timely(reply.0.body_mut().frame()).await.unwrap().is_err());
     exchange.closed().await;
 }

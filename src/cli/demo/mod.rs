@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use tokio::signal::ctrl_c;
+use tokio::signal::unix::{SignalKind, signal};
 
 use screen::Screen;
 use server::Server;
@@ -63,6 +63,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<()> {
     let dir = std::env::temp_dir().join(format!("wharf-demo-{}", std::process::id()));
     std::fs::create_dir_all(&dir)?;
     let screen = Screen::new();
+    let ended = told_to_end()?;
     let mut server = Server::start(&exe, &dir, (8080, 8888), &[], |gateway, orchestrator| {
         stage.yaml(gateway, orchestrator)
     })
@@ -82,7 +83,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<()> {
     };
     let result = tokio::select! {
         result = shown => result,
-        _ = ctrl_c() => Ok(()),
+        () = ended => Ok(()),
     };
     follow.abort();
     server.stop().await?;
@@ -92,6 +93,21 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<()> {
         screen.plain(format!("the log is kept: {}", dir.join("wharf.log").display()));
     }
     result
+}
+
+/// Ctrl-C, SIGTERM, or the terminal was closed: the server and its engines end in each case. Caught
+/// from the call on, not from the first poll.
+fn told_to_end() -> std::io::Result<impl Future<Output = ()>> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    })
 }
 
 fn introduce(screen: &Screen, server: &Server, stage: &Stage) {

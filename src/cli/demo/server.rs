@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -82,12 +83,18 @@ impl Server {
     pub async fn stop(mut self) -> anyhow::Result<()> {
         kill(Pid::from_raw(i32::try_from(self.child.id())?), Signal::SIGTERM)?;
         let until = Instant::now() + STOP_WITHIN;
-        while self.child.try_wait()?.is_none() {
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
             if Instant::now() >= until {
                 self.child.kill()?;
                 bail!("wharf did not stop within {STOP_WITHIN:?}");
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        if !status.success() {
+            bail!("wharf did not stop in order: {status}");
         }
         Ok(())
     }
@@ -113,6 +120,9 @@ fn spawn(exe: &Path, dir: &Path, env: &[(String, String)]) -> anyhow::Result<Chi
         .env_remove("WHARF_ORCHESTRATOR")
         .env_remove("WHARF_STORE")
         .envs(env.iter().map(|(name, value)| (name, value)))
+        // Ctrl-C in the terminal is for the demo alone: the server would take the SIGTERM that
+        // follows it for a second signal, and leave its engines behind.
+        .process_group(0)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
