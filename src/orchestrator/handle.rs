@@ -32,8 +32,6 @@ pub enum Message {
     },
     /// An effect reports.
     Effect(Event),
-    /// What an instance that died by itself had left behind is gone too.
-    Cleared(InstanceId),
     /// Docker answers for the first time: what an earlier run left there.
     FoundInDocker(Vec<Adopted>),
     /// A runtime went away or came back.

@@ -331,10 +331,11 @@ impl Owner {
         });
     }
 
+    /// The scheduler then has it stopped: its children and its container go too.
     fn before_death(&mut self, instance: InstanceId, fault: &Fault) {
         let now = self.effects.now();
         let Some(live) = self.instances.get(&instance) else { return };
-        let (spec, running) = (Arc::clone(&live.spec), peek(&live.slot));
+        let spec = Arc::clone(&live.spec);
         tracing::error!(model = %spec.name, %instance, "{}", fault.message);
         self.unpublish_gate(instance);
         if let Some(gate) = self.gate(instance) {
@@ -345,17 +346,6 @@ impl Owner {
         facts.restarts += 1;
         facts.last_fault = Some(fault.clone());
         self.metrics.instance_restarted(&spec.name);
-        // Its children and its container go too; the scheduler asks for memory proof by itself.
-        if let Some(running) = running {
-            let effects = self.effects.clone();
-            tokio::spawn(async move {
-                if let Err(fault) = effects.stop_within(&running, &spec.stop).await {
-                    tracing::error!(model = %spec.name, "failed to clear a dead engine: {}", fault.message);
-                }
-                effects.holders.forget(instance);
-                effects.inbox.send(Message::Cleared(instance));
-            });
-        }
     }
 
     fn record(&mut self, record: SwapRecord) {

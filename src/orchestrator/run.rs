@@ -153,12 +153,6 @@ impl Owner {
                 }
             }
             Message::Effect(event) => self.effect(event),
-            Message::Cleared(instance) => {
-                if self.instances.get(&instance).is_some_and(|live| !live.stopping) {
-                    self.instances.remove(&instance);
-                    self.ports.release(instance);
-                }
-            }
             Message::FoundInDocker(adopted) => self.found_in_docker(adopted),
             Message::DockerHealth(health) => self.docker(health),
             Message::Reload { catalog, reply } => {
