@@ -32,7 +32,7 @@ pub struct HubModel {
 pub fn hub_model(spec: &ModelSpec) -> Option<HubModel> {
     let RuntimeSpec::Docker(docker) = &spec.runtime else { return None };
     let offline = |name: &&str| docker.env.get(*name).is_some_and(|value| is_true(value.trim()));
-    if spec.engine != EngineKind::Vllm || OFFLINE.iter().any(|name| offline(&name)) {
+    if spec.engine != EngineKind::Vllm || OFFLINE.iter().any(offline) {
         return None;
     }
     let line = CommandLine::of(spec);

@@ -34,7 +34,9 @@ pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<Vec<Fou
         let Some(id) = summary.id else { continue };
         if summary.labels.as_ref().is_some_and(labels::is_errand) {
             tracing::info!(container = id, "removing a fetch of weights of an earlier run");
-            start::remove(client, &id).await?;
+            if let Err(fault) = start::remove(client, &id).await {
+                tracing::warn!(container = id, reason = fault.message, "not removed");
+            }
             continue;
         }
         match timeout(PROMPT, docker.inspect_container(&id, None)).await {

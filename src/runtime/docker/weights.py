@@ -111,7 +111,8 @@ def snapshot(cache, repo, revision):
 
 def complete(folder):
     """Whether a snapshot can be loaded as it is: all that can be told without the hub."""
-    names = [os.path.relpath(path, folder) for path in glob.glob(glob.escape(folder) + "/**", recursive=True)]
+    paths = glob.glob(glob.escape(folder) + "/**", recursive=True)
+    names = [os.path.relpath(path, folder) for path in paths]
     weights = [name for name in names if name.endswith(LOADED)]
     wanted = set()
     for index in (name for name in names if name.endswith(".index.json")):
