@@ -96,7 +96,7 @@ impl Scheduler {
     }
 
     pub(super) fn pinned_promise(&self, gpu: GpuId) -> Bytes {
-        let pinned = |i: &&Instance| self.is_pinned(i);
+        let pinned = |i: &&Instance| self.is_pinned(i) && !i.is_stopping();
         self.instances.values().filter(pinned).map(|i| self.promise_on(i, gpu)).sum()
     }
 

@@ -9,7 +9,7 @@ use super::super::Scheduler;
 use super::super::action::Action;
 use super::super::placement::Plan;
 use super::super::policy::{Candidate, Urgency};
-use super::super::record::{Eviction, Phase};
+use super::super::record::{Eviction, Phase, SwapCause};
 use super::super::residency::{Drain, Instance, Residency};
 use crate::units::{InstanceId, SwapId};
 
@@ -36,6 +36,12 @@ impl Scheduler {
         swap.evicted = evicted;
         (swap.planned, swap.placed, swap.memory_wait) = (true, true, None);
         swap.urgent = candidate.urgency < Urgency::Normal;
+        // What began as a warm-up goes on for whoever waits now.
+        if candidate.urgency < Urgency::Spare
+            && matches!(swap.cause, SwapCause::Warmup | SwapCause::Restore)
+        {
+            swap.cause = candidate.cause;
+        }
         if let Some(instance) = self.instances.get_mut(&instance) {
             instance.gpus = plan.gpus;
         }

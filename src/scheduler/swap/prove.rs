@@ -144,7 +144,7 @@ impl Scheduler {
         }
         let profiles = target.spec.engine == EngineKind::Vllm && !target.is_sleeping();
         if profiles && let Some(other) = self.moving_on(&swap.gpus, target.id) {
-            return if other.is_stopping() {
+            return if other.is_stopping() && !other.may_run() {
                 Err(StartBlock::Unproven)
             } else {
                 Err(StartBlock::Moving(format!("{} is being moved there", other.model)))
@@ -169,11 +169,7 @@ impl Scheduler {
             promised + need.bytes > self.capacity(gpu)
         };
         if short {
-            let releasing = self
-                .instances
-                .values()
-                .any(|i| (i.is_stopping() || i.release.is_some()) && i.gpus.contains(&gpu));
-            return Err(if releasing { StartBlock::Unproven } else { StartBlock::Stale });
+            return Err(self.why_short(gpu));
         }
         if !self.world.proof || self.is_blind(gpu) {
             return Ok(need.bytes);
@@ -191,6 +187,19 @@ impl Scheduler {
         } else {
             Err(StartBlock::Held)
         }
+    }
+
+    /// Too much is promised: to somebody whose stop is under way (it has its own deadline), to
+    /// somebody who is gone and whose bytes are not proven free, or to somebody who stays.
+    fn why_short(&self, gpu: GpuId) -> StartBlock {
+        let mut unproven = false;
+        for instance in self.instances.values().filter(|i| i.gpus.contains(&gpu)) {
+            if instance.is_stopping() && instance.may_run() && instance.trouble.is_none() {
+                return StartBlock::Process(format!("{} to stop", instance.model));
+            }
+            unproven |= instance.is_stopping() || instance.release.is_some();
+        }
+        if unproven { StartBlock::Unproven } else { StartBlock::Stale }
     }
 
     /// Earlier models that still count, where only so many may run.
