@@ -405,7 +405,7 @@ impl Checker {
             // Under notice it takes no one new.
             Refusal::NotLoaded => self.ready(model).is_none_or(|id| {
                 let known = &self.insts[&id];
-                !known.open || known.in_flight >= self.concurrency(known)
+                !known.open || known.in_flight >= known.spec.concurrency.unwrap_or(u32::MAX)
             }),
             Refusal::CannotFit { .. } => self.may_never_fit(spec.as_deref()),
             Refusal::StartFailed { retry_at, .. } => {
