@@ -32,8 +32,6 @@ pub enum Message {
     },
     /// An effect reports.
     Effect(Event),
-    /// What an instance that died by itself had left behind is gone too.
-    Cleared(InstanceId),
     /// Docker answers for the first time: what an earlier run left there.
     FoundInDocker(Vec<Adopted>),
     /// A runtime went away or came back.
@@ -43,6 +41,8 @@ pub enum Message {
         catalog: Arc<Catalog>,
         reply: oneshot::Sender<()>,
     },
+    /// Refuse what waits and start nothing more; what runs goes on.
+    RefuseNew,
     Shutdown {
         reply: oneshot::Sender<()>,
     },
@@ -171,6 +171,11 @@ impl Handle {
         let (reply, done) = oneshot::channel();
         self.inbox.send(Message::Reload { catalog, reply });
         let _ = done.await;
+    }
+
+    /// Refuses what waits and what comes from now on; requests that hold a lease go on.
+    pub fn refuse_new(&self) {
+        self.inbox.send(Message::RefuseNew);
     }
 
     /// Stops taking work, ends what `on_exit` says, and returns when that is done.
