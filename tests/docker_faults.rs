@@ -191,7 +191,7 @@ async fn half_in_docker(daemon: &Daemon) -> Scene {
 
 async fn docker_is(scene: &Scene, wanted: &str) -> Value {
     for _ in 0..1000 {
-        let health = scene.world.server.talk.get("/health").await.unwrap();
+        let health = scene.world.server.talk.get("/health").await.expect("an answer");
         if health["docker"]["status"] == wanted {
             return health;
         }

@@ -166,7 +166,9 @@ struct Named<'a> {
 impl<'a> Named<'a> {
     fn create(daemon: &'a Daemon, name: &str) -> Named<'a> {
         let name = format!("wharf-{name}-{}", std::process::id());
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = free.local_addr().expect("its number").port();
+        drop(free);
         let publish = format!("127.0.0.1:{port}:8000");
         let mut args = vec!["create", "--init", "--name", &name, "-p", &publish, STANDIN];
         let engine = standin_args("ada", "--load 300ms");

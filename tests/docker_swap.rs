@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 async fn there_and_back(daemon: &Daemon, models: &str) {
     let scene = Scene::open(daemon, &settings(daemon, "on_exit: stop"), models, &[]).await;
     for (name, stream) in [("ada", false), ("bob", true), ("ada", true)] {
-        let answer = scene.world.server.talk.chat(name, stream, &[]).await.unwrap();
+        let answer = scene.world.server.talk.chat(name, stream, &[]).await.expect("an answer");
         assert!(answer.is_from(name), "{answer:?}\n{}", scene.world.log());
         assert_eq!(scene.containers().len(), 1, "one at a time fits");
         eprintln!(

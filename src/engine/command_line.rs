@@ -49,6 +49,13 @@ impl CommandLine {
         Some(rest.take_while(|word| !is_flag(word)).collect())
     }
 
+    /// The word right after `verb`, or else the very first one, if it is no flag: what a command
+    /// such as `vllm serve MODEL` is about, whose beginning may be the image's entrypoint.
+    pub fn positional(&self, verb: &str) -> Option<&str> {
+        let after = self.words.iter().position(|word| word == verb).map_or(0, |at| at + 1);
+        self.words.get(after).map(String::as_str).filter(|word| !is_flag(word))
+    }
+
     pub fn mentions(&self, text: &str) -> bool {
         self.words.iter().any(|word| word.contains(text))
     }
@@ -94,6 +101,16 @@ mod tests {
         assert_eq!(line.value(&["--tensor-parallel-size", "-tp"]), Some("4"));
         assert_eq!(line.value(&["--temp"]), Some("-1"));
         assert!(!line.has(&["--host"]));
+    }
+
+    #[test]
+    fn the_positional_follows_its_verb_or_comes_first() {
+        let model = |text: &str| line(text).positional("serve").map(str::to_owned);
+        assert_eq!(model("vllm serve org/a --port 1").as_deref(), Some("org/a"));
+        assert_eq!(model("org/a --port 1").as_deref(), Some("org/a"));
+        assert_eq!(model("sh -c 'exec vllm serve org/a'").as_deref(), Some("org/a"));
+        assert_eq!(model("--model org/a"), None);
+        assert_eq!(model("vllm serve --model org/a"), None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod command_line;
 mod contradict;
 mod derive;
+mod hub;
 mod log_lines;
 mod probe;
 mod ready;
@@ -18,6 +19,8 @@ use crate::config::catalog::ModelSpec;
 use crate::runtime::{Progress, Running};
 use crate::scheduler::event::Fault;
 use crate::units::Bytes;
+
+pub use hub::{HubModel, hub_model};
 
 /// What Wharf adds to the configured command of an engine.
 #[derive(Clone, Debug, Default, PartialEq)]

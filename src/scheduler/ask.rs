@@ -7,7 +7,7 @@ use super::action::{Action, Answer, Refusal};
 use super::event::EnsureKind;
 use super::queue::refusal_of;
 use super::record::{Phase, SwapCause};
-use super::residency::{Hold, Residency};
+use super::residency::{Hold, Instance, Residency};
 use crate::units::{AskId, InstanceId, ModelName, SwapId, Time};
 
 /// How long ensure holds its model for a first request.
@@ -38,9 +38,11 @@ impl Scheduler {
         let refusal = match (&spec, self.models.get(&model)) {
             _ if self.shutting_down => Some(Refusal::ShuttingDown),
             (Some(spec), Some(state)) => match (&state.failure, self.current(&model)) {
-                (Some(failure), None) => Some(failure.refusal.clone()),
-                (None, None) => self.cannot_fit(spec),
-                (Some(_) | None, Some(_)) => None,
+                (Some(failure), current) if !current.is_some_and(Instance::is_ready) => {
+                    Some(failure.refusal.clone())
+                }
+                (_, None) => self.cannot_fit(spec),
+                (_, Some(_)) => None,
             },
             (None, _) | (_, None) => Some(Refusal::UnknownModel),
         };

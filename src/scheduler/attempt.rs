@@ -16,6 +16,11 @@ pub(super) struct Attempt<'a> {
     pub gpus: &'a [GpuId],
 }
 
+/// Ranks of what is in the way. A set that only has to be waited for comes before one whose
+/// memory a stranger holds, and that before one that nobody may leave.
+const HELD: usize = 20;
+const NEVER: usize = 30;
+
 type Choice<'a> = Vec<(&'a Instance, Leaves, bool)>;
 
 impl Attempt<'_> {
@@ -48,7 +53,7 @@ impl Attempt<'_> {
             return Ok(self.priced(&choice));
         }
         if self.needs_bytes_nobody_promised() {
-            return Err((1, Planned::Held { gpus: self.gpus.to_vec() }));
+            return Err((HELD, Planned::Held { gpus: self.gpus.to_vec() }));
         }
         let (rank, why) = self.why_blocked();
         blocked(rank, why)
@@ -284,12 +289,9 @@ impl Attempt<'_> {
     /// How far this set is from being usable, and who is in the way.
     fn why_blocked(&self) -> (usize, String) {
         let s = self.scheduler;
-        let anyone = |i: &Instance| {
-            let ready = i.is_ready() || i.is_sleeping();
-            (ready && !s.is_pinned(i)).then_some(Leaves::Busy)
-        };
+        let anyone = |i: &Instance| (!s.is_pinned(i)).then_some(Leaves::Busy);
         let Some(choice) = self.choose(false, &anyone) else {
-            return (7, "what holds the GPUs cannot be moved now".to_owned());
+            return (NEVER, "what holds the GPUs cannot be moved".to_owned());
         };
         let reasons: Vec<String> =
             choice.iter().filter_map(|(i, _, _)| s.may_leave(self.candidate, i).err()).collect();

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::Scheduler;
 use super::record::Phase;
-use super::residency::{MoveKind, Residency};
+use super::residency::{Instance, MoveKind, Residency};
 use crate::config::catalog::EngineKind;
 use crate::units::{GpuId, SwapId};
 
@@ -167,7 +167,8 @@ impl Scheduler {
 
     fn a_failed_model_has_no_waiters(&self) -> Check {
         for (name, state) in &self.models {
-            if state.failure.is_some() && self.current(name).is_none() && !state.queue.is_empty() {
+            let ready = self.current(name).is_some_and(Instance::is_ready);
+            if state.failure.is_some() && !ready && !state.queue.is_empty() {
                 return Err(format!("{name} failed and {} wait for it", state.queue.len()));
             }
         }

@@ -96,11 +96,18 @@ impl Scheduler {
             })
             .collect();
         let now = self.now;
+        // Some became ready meanwhile by an answer that was under way.
+        let unknown = lost.iter().map(|(id, _)| id).filter(|id| !alive.contains(id));
+        let gone: Vec<InstanceId> = unknown.chain(dead).copied().collect();
+        for &id in &gone {
+            let message = "it was gone when its runtime answered again";
+            self.died(id, Fault::new(FaultKind::Exited, message));
+        }
         for (id, asleep) in lost {
-            if !alive.contains(&id) || dead.contains(&id) {
-                let message = "it was gone when its runtime answered again";
-                self.died(id, Fault::new(FaultKind::Exited, message));
-            } else if let Some(instance) = self.instances.get_mut(&id) {
+            if gone.contains(&id) {
+                continue;
+            }
+            if let Some(instance) = self.instances.get_mut(&id) {
                 let level = instance.can_sleep().unwrap_or(1);
                 let next = if asleep { Residency::Sleeping { level } } else { Residency::Ready };
                 instance.enter(next, now);

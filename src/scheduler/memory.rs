@@ -90,13 +90,13 @@ impl Scheduler {
     pub(super) fn unvouched(&self, gpu: GpuId) -> Bytes {
         self.instances
             .values()
-            .filter(|i| i.is_unvouched())
+            .filter(|i| i.unvouched)
             .map(|i| self.promise_on(i, gpu) - i.residue)
             .sum()
     }
 
     pub(super) fn pinned_promise(&self, gpu: GpuId) -> Bytes {
-        let pinned = |i: &&Instance| self.is_pinned(i);
+        let pinned = |i: &&Instance| self.is_pinned(i) && !i.is_stopping();
         self.instances.values().filter(pinned).map(|i| self.promise_on(i, gpu)).sum()
     }
 
@@ -111,6 +111,9 @@ impl Scheduler {
         }
         if self.is_blind(gpu) {
             return Some(Need { bytes: Bytes(1), elastic: false });
+        }
+        if let Some(sleeper) = self.current(&spec.name).filter(|i| i.awake > Bytes::ZERO) {
+            return Some(Need { bytes: sleeper.awake, elastic: false });
         }
         let learned = self.models.get(&spec.name).and_then(|m| m.learned.footprint);
         Some(match (spec.vram, learned) {

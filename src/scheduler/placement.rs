@@ -9,7 +9,7 @@ use super::memory::{UNSEEN, uses_gpu};
 use super::policy::Candidate;
 use super::record::Phase;
 use super::residency::Instance;
-use crate::config::catalog::{GpuRequest, ModelSpec, SwapMode};
+use crate::config::catalog::{GpuRequest, ModelSpec, SwapMode, Vram};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName, SwapId};
 
 /// Beyond this many sets of GPUs only the cheapest GPUs are combined.
@@ -116,7 +116,6 @@ impl Scheduler {
 
     /// Declared bytes of pinned models that can only be on this GPU.
     fn pinned_declared(&self, spec: &ModelSpec, gpu: GpuId) -> Bytes {
-        use crate::config::catalog::Vram;
         let bound = |other: &ModelSpec| match self.explicit(other) {
             Some(gpus) => gpus.contains(&gpu),
             None => uses_gpu(other) && self.world.gpus.len() == 1,
@@ -165,6 +164,15 @@ impl Scheduler {
         sets.retain(|set| set.iter().all(|gpu| !sleeper.gpus.contains(gpu)));
         let elsewhere = || matches!(self.plan_on(sets, candidate, wanted), Planned::Room(plan) if plan.victims.is_empty());
         (displaced || elsewhere()).then_some(sleeper.id)
+    }
+
+    pub(super) fn elastic_sleeper(&self, candidate: &Candidate) -> Option<InstanceId> {
+        let elastic = match candidate.spec.vram {
+            Vram::Declared(_) => false,
+            Vram::Unknown | Vram::Rest => true,
+        };
+        let sleeper = self.current(&candidate.spec.name).filter(|i| i.is_sleeping() && elastic)?;
+        candidate.swap.is_none().then_some(sleeper.id)
     }
 
     fn plan_on(

@@ -76,6 +76,11 @@ impl Scheduler {
                 (Planned::Room(plan), None) => self.begin_load(&candidate, plan),
                 (Planned::Room(plan), Some(swap)) => self.place(swap, &candidate, plan),
                 (Planned::Held { gpus }, swap) => {
+                    // Awake it would take all it had; started anew it takes what is left.
+                    if let Some(sleeper) = self.elastic_sleeper(&candidate) {
+                        self.stop_sleeper(sleeper);
+                        continue;
+                    }
                     let why = self.holder_text(&gpus, None);
                     self.blocked.insert(candidate.spec.name.clone(), why);
                     self.held(&candidate, swap, gpus);
@@ -88,6 +93,10 @@ impl Scheduler {
                     }
                     if urgent {
                         wanted.extend(gpus);
+                    }
+                    if let Some(swap) = swap.filter(|_| candidate.urgency == Urgency::Spare) {
+                        self.cancel_swap(swap, "the free memory was taken");
+                        continue;
                     }
                     if let Some(swap) = swap {
                         self.forget_memory_wait(swap);

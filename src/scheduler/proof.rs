@@ -13,15 +13,37 @@ use super::memory::SLACK_MIN;
 use super::residency::{Instance, MoveKind, Release};
 use crate::units::{Bytes, InstanceId, Time};
 
+/// After this long a sleeper has given back what it will.
+const SETTLED: Duration = Duration::from_millis(500);
+
 impl Scheduler {
     pub(super) fn prove_releases(&mut self) {
         let ids: Vec<InstanceId> =
             self.instances.values().filter(|i| i.release.is_some()).map(|i| i.id).collect();
         for id in ids {
+            self.measure_residue(id);
             if self.is_release_proven(id) {
                 self.released(id);
             }
         }
+    }
+
+    /// What a sleeper keeps is not known in advance: what it is listed with once it has settled
+    /// is its residue.
+    fn measure_residue(&mut self, id: InstanceId) {
+        let Some(instance) = self.instances.get(&id).filter(|i| i.is_sleeping()) else { return };
+        let settled = |r: &Release| r.keep_guessed && self.now.since(r.since) >= SETTLED;
+        if !instance.release.as_ref().is_some_and(settled) {
+            return;
+        }
+        let listed = |gpu| self.sampled(gpu).map(|m| own_bytes(instance, m));
+        let residue = instance.gpus.iter().filter_map(|&gpu| listed(gpu)).max();
+        let Some(residue) = residue.filter(|&r| r > Bytes::ZERO) else { return };
+        let model = instance.model.clone();
+        if let Some(release) = self.instances.get_mut(&id).and_then(|i| i.release.as_mut()) {
+            (release.keep, release.keep_guessed) = (residue, false);
+        }
+        self.learn_residue(&model, residue);
     }
 
     fn is_release_proven(&self, id: InstanceId) -> bool {
@@ -41,7 +63,10 @@ impl Scheduler {
 
     fn is_released_on(&self, instance: &Instance, release: &Release, gpu: &GpuMemory) -> bool {
         let held = instance.held();
-        let slack = SLACK_MIN.max(Bytes(held.0 / 20));
+        // Driver bookkeeping drifts: after a while most of the bytes are enough.
+        let patience = self.catalog.settings.swap.vram_timeout / 2;
+        let share = if self.now.since(release.since) < patience { 20 } else { 4 };
+        let slack = SLACK_MIN.max(Bytes(held.0 / share));
         let own = own_bytes(instance, gpu);
         if own > release.keep + if release.keep > Bytes::ZERO { slack } else { Bytes::ZERO } {
             return false;
@@ -59,7 +84,7 @@ impl Scheduler {
             .map(|i| {
                 let listed = own_bytes(i, gpu);
                 let settled = i.release.is_none() || i.trouble.is_some();
-                if listed > Bytes::ZERO || i.is_unvouched() || !settled {
+                if listed > Bytes::ZERO || i.unvouched || !settled {
                     listed
                 } else {
                     self.promise_on(i, gpu.gpu)
@@ -85,8 +110,14 @@ impl Scheduler {
     }
 
     /// Starts to wait for the bytes of an instance that stopped or fell asleep.
-    pub(super) fn expect_release(&mut self, id: InstanceId, keep: Bytes, began: Time) {
+    /// `residue`: what a sleeper said it keeps.
+    pub(super) fn expect_release(&mut self, id: InstanceId, residue: Option<Bytes>, began: Time) {
         let Some(instance) = self.instances.get(&id) else { return };
+        let keep = match instance.is_sleeping() {
+            true => residue.unwrap_or_else(|| self.residue_expected(instance)),
+            false => Bytes::ZERO,
+        };
+        let keep = keep.min(instance.promise.unwrap_or_default());
         let gpus = instance.gpus.clone();
         let free_before = gpus
             .iter()
@@ -95,7 +126,9 @@ impl Scheduler {
             .collect();
         let now = self.now;
         if let Some(instance) = self.instances.get_mut(&id) {
-            instance.release = Some(Release { since: now, keep, free_before, began });
+            let keep_guessed = instance.is_sleeping() && residue.is_none();
+            instance.unvouched = false;
+            instance.release = Some(Release { since: now, keep, keep_guessed, free_before, began });
         }
         self.memory_changed(&gpus);
         let proven = self.instances.get(&id).is_some_and(|i| !self.must_prove(i));

@@ -101,7 +101,7 @@ impl Scheduler {
             return Ok(());
         }
         if let Some(failure) = &state.failure
-            && self.current(&request.model).is_none()
+            && !self.current(&request.model).is_some_and(Instance::is_ready)
         {
             return Err(failure.refusal.clone());
         }

@@ -134,6 +134,8 @@ pub(super) struct Release {
     pub since: Time,
     /// Stays promised: the residue of a sleeper, else nothing.
     pub keep: Bytes,
+    /// `keep` is a guess: what the driver lists once it has settled is the residue.
+    pub keep_guessed: bool,
     /// Free bytes before it began, per GPU.
     pub free_before: BTreeMap<GpuId, Bytes>,
     /// For the learned duration.
@@ -175,6 +177,10 @@ pub(super) struct Instance {
     pub ready_at: Time,
     /// Its start was emitted (or it was found running).
     pub launched: bool,
+    /// Started or woken and not vouched for yet: its promise may not show in samples.
+    pub unvouched: bool,
+    /// Bytes per GPU that it takes again when it wakes.
+    pub awake: Bytes,
     /// It was ready once.
     pub served: bool,
     pub drain: Option<Drain>,
@@ -209,6 +215,8 @@ impl Instance {
             gate: GateState::default(),
             ready_at: now,
             launched: false,
+            unvouched: false,
+            awake: Bytes::ZERO,
             served: false,
             drain: None,
             hold: None,
@@ -282,11 +290,6 @@ impl Instance {
 
     pub fn is_moving(&self, kind: MoveKind) -> bool {
         self.moving.is_some_and(|m| m.kind == kind)
-    }
-
-    /// Started or woken, not vouched for yet: its promise may not show in samples.
-    pub fn is_unvouched(&self) -> bool {
-        self.is_moving(MoveKind::Start) || self.is_moving(MoveKind::Wake)
     }
 
     /// Bytes that a release would bring on each GPU, as far as known.

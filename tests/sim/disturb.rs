@@ -84,7 +84,7 @@ impl World {
             .map(|(&id, _)| id)
             .collect();
         let instances = self.lost.clone();
-        self.tell(Event::RuntimeLost { instances });
+        self.deliver(Event::RuntimeLost { instances });
         self.after(for_ms + 4, Next::RuntimeUp);
     }
 

@@ -12,6 +12,7 @@ use crate::world::World;
 const THREADS: u64 = 2;
 const TRACE_LINES: usize = 70;
 const FAILURES_SHOWN: usize = 3;
+const FAILURES_LISTED: usize = 500;
 
 /// Seeds that once found something: always run first.
 const REGRESSIONS: &str = include_str!("regressions.txt");
@@ -192,8 +193,11 @@ fn random_scenarios_keep_every_promise() {
     for (seed, _) in failures.iter().take(FAILURES_SHOWN) {
         println!("{}", traced(*seed));
     }
-    let all: Vec<String> =
-        failures.iter().take(60).map(|(seed, failure)| format!("seed {seed}: {failure}")).collect();
+    let all: Vec<String> = failures
+        .iter()
+        .take(FAILURES_LISTED)
+        .map(|(seed, failure)| format!("seed {seed}: {failure}"))
+        .collect();
     assert!(failures.is_empty(), "{} seeds failed:\n{}", failures.len(), all.join("\n"));
 }
 

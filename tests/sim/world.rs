@@ -322,6 +322,10 @@ impl World {
         while let Some(instance) = self.closed.pop_front() {
             self.gate_seen(instance);
         }
+        // A gate that was closed has been read again: only now has the scheduler done its part.
+        if self.checker.failure.is_none() {
+            self.checker.after_event(self.now);
+        }
     }
 
     fn gate_seen(&mut self, instance: InstanceId) {
@@ -359,7 +363,6 @@ impl World {
             }
             self.perform(action);
         }
-        self.checker.after_event(self.now);
         if let Err(message) = crate::invariants(&self.scheduler) {
             self.checker.fail(format!("check_invariants: {message}"));
         }

@@ -1,5 +1,6 @@
 //! Worlds whose models are containers: a daemon, images, what the daemon itself saw, cleaning up.
 #![expect(dead_code, reason = "each test binary uses a part of this")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::collections::BTreeSet;
 use std::fs::File;

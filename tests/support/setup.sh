@@ -51,8 +51,8 @@ llama) # a real llama-server and tiny models; prints the server's path
     done
     echo "$server"
     ;;
-python) # the official client; prints the interpreter's path
-    venv openai
+python) # the official client, and the hub's; prints the interpreter's path
+    venv openai huggingface_hub
     echo "$VENV/bin/python"
     ;;
 prometheus)

@@ -10,6 +10,7 @@ use bollard::models::{
 use super::client::Daemon;
 use super::labels;
 use super::place::Place;
+use super::weights;
 use crate::config::catalog::{DockerSpec, EngineKind};
 use crate::runtime::{Identity, LaunchSpec};
 
@@ -18,7 +19,7 @@ const LOG_FILE_MAX: &str = "16m";
 const LOG_FILES_MAX: &str = "2";
 /// Longest part of a container's name that comes from the model's.
 const NAME_PART_MAX: usize = 40;
-/// Passed on from Wharf's environment to vLLM, which fetches its own weights.
+/// Passed on to vLLM, which asks the hub at every start.
 const HF_TOKEN: &str = "HF_TOKEN";
 
 /// `wharf-<model>-<instance>-<installation>`: readable, and two Wharfs on one daemon never meet.
@@ -123,7 +124,7 @@ fn labels_of(spec: &LaunchSpec, docker: &DockerSpec) -> labels::Labels {
 fn environment(spec: &LaunchSpec, docker: &DockerSpec, daemon: &Daemon) -> Vec<String> {
     let mut env: BTreeMap<String, String> = BTreeMap::new();
     if spec.model.engine == EngineKind::Vllm
-        && let Ok(token) = std::env::var(HF_TOKEN)
+        && let Ok(Some(token)) = weights::hub_token()
     {
         env.insert(HF_TOKEN.to_owned(), token);
     }

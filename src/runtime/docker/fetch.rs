@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::client::{Client, PROMPT};
 use super::registry::{self, Reference};
-use super::{DockerRuntime, errors, place::Place};
+use super::{DockerRuntime, errors, pace::Pace, place::Place};
 use crate::config::catalog::{ModelSpec, PullPolicy};
 use crate::runtime::Progress;
 use crate::scheduler::event::{Fault, FaultKind};
@@ -20,10 +20,8 @@ use crate::units::Bytes;
 const SILENCE_MAX: Duration = Duration::from_secs(300);
 /// A disk with less than this is not even tried.
 const DISK_FREE_MIN: Bytes = Bytes::mib(256);
-/// The rate is taken over this long, so that it neither jumps nor lags.
-const RATE_WINDOW: Duration = Duration::from_secs(5);
 
-/// Fetches what the model's container is made from. A named container has everything it needs.
+/// Fetches the image that the model's container is made from. A named container has everything it needs.
 pub async fn fetch(
     runtime: &DockerRuntime,
     model: &ModelSpec,
@@ -156,8 +154,7 @@ impl Disk {
 #[derive(Debug, Default)]
 struct Layers {
     by_id: BTreeMap<String, Layer>,
-    /// (when, bytes done), oldest first, for the rate.
-    samples: Vec<(Instant, u64)>,
+    pace: Pace,
     unpacking: bool,
 }
 
@@ -187,10 +184,7 @@ impl Layers {
             _ => {}
         }
         self.unpacking = status == "Extracting";
-        let done = self.done();
-        self.samples.push((now, done));
-        let keep = self.samples.iter().position(|(at, _)| now.duration_since(*at) <= RATE_WINDOW);
-        self.samples.drain(..keep.unwrap_or_default().saturating_sub(1));
+        self.pace.note(self.done(), now);
     }
 
     fn done(&self) -> u64 {
@@ -215,18 +209,13 @@ impl Layers {
     /// `1.2 GiB of 9.1 GiB, 85.0 MiB/s`
     fn detail(&self) -> String {
         let (done, total) = (Bytes(self.done()), Bytes(self.total()));
-        match self.rate() {
-            _ if total == Bytes::ZERO => "waiting for the registry".to_owned(),
-            _ if self.unpacking && done == total => format!("unpacking {total}"),
-            Some(rate) => format!("{done} of {total}, {rate}/s"),
-            None => format!("{done} of {total}"),
+        if total == Bytes::ZERO {
+            "waiting for the registry".to_owned()
+        } else if self.unpacking && done == total {
+            format!("unpacking {total}")
+        } else {
+            self.pace.detail(done, total)
         }
-    }
-
-    fn rate(&self) -> Option<Bytes> {
-        let ((first, before), (last, after)) = (self.samples.first()?, self.samples.last()?);
-        let seconds = last.duration_since(*first).as_secs_f64();
-        (seconds > 0.2).then(|| Bytes((after.saturating_sub(*before) as f64 / seconds) as u64))
     }
 }
 
@@ -260,15 +249,5 @@ mod tests {
         layers.note(report("a", "Pull complete", 0, 0), later);
         assert_eq!(layers.fraction(), Some(0.5));
         assert_eq!(layers.to_come(), Bytes::mib(500));
-    }
-
-    #[test]
-    fn samples_stay_bounded() {
-        let (start, mut layers) = (Instant::now(), Layers::default());
-        for n in 0..10_000 {
-            let now = start + Duration::from_millis(10 * n);
-            layers.note(report("a", "Downloading", n as i64, 10_000), now);
-        }
-        assert!(layers.samples.len() < 600, "{}", layers.samples.len());
     }
 }

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::client::{Client, PROMPT};
-use super::{DockerRuntime, errors, labels, place, stop, watched};
+use super::{DockerRuntime, errors, labels, place, start, stop, watched};
 use crate::runtime::{Endpoint, Foreign, Found, Identity, LogTail, Running, RuntimeHandle};
 use crate::scheduler::event::Fault;
 
@@ -20,7 +20,8 @@ pub struct NamedContainer {
     pub alive: bool,
 }
 
-/// Every container with this installation's label, running or not.
+/// Every container with this installation's label, running or not. A fetch of weights that an
+/// earlier run left behind is removed; so this is for the start of Wharf only.
 pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<Vec<Found>, Fault> {
     let client = &runtime.client;
     let docker = client.docker().await?;
@@ -29,7 +30,13 @@ pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<Vec<Fou
     let options = ListContainersOptionsBuilder::new().all(true).filters(&filters).build();
     let ours = client.within(PROMPT, docker.list_containers(Some(options))).await?;
     let mut found = Vec::new();
-    for id in ours.into_iter().filter_map(|container| container.id) {
+    for summary in ours {
+        let Some(id) = summary.id else { continue };
+        if summary.labels.as_ref().is_some_and(labels::is_errand) {
+            tracing::info!(container = id, "removing a fetch of weights of an earlier run");
+            start::remove(client, &id).await?;
+            continue;
+        }
         match timeout(PROMPT, docker.inspect_container(&id, None)).await {
             Ok(Ok(container)) => found.extend(adopt(runtime, container).await?),
             Ok(Err(error)) if errors::is_missing(&error) => {}
@@ -146,11 +153,10 @@ pub async fn foreign(runtime: &DockerRuntime, installation: &str) -> Vec<Foreign
     };
     let mut foreign = Vec::new();
     for summary in running {
-        let ours = summary
-            .labels
-            .as_ref()
-            .and_then(|labels| labels.get(labels::INSTALLATION))
-            .is_some_and(|label| label == installation);
+        let ours = summary.labels.as_ref().is_some_and(|labels| {
+            let label = labels.get(labels::INSTALLATION);
+            label.is_some_and(|label| label == installation) || labels::is_errand(labels)
+        });
         let Some(id) = summary.id.filter(|id| !ours && !runtime.watched.is_watched(id)) else {
             continue;
         };

@@ -6,6 +6,9 @@ use crate::runtime::Identity;
 use crate::units::{GpuId, InstanceId, ModelName};
 
 pub const INSTALLATION: &str = "wharf.installation";
+/// What a container is for that is no engine.
+const PURPOSE: &str = "wharf.purpose";
+const FETCH: &str = "fetch";
 pub const INSTANCE: &str = "wharf.instance";
 const MODEL: &str = "wharf.model";
 const SPEC: &str = "wharf.spec";
@@ -28,6 +31,17 @@ pub fn write(identity: &Identity, container_port: u16, labels: &mut Labels) {
     ] {
         labels.insert(key.to_owned(), value);
     }
+}
+
+/// Labels of a container that fetches weights. `None`: it is found by no installation.
+pub fn write_errand(installation: Option<&str>, model: &ModelName, labels: &mut Labels) {
+    labels.insert(PURPOSE.to_owned(), FETCH.to_owned());
+    labels.insert(MODEL.to_owned(), model.to_string());
+    labels.extend(installation.map(|name| (INSTALLATION.to_owned(), name.to_owned())));
+}
+
+pub fn is_errand(labels: &Labels) -> bool {
+    labels.get(PURPOSE).is_some_and(|purpose| purpose == FETCH)
 }
 
 /// The identity and the container port; `None`: not (wholly) labelled by us.

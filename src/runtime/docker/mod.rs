@@ -1,6 +1,6 @@
 //! Engines as Docker containers.
 //!
-//! Reading order: `preflight`, `fetch`, `create` (pure) and `start`, `stop`; `events` follows the
+//! Reading order: `preflight`, `fetch` (images), `weights`, `create` (pure) and `start`, `stop`; `events` follows the
 //! daemon and `watched` tells who waits for a container that it ended; `find` is for adoption.
 //! bollard logs whole requests, environments included, at debug: keep it at `bollard=info`.
 
@@ -12,12 +12,15 @@ mod fetch;
 mod find;
 mod labels;
 mod logs;
+mod pace;
 mod place;
 mod preflight;
 mod registry;
 mod start;
 mod stop;
 mod watched;
+mod weights;
+mod weights_report;
 
 use std::sync::{Arc, OnceLock};
 
@@ -30,6 +33,7 @@ use crate::orchestrator::view::Health;
 use crate::scheduler::event::{Fault, FaultKind};
 
 pub use find::NamedContainer;
+pub use weights::Weights;
 
 /// Cheap to clone; connects lazily, so that a machine without Docker costs nothing.
 #[derive(Clone, Debug)]
@@ -38,6 +42,7 @@ pub struct DockerRuntime {
     watched: Arc<watched::Watched>,
     place: Arc<place::PlaceCell>,
     follower: Arc<OnceLock<AbortOnDropHandle<()>>>,
+    weights: Arc<weights::Known>,
 }
 
 impl DockerRuntime {
@@ -48,6 +53,7 @@ impl DockerRuntime {
             watched: Arc::new(watched::Watched::new()),
             place: Arc::default(),
             follower: Arc::default(),
+            weights: Arc::default(),
         }
     }
 
@@ -71,14 +77,26 @@ impl DockerRuntime {
         preflight::preflight(self, spec).await
     }
 
-    /// Makes the image present, as the pull policy says. Cancel by dropping the future.
+    /// Makes the image present, as the pull policy says, and the weights of a model from the hub.
+    /// Cancel by dropping the future.
     pub async fn fetch(&self, spec: &LaunchSpec, progress: &Progress) -> Result<(), Fault> {
-        fetch::fetch(self, &spec.model, progress).await
+        fetch::fetch(self, &spec.model, progress).await?;
+        let installation = Some(spec.identity.installation.as_str());
+        weights::fetch(self, &spec.model, installation, progress).await.map(drop)
     }
 
-    /// The same for a model that is not about to start (`wharf pull`).
-    pub async fn fetch_model(&self, model: &ModelSpec, progress: &Progress) -> Result<(), Fault> {
+    /// The image of a model that is not about to start (`wharf pull`).
+    pub async fn fetch_image(&self, model: &ModelSpec, progress: &Progress) -> Result<(), Fault> {
         fetch::fetch(self, model, progress).await
+    }
+
+    /// The weights of a model that is not about to start. Its image must be here.
+    pub async fn fetch_weights(
+        &self,
+        model: &ModelSpec,
+        progress: &Progress,
+    ) -> Result<Weights, Fault> {
+        weights::fetch(self, model, None, progress).await
     }
 
     /// Creates and starts the container, or starts the named one (one that runs is left as it is).

@@ -9,7 +9,7 @@ use super::super::Scheduler;
 use super::super::action::Action;
 use super::super::placement::Plan;
 use super::super::policy::{Candidate, Urgency};
-use super::super::record::{Eviction, Phase};
+use super::super::record::{Eviction, Phase, SwapCause};
 use super::super::residency::{Drain, Instance, Residency};
 use crate::units::{InstanceId, SwapId};
 
@@ -33,9 +33,15 @@ impl Scheduler {
         swap.decision = decision;
         swap.gpus.clone_from(&plan.gpus);
         swap.victims.clone_from(&plan.victims);
-        swap.evicted.extend(evicted);
+        swap.evicted = evicted;
         (swap.planned, swap.placed, swap.memory_wait) = (true, true, None);
         swap.urgent = candidate.urgency < Urgency::Normal;
+        // What began as a warm-up goes on for whoever waits now.
+        if candidate.urgency < Urgency::Spare
+            && matches!(swap.cause, SwapCause::Warmup | SwapCause::Restore)
+        {
+            swap.cause = candidate.cause;
+        }
         if let Some(instance) = self.instances.get_mut(&instance) {
             instance.gpus = plan.gpus;
         }
@@ -169,8 +175,9 @@ impl Scheduler {
         if let Some(swap) = self.swaps.get_mut(&id) {
             (swap.planned, swap.placed, swap.vacated) = (false, false, false);
             swap.victims.clear();
-            swap.evicted
-                .retain(|e| !self.instances.get(&e.instance).is_some_and(Instance::is_ready));
+            let left =
+                |e: &Eviction| !self.instances.get(&e.instance).is_some_and(Instance::is_ready);
+            swap.evicted_before.extend(std::mem::take(&mut swap.evicted).into_iter().filter(left));
             swap.decision = format!("chooses again: {why}");
         }
         self.changed();

@@ -43,7 +43,9 @@ pub(in crate::scheduler) struct Swap {
     pub instance: InstanceId,
     pub gpus: Vec<GpuId>,
     pub victims: Vec<Victim>,
+    /// Who leaves by the present plan, and who left by earlier ones.
     pub evicted: Vec<Eviction>,
+    pub evicted_before: Vec<Eviction>,
     pub began: Time,
     pub phases: Vec<(Phase, Duration)>,
     pub phase: Phase,
@@ -84,6 +86,8 @@ impl Swap {
 
     pub fn record(&self, now: Time, outcome: Option<SwapOutcome>) -> SwapRecord {
         let ended = outcome.is_some();
+        let making_room = matches!(self.phase, Phase::Drain | Phase::Vacate) && !ended;
+        let before = self.evicted_before.iter().filter(|_| !making_room);
         let mut phases = self.phases.clone();
         if ended {
             phases.push((self.phase, now.since(self.since)));
@@ -96,7 +100,7 @@ impl Swap {
             decision: self.decision.clone(),
             instance: Some(self.instance),
             gpus: self.gpus.iter().copied().filter(|&g| g != super::memory::UNSEEN).collect(),
-            evicted: self.evicted.clone(),
+            evicted: before.chain(&self.evicted).cloned().collect(),
             began: self.began,
             ended: ended.then_some(now),
             phases,
@@ -138,6 +142,7 @@ impl Scheduler {
             gpus: plan.gpus.clone(),
             victims: plan.victims.clone(),
             evicted: Vec::new(),
+            evicted_before: Vec::new(),
             began: self.now,
             phases: Vec::new(),
             phase: if sleeper.is_some() { Phase::Drain } else { Phase::Preflight },
@@ -368,14 +373,14 @@ impl Scheduler {
 
     /// What the swap cost those who had to leave for it.
     fn eviction_cost(&self, id: SwapId) -> Duration {
-        let Some(swap) = self.swaps.get(&id).filter(|s| s.vacated) else { return Duration::ZERO };
+        let Some(swap) = self.swaps.get(&id) else { return Duration::ZERO };
         let model_cost = |e: &Eviction| {
             let learned = self.models.get(&e.model).map(|m| &m.learned);
             learned
                 .map(|l| l.stop.unwrap_or_default() + l.start.unwrap_or_default())
                 .unwrap_or_default()
         };
-        swap.evicted.iter().map(model_cost).sum()
+        swap.evicted.iter().chain(&swap.evicted_before).map(model_cost).sum()
     }
 
     pub(super) fn watch(&mut self, id: SwapId) {

@@ -4,7 +4,7 @@
 use super::super::Scheduler;
 use super::super::event::{Fault, FaultKind};
 use super::super::memory::uses_gpu;
-use super::super::placement::Plan;
+use super::super::placement::{ELASTIC_SHARE, Plan};
 use super::super::policy::Candidate;
 use super::super::record::{Phase, SwapOutcome};
 use super::super::residency::Instance;
@@ -144,7 +144,7 @@ impl Scheduler {
         }
         let profiles = target.spec.engine == EngineKind::Vllm && !target.is_sleeping();
         if profiles && let Some(other) = self.moving_on(&swap.gpus, target.id) {
-            return if other.is_stopping() {
+            return if other.is_stopping() && !other.may_run() {
                 Err(StartBlock::Unproven)
             } else {
                 Err(StartBlock::Moving(format!("{} is being moved there", other.model)))
@@ -169,22 +169,37 @@ impl Scheduler {
             promised + need.bytes > self.capacity(gpu)
         };
         if short {
-            let releasing = self
-                .instances
-                .values()
-                .any(|i| (i.is_stopping() || i.release.is_some()) && i.gpus.contains(&gpu));
-            return Err(if releasing { StartBlock::Unproven } else { StartBlock::Stale });
+            return Err(self.why_short(gpu));
         }
         if !self.world.proof || self.is_blind(gpu) {
             return Ok(need.bytes);
         }
         let free = self.fresh_free(gpu).ok_or(StartBlock::NoSample)?;
-        let left = free - self.unvouched(gpu) - self.catalog.settings.gpu.reserve + residue;
-        if !need.elastic {
-            return if left >= need.bytes { Ok(need.bytes) } else { Err(StartBlock::Held) };
+        let loading = self.unvouched(gpu);
+        let free = free - self.catalog.settings.gpu.reserve + residue;
+        let left = free - loading;
+        let least = if need.elastic { Bytes(need.bytes.0 / ELASTIC_SHARE) } else { need.bytes };
+        if left >= least.max(Bytes(1)) {
+            Ok(left.min(need.bytes))
+        } else if free >= least && loading > Bytes::ZERO {
+            // Whether it fits shows once the neighbour has taken its bytes.
+            Err(StartBlock::Moving("another model loads there first".to_owned()))
+        } else {
+            Err(StartBlock::Held)
         }
-        let least = Bytes(need.bytes.0 / 4).max(Bytes(1));
-        if left >= least { Ok(left.min(need.bytes)) } else { Err(StartBlock::Held) }
+    }
+
+    /// Too much is promised: to somebody whose stop is under way (it has its own deadline), to
+    /// somebody who is gone and whose bytes are not proven free, or to somebody who stays.
+    fn why_short(&self, gpu: GpuId) -> StartBlock {
+        let mut unproven = false;
+        for instance in self.instances.values().filter(|i| i.gpus.contains(&gpu)) {
+            if instance.is_stopping() && instance.may_run() && instance.trouble.is_none() {
+                return StartBlock::Process(format!("{} to stop", instance.model));
+            }
+            unproven |= instance.is_stopping() || instance.release.is_some();
+        }
+        if unproven { StartBlock::Unproven } else { StartBlock::Stale }
     }
 
     /// Earlier models that still count, where only so many may run.

@@ -28,7 +28,7 @@ impl Scheduler {
         let wakes = target.is_sleeping();
         let alone = target.spec.vram == Vram::Unknown
             && self.models.get(&model).is_none_or(|m| m.learned.footprint.is_none());
-        target.launched = true;
+        (target.launched, target.unvouched) = (true, true);
         target.gpus.clone_from(&gpus);
         if uses_gpu(&target.spec) {
             target.promise = Some(footprint);

@@ -45,6 +45,7 @@ impl Scheduler {
                 gpus,
                 victims: vec![victim],
                 evicted: Vec::new(),
+                evicted_before: Vec::new(),
                 began: self.now,
                 phases: Vec::new(),
                 phase,

@@ -14,6 +14,7 @@ const STOP_RETRY_MAX: Duration = Duration::from_secs(600);
 
 impl Scheduler {
     pub(super) fn advance_vacate(&mut self, id: SwapId) {
+        self.watch(id);
         let Some(swap) = self.swaps.get(&id) else { return };
         let victims = swap.victims.clone();
         let mut waiting = false;
@@ -96,6 +97,7 @@ impl Scheduler {
         let deadline = self.stop_deadline(id);
         if let Some(instance) = self.instances.get_mut(&id) {
             instance.drain = None;
+            instance.awake = instance.promise.unwrap_or_default();
             instance.enter(Residency::FallingAsleep, now);
         }
         self.set_moving(id, MoveKind::Sleep, swap, deadline);
@@ -158,7 +160,7 @@ impl Scheduler {
                     instance.trouble = None;
                     instance.stop_retry = None;
                 }
-                self.expect_release(id, Bytes::ZERO, under_way.since);
+                self.expect_release(id, None, under_way.since);
             }
             Err(fault) => self.stop_failed(id, fault),
         }
@@ -214,8 +216,6 @@ impl Scheduler {
             Ok(residue) => {
                 let Some(instance) = self.instances.get(&id) else { return };
                 let model = instance.model.clone();
-                let promise = instance.promise.unwrap_or_default();
-                let keep = residue.unwrap_or_else(|| self.residue_expected(instance)).min(promise);
                 if let Some(residue) = residue {
                     self.learn_residue(&model, residue);
                 }
@@ -223,7 +223,7 @@ impl Scheduler {
                     let level = instance.can_sleep().unwrap_or(1);
                     instance.enter(Residency::Sleeping { level }, now);
                 }
-                self.expect_release(id, keep, under_way.since);
+                self.expect_release(id, residue, under_way.since);
             }
             Err(_) => self.emit_stop(under_way.swap, id),
         }
@@ -235,6 +235,10 @@ impl Scheduler {
         if self.instances.get(&id).is_some_and(Instance::is_sleeping) {
             let swap = self.begin_unload(id, SwapCause::Evict, decision, Phase::Vacate);
             self.emit_stop(swap, id);
+            // Whoever waits for that memory gets the time that a stop takes.
+            for swap in self.swaps.values_mut() {
+                swap.memory_wait = None;
+            }
         }
     }
 }

@@ -27,8 +27,8 @@ impl Scheduler {
         let Some(target) = self.instances.get_mut(&instance) else { return };
         target.enter(Residency::Ready, now);
         target.ready_at = now;
-        target.served = true;
-        target.residue = Bytes::ZERO;
+        (target.served, target.unvouched) = (true, false);
+        (target.residue, target.awake) = (Bytes::ZERO, Bytes::ZERO);
         let mut gate = GateState::default();
         // A woken instance keeps its gate, and with it the counters.
         if under_way.kind == super::super::residency::MoveKind::Wake {

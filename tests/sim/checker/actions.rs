@@ -2,6 +2,7 @@
 
 use wharf::config::catalog::EngineKind;
 use wharf::scheduler::action::{Action, Answer, Refusal};
+use wharf::scheduler::record::Phase;
 use wharf::units::{AskId, Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
 
 use super::{Checker, Known, Move, Told};
@@ -84,6 +85,9 @@ impl Checker {
             ));
         }
         let busy = machine.in_flight(instance);
+        if let Some(known) = self.insts.get_mut(&instance) {
+            known.in_flight += 1;
+        }
         let limit = self.concurrency(&known);
         self.require(busy < limit, || {
             format!("{request} is granted on {instance} beside {busy}; the limit is {limit}")
@@ -221,10 +225,11 @@ impl Checker {
 
     /// The one retry inside a swap is a new instance; what was checked and fetched still counts.
     fn second_try(&mut self, swap: SwapId, instance: InstanceId, model: &ModelName) {
-        let first = self.insts.values().find(|known| {
-            known.told == Told::Gone && known.last_for == Some(swap) && known.model == *model
-                || known.told == Told::Stopping && known.last_for == Some(swap)
+        let recorded = self.swaps.get(&swap).is_some_and(|record| {
+            record.model == *model && record.phases.iter().any(|(phase, _)| *phase == Phase::Start)
         });
+        let first = self.insts.values().find(|known| known.launched && known.model == *model);
+        let first = first.filter(|_| recorded);
         if let (None, Some(first)) = (self.insts.get(&instance), first) {
             let known = Known {
                 preflight: true,

@@ -89,8 +89,15 @@ impl Checker {
             .values()
             .filter(|record| {
                 let phase = record.phase.map(|(phase, _)| phase);
+                // Chosen again, it may still name those who left for its first choice.
+                let leaves = |id: &InstanceId| {
+                    self.insts.get(id).is_some_and(|known| {
+                        known.last_for == Some(record.id)
+                            && matches!(known.told, Told::FallingAsleep | Told::Stopping)
+                    })
+                };
                 record.kind == SwapKind::Load
-                    && !record.evicted.is_empty()
+                    && record.evicted.iter().any(|evicted| leaves(&evicted.instance))
                     && matches!(phase, Some(Phase::Drain | Phase::Vacate))
             })
             .collect();
@@ -107,6 +114,10 @@ impl Checker {
 
     /// An instance that is up may be made to leave for `swap`.
     pub(super) fn may_leave(&mut self, swap: SwapId, instance: InstanceId) {
+        if self.ended.contains(&swap) {
+            // What could not fall asleep for a swap called off meanwhile.
+            return;
+        }
         let Some(record) = self.swaps.get(&swap).cloned() else {
             return self.fail(format!("{instance} leaves for {swap}, which is not recorded"));
         };
