@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::catalog::Catalog;
+use crate::config::catalog::{Catalog, Settings};
 use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
 use crate::telemetry::metrics::Metrics;
@@ -29,7 +29,7 @@ pub async fn run(
     let catalog = Arc::new(catalog);
     let settings = &catalog.settings;
     let (gateway_at, orchestrator_at) = (settings.gateway, settings.orchestrator);
-    refuse_open_control(&catalog)?;
+    refuse_open_control(orchestrator_at, &catalog)?;
     // Bound before anything is started: a taken port must cost nothing.
     let orchestrator_listener = bind("listen.orchestrator", orchestrator_at).await?;
     let gateway_listener = match gateway_at == orchestrator_at {
@@ -37,7 +37,8 @@ pub async fn run(
         false => Some(bind("listen.gateway", gateway_at).await?),
     };
     let metrics = Arc::new(Metrics::new());
-    let (handle, owner) = orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics)).await?;
+    let (handle, mut owner) =
+        orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics)).await?;
 
     let stop = CancellationToken::new();
     let control = api::router(handle.clone(), Arc::clone(&metrics));
@@ -60,10 +61,16 @@ pub async fn run(
     )));
     tracing::info!(gateway = %gateway_at, orchestrator = %orchestrator_at, "serving");
 
-    let reloads = tokio::spawn(reload_on_sighup(reload, handle.clone()));
-    let signal_name = wait_for_stop().await?;
+    let reloads = tokio::spawn(reload_on_sighup(reload, handle.clone(), orchestrator_at));
+    let signal_name = tokio::select! {
+        name = wait_for_stop() => name?,
+        // Only after a panic. The engines live on: whoever starts us again adopts them.
+        _ = &mut owner => bail!("the orchestrator ended by itself: report the last log lines"),
+    };
     tracing::info!("{signal_name}: draining, at most {drain:?}; once more to stop at once");
     reloads.abort();
+    // Whoever waits in the queue hears it now, not when the drain is over and connections are cut.
+    handle.refuse_new();
     stop.cancel();
     let drained = async {
         for task in serving {
@@ -80,13 +87,12 @@ pub async fn run(
 }
 
 /// A control API that anyone on the network can use is refused, not warned about.
-fn refuse_open_control(catalog: &Catalog) -> anyhow::Result<()> {
-    let settings = &catalog.settings;
-    if !settings.orchestrator.ip().is_loopback() && settings.auth.keys.is_empty() {
+/// `listening`: where the orchestrator is, which a reload does not move.
+fn refuse_open_control(listening: SocketAddr, catalog: &Catalog) -> anyhow::Result<()> {
+    if !listening.ip().is_loopback() && catalog.settings.auth.keys.is_empty() {
         bail!(
-            "listen.orchestrator {} is reachable from other machines and auth.keys is empty: \
-             add a key with scope admin, or listen on 127.0.0.1",
-            settings.orchestrator
+            "listen.orchestrator {listening} is reachable from other machines and auth.keys is \
+             empty: add a key with scope admin, or listen on 127.0.0.1"
         );
     }
     Ok(())
@@ -130,17 +136,28 @@ async fn wait_for_stop() -> anyhow::Result<&'static str> {
 async fn reload_on_sighup(
     reload: impl Fn() -> anyhow::Result<Catalog> + Send + 'static,
     handle: Handle,
+    orchestrator_at: SocketAddr,
 ) {
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
     while hangup.recv().await.is_some() {
-        match reload() {
+        let checked = reload().and_then(|catalog| {
+            refuse_open_control(orchestrator_at, &catalog)?;
+            Ok(catalog)
+        });
+        match checked {
             Ok(catalog) => {
                 let (old, new) = (handle.catalog(), &catalog.settings);
                 let old = &old.settings;
-                if (new.gateway, new.orchestrator, &new.store, &new.gpu)
-                    != (old.gateway, old.orchestrator, &old.store, &old.gpu)
-                {
-                    tracing::warn!("listen, store and gpu need a restart; the rest is reloaded");
+                let at_start = |s: &Settings| {
+                    let listen = (s.gateway, s.orchestrator);
+                    let rest = (s.store.clone(), s.gpu.clone(), s.docker_host.clone());
+                    (listen, rest, s.engine_ports)
+                };
+                if at_start(new) != at_start(old) {
+                    tracing::warn!(
+                        "listen, store, gpu, engine_ports and the Docker host need a restart; the \
+                         rest is reloaded"
+                    );
                 }
                 handle.reload(Arc::new(catalog)).await;
                 tracing::info!("configuration reloaded");

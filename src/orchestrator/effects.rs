@@ -23,14 +23,25 @@ const FAILED_START_GRACE: Duration = Duration::from_secs(5);
 const VRAM_VISIBLE_WITHIN: Duration = Duration::from_secs(3);
 
 /// The running engine of an instance, shared between the owner and the effect under way.
-pub type Slot = Arc<Mutex<Option<Running>>>;
-
-pub fn peek(slot: &Slot) -> Option<Running> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner).clone()
+#[derive(Clone, Debug, Default)]
+pub struct Slot {
+    running: Arc<Mutex<Option<Running>>>,
+    /// Held while a runtime creates the engine: until then nobody can say what there is to stop.
+    launching: Arc<tokio::sync::Mutex<()>>,
 }
 
-fn put(slot: &Slot, running: Option<Running>) {
-    *slot.lock().unwrap_or_else(PoisonError::into_inner) = running;
+impl Slot {
+    pub fn holding(running: Running) -> Slot {
+        Slot { running: Arc::new(Mutex::new(Some(running))), launching: Arc::default() }
+    }
+
+    pub fn peek(&self) -> Option<Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn put(&self, running: Option<Running>) {
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = running;
+    }
 }
 
 /// An effect that can be called off.
@@ -105,39 +116,65 @@ impl Effects {
         progress: Progress,
         deadline: Time,
     ) -> Task {
-        let effects = self.clone();
-        self.spawn(swap, launch.identity.instance, async move {
+        let (effects, cancel) = (self.clone(), CancellationToken::new());
+        let cancelled = cancel.clone();
+        let join = tokio::spawn(async move {
+            let instance = launch.identity.instance;
             let deadline = effects.epoch + Duration::from_millis(deadline.0);
-            let brought = effects.bring_up(swap, &launch, &slot, &progress, deadline).await;
-            Done::Start(match brought {
-                Ok(footprint) => Ok(footprint),
-                Err(fault) => Err(effects.clear_failed_start(&slot, fault).await),
-            })
-        })
+            // Called off while it is being created, it is created first and then stopped: a call to
+            // Docker that is cut half-way is carried out all the same, when nobody looks any more.
+            let launching = slot.launching.lock().await;
+            if cancelled.is_cancelled() {
+                return;
+            }
+            let before = effects.read_memory().await;
+            progress.set("launch", None, "");
+            let launched = effects.runtimes.start(&launch).await;
+            if let Ok(running) = &launched {
+                effects.holders.register(running);
+                slot.put(Some(running.clone()));
+            }
+            drop(launching);
+            let rest = async {
+                let brought = match launched {
+                    Ok(running) => {
+                        let before = before.as_deref();
+                        effects.bring_up(swap, &launch, &running, before, &progress, deadline).await
+                    }
+                    Err(fault) => Err(fault),
+                };
+                Done::Start(match brought {
+                    Ok(footprint) => Ok(footprint),
+                    Err(fault) => Err(effects.clear_failed_start(&slot, fault).await),
+                })
+            };
+            tokio::select! {
+                biased;
+                () = cancelled.cancelled() => {}
+                done = rest => effects.done(swap, instance, done),
+            }
+        });
+        Task { cancel, join }
     }
 
     async fn bring_up(
         &self,
         swap: SwapId,
         launch: &LaunchSpec,
-        slot: &Slot,
+        running: &Running,
+        before: Option<&[GpuMemory]>,
         progress: &Progress,
         deadline: Instant,
     ) -> Result<Option<Bytes>, Fault> {
         let (spec, instance) = (&launch.model, launch.identity.instance);
-        let before = self.read_memory().await;
-        progress.set("launch", None, "");
-        let running = self.runtimes.start(launch).await?;
-        self.holders.register(&running);
-        put(slot, Some(running.clone()));
-        engine::wait_ready(spec, &running, progress, deadline.into()).await?;
+        engine::wait_ready(spec, running, progress, deadline.into()).await?;
         self.inbox.send(Message::Effect(Event::Vouching { swap, instance }));
         let mut exit = running.exit.clone();
         let gpus = &launch.identity.gpus;
         let vouch = async {
-            let footprint = self.vouch_memory(spec, gpus, instance, before.as_deref()).await?;
+            let footprint = self.vouch_memory(spec, gpus, instance, before).await?;
             if spec.canary {
-                engine::canary(spec, &running).await?;
+                engine::canary(spec, running).await?;
             }
             Ok(footprint)
         };
@@ -152,13 +189,13 @@ impl Effects {
     }
 
     async fn clear_failed_start(&self, slot: &Slot, mut fault: Fault) -> Fault {
-        let Some(running) = peek(slot) else { return fault };
+        let Some(running) = slot.peek() else { return fault };
         if fault.log_tail.is_empty() {
             fault.log_tail = running.log.last(20);
         }
         let stop = StopSpec { signal: "SIGTERM".to_owned(), grace: FAILED_START_GRACE };
         match self.stop_within(&running, &stop).await {
-            Ok(()) => put(slot, None),
+            Ok(()) => slot.put(None),
             Err(stuck) => {
                 fault
                     .message
@@ -182,19 +219,21 @@ impl Effects {
             let was_starting = under_way.is_some();
             if let Some(task) = under_way {
                 task.cancel.cancel();
-                // Ends at once: it selects on the token. A panic in it is as good as an end.
+                // Soon: a start under way gets its engine created first. A panic is as good as an end.
                 let _ = task.join.await;
             }
+            // A second attempt to stop it finds no task, but perhaps the same creation under way.
+            drop(slot.launching.lock().await);
             let mut stop = spec.stop.clone();
             if was_starting {
                 stop.grace = stop.grace.min(FAILED_START_GRACE);
             }
-            let stopped = match peek(&slot) {
+            let stopped = match slot.peek() {
                 Some(running) => effects.stop_within(&running, &stop).await,
                 None => Ok(()),
             };
             if stopped.is_ok() {
-                put(&slot, None);
+                slot.put(None);
                 effects.holders.forget(instance);
             }
             effects.done(swap, instance, Done::Stop(stopped));
@@ -225,7 +264,7 @@ impl Effects {
     ) -> Task {
         let effects = self.clone();
         self.spawn(swap, instance, async move {
-            let Some(running) = peek(&slot) else {
+            let Some(running) = slot.peek() else {
                 return Done::Sleep(Err(gone(&spec)));
             };
             Done::Sleep(match engine::sleep(&spec, &running).await {
@@ -245,7 +284,7 @@ impl Effects {
     ) -> Task {
         let effects = self.clone();
         self.spawn(swap, instance, async move {
-            let Some(running) = peek(&slot) else {
+            let Some(running) = slot.peek() else {
                 return Done::Wake(Err(gone(&spec)));
             };
             let left = deadline.since(effects.now());

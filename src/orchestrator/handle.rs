@@ -41,6 +41,8 @@ pub enum Message {
         catalog: Arc<Catalog>,
         reply: oneshot::Sender<()>,
     },
+    /// Refuse what waits and start nothing more; what runs goes on.
+    RefuseNew,
     Shutdown {
         reply: oneshot::Sender<()>,
     },
@@ -169,6 +171,11 @@ impl Handle {
         let (reply, done) = oneshot::channel();
         self.inbox.send(Message::Reload { catalog, reply });
         let _ = done.await;
+    }
+
+    /// Refuses what waits and what comes from now on; requests that hold a lease go on.
+    pub fn refuse_new(&self) {
+        self.inbox.send(Message::RefuseNew);
     }
 
     /// Stops taking work, ends what `on_exit` says, and returns when that is done.

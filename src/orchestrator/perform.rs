@@ -7,7 +7,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-use super::effects::{ended, peek};
+use super::effects::ended;
 use super::gate::{Gate, StartKind, UpstreamClient};
 use super::handle::Message;
 use super::launch::Launcher;
@@ -16,7 +16,7 @@ use super::view::LEDGER_ROWS_MAX;
 use crate::runtime::{LaunchSpec, Running};
 use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
-use crate::scheduler::record::SwapRecord;
+use crate::scheduler::record::{Phase, SwapRecord};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
 
 /// vLLM keeps idle connections 120 s (we set it so); uvicorn's own default would be 5 s.
@@ -276,7 +276,7 @@ impl Owner {
         match done {
             Done::Start(Ok(_)) | Done::Wake(Ok(_)) if !live.stopping => {
                 live.task = None;
-                let Some(running) = peek(&live.slot) else { return };
+                let Some(running) = live.slot.peek() else { return };
                 self.became_ready(instance, &running);
                 if matches!(done, Done::Start(_)) {
                     self.watch_exit(instance, &running);
@@ -345,6 +345,7 @@ impl Owner {
         let facts = self.facts.entry(spec.name.clone()).or_default();
         facts.restarts += 1;
         facts.last_fault = Some(fault.clone());
+        // Its children and its container go by the `StopInstance` that the scheduler answers with.
         self.metrics.instance_restarted(&spec.name);
     }
 
@@ -361,23 +362,28 @@ impl Owner {
             "swap ended"
         );
         self.metrics.swap_ended(&record);
-        // An instance whose start failed is gone; a ready one stays.
-        if let Some(instance) = record.instance
-            && self.instances.get(&instance).is_some_and(|live| {
-                live.task.is_none()
-                    && live.gate.is_none()
-                    && !live.stopping
-                    && peek(&live.slot).is_none()
-            })
-        {
-            self.instances.remove(&instance);
-            self.ports.release(instance);
-        }
+        self.forget_unstarted(&record);
         let ledger = Arc::make_mut(&mut self.ledger);
         if ledger.len() >= LEDGER_ROWS_MAX {
             ledger.pop_front();
         }
         ledger.push_back(Arc::new(record));
+    }
+
+    /// An instance whose swap ended before its start leaves nothing that a stop would clear up.
+    fn forget_unstarted(&mut self, record: &SwapRecord) {
+        let Some(instance) = record.instance else { return };
+        let Some(live) = self.instances.get(&instance) else { return };
+        // An effect that is late (its swap gave it up) would otherwise keep entry and port for ever.
+        let is_started = record.phases.iter().any(|(phase, _)| *phase >= Phase::Start);
+        let is_held = live.stopping || live.gate.is_some() || live.slot.peek().is_some();
+        if is_held || (live.task.is_some() && is_started) {
+            return;
+        }
+        if let Some(task) = self.instances.remove(&instance).and_then(|live| live.task) {
+            task.cancel.cancel();
+        }
+        self.ports.release(instance);
     }
 
     fn note_id(&mut self, id: u64) {

@@ -164,6 +164,7 @@ impl Owner {
                 // The caller may have left; the reload stands.
                 let _ = reply.send(());
             }
+            Message::RefuseNew => self.step(Event::ShuttingDown),
             Message::Shutdown { reply } => {
                 self.step(Event::ShuttingDown);
                 self.shutdown = Some(reply);
@@ -213,7 +214,7 @@ impl Owner {
             .instances
             .iter()
             .filter(|(_, live)| {
-                let running = super::effects::peek(&live.slot);
+                let running = live.slot.peek();
                 matches!(running.map(|running| running.handle), Some(RuntimeHandle::Docker { .. }))
             })
             .map(|(instance, _)| *instance)
@@ -243,7 +244,7 @@ impl Owner {
             .iter()
             .filter_map(|instance| {
                 let live = self.instances.get(instance)?;
-                Some((*instance, super::effects::peek(&live.slot)?))
+                Some((*instance, live.slot.peek()?))
             })
             .collect();
         tokio::spawn(async move {

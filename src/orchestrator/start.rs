@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::effects::{Effects, peek};
+use super::effects::{Effects, Slot};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
 use super::journal::Journal;
 use super::launch::Ports;
@@ -177,7 +177,7 @@ impl Owner {
     fn adopt(&mut self, Adopted { spec, running, footprint }: Adopted) {
         let identity = running.identity.clone();
         let mut live = Live::new(spec, identity.gpus.clone());
-        live.slot = Arc::new(std::sync::Mutex::new(Some(running.clone())));
+        live.slot = Slot::holding(running.clone());
         self.instances.insert(identity.instance, live);
         self.ports.reserve(identity.instance, identity.port);
         self.became_ready(identity.instance, &running);
@@ -212,19 +212,21 @@ impl Owner {
         self.shared.gates.store(Arc::new(Gates::new()));
         let mut stops = Vec::new();
         for (instance, live) in std::mem::take(&mut self.instances) {
-            if let Some(task) = live.task {
+            if let Some(task) = &live.task {
                 task.cancel.cancel();
-                // Ends at once: it selects on the token.
-                let _ = task.join.await;
-            }
-            let Some(running) = peek(&live.slot) else { continue };
-            let is_docker = matches!(running.handle, RuntimeHandle::Docker { .. });
-            if is_docker && keep_docker && live.ready_at.is_some() {
-                tracing::info!(model = %live.spec.name, %instance, "kept running (on_exit: keep)");
-                continue;
             }
             let effects = self.effects.clone();
             stops.push(async move {
+                if let Some(task) = live.task {
+                    // Soon, unless the runtime hangs; what it still creates is reaped next time.
+                    let _ = tokio::time::timeout(limit, task.join).await;
+                }
+                let Some(running) = live.slot.peek() else { return };
+                let is_docker = matches!(running.handle, RuntimeHandle::Docker { .. });
+                if is_docker && keep_docker && live.ready_at.is_some() {
+                    tracing::info!(model = %live.spec.name, %instance, "kept running (on_exit: keep)");
+                    return;
+                }
                 let mut stop = live.spec.stop.clone();
                 stop.grace = stop.grace.min(limit);
                 if let Err(fault) = effects.stop_within(&running, &stop).await {
