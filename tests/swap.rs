@@ -124,7 +124,7 @@ async fn whoever_waits_when_wharf_stops_is_told_so() {
     world.stop().await;
     let answer = asked.await.unwrap().expect("an answer, not a cut connection");
     assert_eq!(answer.status, 503, "{answer:?}");
-    assert!(answer.text.contains("shutting_down"), "{answer:?}");
+    assert!(answer.text.contains("shutting down"), "{answer:?}");
 }
 
 /// 600 requests, streams among them, over five models on room for two; one in ten hangs up.
