@@ -178,7 +178,7 @@ mod tests {
     fn neither_start_nor_reload_may_open_the_control_api_to_the_network() {
         let catalog = |auth: &str| {
             let yaml = format!(
-                "{auth}models: {{ ada: {{ engine: openai, process: {{ cmd: x }}, gpus: 0 }} }}"
+                "{auth}models: {{ ada: {{ engine: openai, process: {{ cmd: x }}, port: 9001, gpus: 0 }} }}"
             );
             config::parse(&yaml, "models.yaml", &|_| None).unwrap().catalog
         };
