@@ -168,3 +168,28 @@ async fn reload_on_sighup(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::refuse_open_control;
+    use crate::config;
+
+    #[test]
+    fn neither_start_nor_reload_may_open_the_control_api_to_the_network() {
+        let catalog = |auth: &str| {
+            let yaml = format!(
+                "{auth}models: {{ ada: {{ engine: openai, process: {{ cmd: x }}, port: 9001, gpus: 0 }} }}"
+            );
+            config::parse(&yaml, "models.yaml", &|_| None).unwrap().catalog
+        };
+        let open = catalog("");
+        let keyed =
+            catalog("auth: { keys: [{ name: a, key: s3cret-s3cret-s3cret, scopes: [admin] }] }\n");
+        let (everywhere, here) =
+            ("0.0.0.0:8888".parse().unwrap(), "127.0.0.1:8888".parse().unwrap());
+        // What the reloaded file says of `listen` changes nothing: it is the default here.
+        assert!(refuse_open_control(everywhere, &open).is_err());
+        assert!(refuse_open_control(everywhere, &keyed).is_ok());
+        assert!(refuse_open_control(here, &open).is_ok());
+    }
+}

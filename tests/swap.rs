@@ -114,6 +114,19 @@ async fn an_engine_that_dies_while_serving_is_started_again() {
     world.stop().await;
 }
 
+#[tokio::test]
+async fn whoever_waits_when_wharf_stops_is_told_so() {
+    let models = standin("ada", "14GiB", "--load 60s");
+    let world = serve(&gpu("24GiB", "50ms"), &models, &[]).await;
+    let talk = world.server.talk.clone();
+    let asked = tokio::spawn(async move { talk.chat("ada", false, &[]).await });
+    world.until("ada starts", |status| status["swaps"][0]["phase"] == "start").await;
+    world.stop().await;
+    let answer = asked.await.unwrap().expect("an answer, not a cut connection");
+    assert_eq!(answer.status, 503, "{answer:?}");
+    assert!(answer.text.contains("shutting down"), "{answer:?}");
+}
+
 /// 600 requests, streams among them, over five models on room for two; one in ten hangs up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crowd_is_served_whole_and_leaves_nothing_behind() {

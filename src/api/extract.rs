@@ -1,16 +1,20 @@
 //! What handlers read from a request, with errors in our own shape.
 
+use std::time::Duration;
+
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use http::StatusCode;
 use http::request::Parts;
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use super::error::bad;
 use crate::gateway::reject::Reject;
 
 /// Control bodies are a few fields.
 pub const BODY_BYTES_MAX: usize = 64 * 1024;
+const BODY_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// The percent-decoded wildcard of a path.
 pub struct PathText(pub String);
@@ -33,8 +37,13 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = Reject;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Reject> {
-        let bytes =
-            Bytes::from_request(request, state).await.map_err(|error| match error.status() {
+        let body = timeout(BODY_TIME_MAX, Bytes::from_request(request, state)).await;
+        let bytes = body
+            .map_err(|_| {
+                let message = format!("the body did not come within {BODY_TIME_MAX:?}");
+                Reject::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", message)
+            })?
+            .map_err(|error| match error.status() {
                 StatusCode::PAYLOAD_TOO_LARGE => Reject::new(
                     StatusCode::PAYLOAD_TOO_LARGE,
                     "body_too_large",

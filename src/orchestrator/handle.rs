@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
 
+use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
 use super::reconcile::Adopted;
 use super::view::{Health, View};
@@ -32,8 +33,10 @@ pub enum Message {
     },
     /// An effect reports.
     Effect(Event),
-    /// Docker answers for the first time: what an earlier run left there.
-    FoundInDocker(Vec<Adopted>),
+    /// Docker answers for the first time: what an earlier run left there; `None`: it did not say.
+    FoundInDocker(Option<Vec<Adopted>>),
+    /// Docker is back: which of its instances still live.
+    WhoLives(WhoLives),
     /// A runtime went away or came back.
     DockerHealth(Health),
     /// A new configuration, already validated.

@@ -38,7 +38,7 @@ impl Journal {
     }
 
     pub fn append(&mut self, now: Time, event: &Event) {
-        let masked = without_environments(event);
+        let masked = without_commands(event);
         let Ok(mut line) = serde_json::to_vec(&(now, masked.as_ref().unwrap_or(event))) else {
             return;
         };
@@ -58,15 +58,22 @@ impl Journal {
     }
 }
 
-/// Environments hold tokens; the scheduler never reads them.
-fn without_environments(event: &Event) -> Option<Event> {
+/// Environments and arguments hold tokens; the scheduler never reads them.
+fn without_commands(event: &Event) -> Option<Event> {
     let Event::CatalogChanged(catalog) = event else { return None };
     let mut catalog = Catalog::clone(catalog);
     for spec in catalog.models.values_mut() {
         let spec = Arc::make_mut(spec);
         match &mut spec.runtime {
-            RuntimeSpec::Docker(docker) => docker.env.clear(),
-            RuntimeSpec::Process(process) => process.env.clear(),
+            RuntimeSpec::Docker(docker) => {
+                docker.env.clear();
+                docker.args.clear();
+                docker.entrypoint = None;
+            }
+            RuntimeSpec::Process(process) => {
+                process.env.clear();
+                process.argv.truncate(1);
+            }
             RuntimeSpec::External(_) => {}
         }
     }

@@ -1,8 +1,9 @@
 //! The one owner of the scheduler, and what it hands to everyone else.
 //!
 //! `run` is the loop, `perform` what it does with each action, `effects` the work that happens
-//! outside it, `handle` and `gate` what the gateway holds, `view` what everyone may read.
+//! outside it, `docker` what it does when Docker comes and goes, `handle` and `gate` what the gateway holds, `view` what everyone may read.
 
+mod docker;
 mod effects;
 pub mod gate;
 pub mod handle;

@@ -42,7 +42,7 @@ impl Owner {
             progress,
             gpus,
             gpu_health,
-            docker_health: self.docker_health.clone(),
+            docker_health: self.docker.health.clone(),
             foreign: self.foreign.borrow().clone(),
             ledger: Arc::clone(&self.ledger),
         }));

@@ -1,6 +1,8 @@
 //! At start-up: what of an earlier run still lives is adopted if it is healthy and unchanged;
 //! the rest is reaped. What we did not start is never touched.
 
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,12 +10,12 @@ use futures_util::future::join_all;
 
 use super::effects::Effects;
 use super::launch::spec_hash;
-use crate::config::catalog::{Catalog, DockerSpec, GpuRequest, ModelSpec, RuntimeSpec, StopSpec};
+use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec, StopSpec};
 use crate::engine;
 use crate::gpu::Gpus;
 use crate::runtime::{Found, Identity, Progress, Running};
 use crate::scheduler::event::Fault;
-use crate::units::{Bytes, GpuId, InstanceId};
+use crate::units::{Bytes, GpuId, InstanceId, ModelName};
 
 /// An adopted engine answers at once; one that was still starting is not worth the wait.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
@@ -37,7 +39,7 @@ pub async fn reconcile(
     effects: &Effects,
     catalog: &Catalog,
     installation: &str,
-    last_id: u64,
+    named: &BTreeMap<ModelName, InstanceId>,
 ) -> Reconciled {
     let mut adopted = match effects.runtimes.process.find(installation).await {
         Ok(found) => adopt_or_reap_all(effects, catalog, found).await,
@@ -46,41 +48,61 @@ pub async fn reconcile(
             Vec::new()
         }
     };
-    let uses_docker =
-        catalog.models.values().any(|spec| matches!(spec.runtime, RuntimeSpec::Docker(_)));
-    if !uses_docker {
+    if !uses_docker(catalog) {
         return Reconciled { adopted, docker_missed: false };
     }
-    let Some(in_docker) = reconcile_docker(effects, catalog, installation).await else {
-        return Reconciled { adopted, docker_missed: true };
-    };
-    adopted.extend(in_docker);
-    let mut next =
-        adopted.iter().map(|adopted| adopted.running.identity.instance.0).fold(last_id, u64::max);
-    for spec in catalog.models.values() {
-        let RuntimeSpec::Docker(DockerSpec { container: Some(name), .. }) = &spec.runtime else {
-            continue;
-        };
-        next += 1;
-        let named = adopt_named(effects, spec, name, installation, InstanceId(next)).await;
-        adopted.extend(named);
+    match reconcile_docker(effects, catalog, installation, 0..=u64::MAX, named).await {
+        Some(in_docker) => {
+            adopted.extend(in_docker);
+            Reconciled { adopted, docker_missed: false }
+        }
+        None => Reconciled { adopted, docker_missed: true },
     }
-    Reconciled { adopted, docker_missed: false }
 }
 
-/// Containers by label; `None`: Docker does not answer.
+pub fn uses_docker(catalog: &Catalog) -> bool {
+    catalog.models.values().any(|spec| matches!(spec.runtime, RuntimeSpec::Docker(_)))
+}
+
+/// Containers named in the configuration carry no id: each gets one that was never used.
+pub fn named_ids(catalog: &Catalog, last_id: u64) -> BTreeMap<ModelName, InstanceId> {
+    let named = catalog.models.values().filter(|spec| named_container(spec).is_some());
+    named.zip(last_id + 1..).map(|(spec, id)| (spec.name.clone(), InstanceId(id))).collect()
+}
+
+fn named_container(spec: &ModelSpec) -> Option<&str> {
+    match &spec.runtime {
+        RuntimeSpec::Docker(docker) => docker.container.as_deref(),
+        RuntimeSpec::Process(_) | RuntimeSpec::External(_) => None,
+    }
+}
+
+/// Containers by label, then those that the configuration names; `None`: Docker does not answer.
+/// `earlier`: ids of earlier runs, so that what this run is just starting is left alone.
 pub async fn reconcile_docker(
     effects: &Effects,
     catalog: &Catalog,
     installation: &str,
+    earlier: RangeInclusive<u64>,
+    named: &BTreeMap<ModelName, InstanceId>,
 ) -> Option<Vec<Adopted>> {
-    match effects.runtimes.docker.find(installation).await {
-        Ok(found) => Some(adopt_or_reap_all(effects, catalog, found).await),
+    let mut adopted = match effects.runtimes.docker.find(installation).await {
+        Ok(mut found) => {
+            found.retain(|found| earlier.contains(&found.running.identity.instance.0));
+            adopt_or_reap_all(effects, catalog, found).await
+        }
         Err(fault) => {
             tracing::warn!("containers of an earlier run cannot be looked up: {}", fault.message);
-            None
+            return None;
         }
+    };
+    for spec in catalog.models.values() {
+        let (Some(name), Some(&id)) = (named_container(spec), named.get(&spec.name)) else {
+            continue;
+        };
+        adopted.extend(adopt_named(effects, spec, name, installation, id).await);
     }
+    Some(adopted)
 }
 
 /// At most one instance per model: the newest that is fit.

@@ -6,17 +6,17 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::docker::DockerState;
 use super::effects::{Effects, Slot, Task};
 use super::gate::{Gate, Lease, StartKind};
 use super::handle::{Message, Shared};
 use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
-use super::reconcile::reconcile_docker;
 use super::state_dir::StateDir;
-use super::view::{Health, ModelFacts};
+use super::view::ModelFacts;
 use crate::config::catalog::ModelSpec;
-use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow, RuntimeHandle};
+use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow};
 use crate::scheduler::Scheduler;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{Event, GateCount, Learned};
@@ -46,9 +46,7 @@ pub(super) struct Owner {
     /// Events that an action produced at once; handled before anything else.
     pub follow_up: VecDeque<Event>,
     pub last_id: u64,
-    /// What an earlier run left in Docker is still to be looked up.
-    pub docker_missed: bool,
-    pub docker_health: Option<Health>,
+    pub docker: DockerState,
     pub foreign: watch::Receiver<Vec<Foreign>>,
     pub shutdown: Option<oneshot::Sender<()>>,
 }
@@ -154,12 +152,14 @@ impl Owner {
             }
             Message::Effect(event) => self.effect(event),
             Message::FoundInDocker(adopted) => self.found_in_docker(adopted),
-            Message::DockerHealth(health) => self.docker(health),
+            Message::WhoLives(answer) => self.who_lives(answer),
+            Message::DockerHealth(health) => self.docker_health(health),
             Message::Reload { catalog, reply } => {
                 self.shared.catalog.store(Arc::clone(&catalog));
                 for name in catalog.models.keys() {
                     self.facts.entry(name.clone()).or_default();
                 }
+                self.follow_docker_if_used(&catalog);
                 self.step(Event::CatalogChanged(catalog));
                 // The caller may have left; the reload stands.
                 let _ = reply.send(());
@@ -206,59 +206,6 @@ impl Owner {
             }
             next = self.follow_up.pop_front();
         }
-    }
-
-    fn docker(&mut self, health: Health) {
-        let was_ok = self.docker_health.as_ref().is_none_or(|known| known.ok);
-        let ours: Vec<InstanceId> = self
-            .instances
-            .iter()
-            .filter(|(_, live)| {
-                let running = live.slot.peek();
-                matches!(running.map(|running| running.handle), Some(RuntimeHandle::Docker { .. }))
-            })
-            .map(|(instance, _)| *instance)
-            .collect();
-        let is_ok = health.ok;
-        self.docker_health = Some(health);
-        match (was_ok, is_ok) {
-            (true, false) if !ours.is_empty() => {
-                self.step(Event::RuntimeLost { instances: ours });
-            }
-            (false, true) => self.ask_who_lives(ours),
-            _ => {}
-        }
-        if is_ok && std::mem::take(&mut self.docker_missed) {
-            let (effects, catalog) = (self.effects.clone(), self.shared.catalog.load_full());
-            let installation = self.state.installation.clone();
-            tokio::spawn(async move {
-                let found = reconcile_docker(&effects, &catalog, &installation).await;
-                effects.inbox.send(Message::FoundInDocker(found.unwrap_or_default()));
-            });
-        }
-    }
-
-    fn ask_who_lives(&self, instances: Vec<InstanceId>) {
-        let (effects, docker) = (self.effects.clone(), self.effects.runtimes.docker.clone());
-        let running: Vec<_> = instances
-            .iter()
-            .filter_map(|instance| {
-                let live = self.instances.get(instance)?;
-                Some((*instance, live.slot.peek()?))
-            })
-            .collect();
-        tokio::spawn(async move {
-            let (mut alive, mut dead) = (Vec::new(), Vec::new());
-            for (instance, running) in running {
-                match docker.is_alive(&running).await {
-                    Ok(true) => alive.push(instance),
-                    Ok(false) => dead.push(instance),
-                    // Away again: the next change of health asks anew.
-                    Err(_) => return,
-                }
-            }
-            effects.inbox.send(Message::Effect(Event::RuntimeBack { alive, dead }));
-        });
     }
 }
 

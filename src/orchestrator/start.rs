@@ -10,16 +10,17 @@ use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::docker::DockerState;
 use super::effects::{Effects, Slot};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
 use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
-use super::reconcile::{Adopted, reap, reconcile};
+use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
 use super::state_dir::{StateDir, StateError};
 use super::view::View;
-use crate::config::catalog::{Catalog, OnExit, RuntimeSpec};
+use crate::config::catalog::{Catalog, OnExit};
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::external::ExternalRuntime;
@@ -64,17 +65,19 @@ pub async fn start(
         holders: holders.clone(),
         epoch,
     };
-    let uses_docker =
-        catalog.models.values().any(|spec| matches!(spec.runtime, RuntimeSpec::Docker(_)));
+    let uses_docker = uses_docker(&catalog);
     if uses_docker {
         docker.connect();
     }
-    let reconciled = reconcile(&effects, &catalog, &state.installation, state.last_id()).await;
+    let before = state.last_id();
+    let named = named_ids(&catalog, before);
+    let reconciled = reconcile(&effects, &catalog, &state.installation, &named).await;
     let adopted = reconciled.adopted;
     let last_id = adopted
         .iter()
         .map(|adopted| adopted.running.identity.instance.0)
-        .fold(state.last_id(), u64::max);
+        .chain(named.values().map(|id| id.0))
+        .fold(before, u64::max);
     let world = World {
         gpus: gpus
             .gpus()
@@ -115,8 +118,13 @@ pub async fn start(
         ledger: Arc::new(VecDeque::new()),
         follow_up: VecDeque::new(),
         last_id,
-        docker_missed: reconciled.docker_missed,
-        docker_health: uses_docker.then(|| docker.health().borrow().clone()),
+        docker: DockerState {
+            health: uses_docker.then(|| docker.health().borrow().clone()),
+            flips: 0,
+            missed: reconciled.docker_missed,
+            last_id: before,
+            named,
+        },
         foreign,
         shutdown: None,
     };
@@ -130,7 +138,7 @@ pub async fn start(
 }
 
 /// Daemon health as messages, and the list of GPU containers that are none of ours.
-fn follow_docker(
+pub(super) fn follow_docker(
     docker: &DockerRuntime,
     inbox: Inbox,
     installation: String,
@@ -172,9 +180,11 @@ impl Owner {
             let seen = reading.map(|gpus| MemorySample { taken_at, gpus });
             self.step(Event::MemorySeen(seen));
         }
+        // It may have come up between our look and now: no change of its health would tell.
+        self.look_for_missed();
     }
 
-    fn adopt(&mut self, Adopted { spec, running, footprint }: Adopted) {
+    pub(super) fn adopt(&mut self, Adopted { spec, running, footprint }: Adopted) {
         let identity = running.identity.clone();
         let mut live = Live::new(spec, identity.gpus.clone());
         live.slot = Slot::holding(running.clone());
@@ -188,20 +198,6 @@ impl Owner {
             gpus: identity.gpus,
             footprint,
         });
-    }
-
-    /// Docker was away at our start: its instances may have been replaced meanwhile.
-    pub(super) fn found_in_docker(&mut self, adopted: Vec<Adopted>) {
-        for each in adopted {
-            if self.instances.values().any(|live| live.spec.name == each.spec.name) {
-                let effects = self.effects.clone();
-                tokio::spawn(async move {
-                    reap(&effects, &each.running, "its model was started anew").await;
-                });
-            } else {
-                self.adopt(each);
-            }
-        }
     }
 
     /// After `ShuttingDown`: ends what shall not outlive us. Everything else is adopted next time.

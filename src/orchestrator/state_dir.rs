@@ -10,6 +10,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::scheduler::event::Learned;
@@ -47,8 +48,13 @@ impl StateDir {
             .mode(0o600)
             .open(path.join("lock"))
             .map_err(io)?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| StateError::Locked { path: path.clone() })?;
+        let lock =
+            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(
+                |(_, error)| match error {
+                    Errno::EWOULDBLOCK => StateError::Locked { path: path.clone() },
+                    error => io(error.into()),
+                },
+            )?;
         let installation = installation_id(&path.join("installation")).map_err(io)?;
         Ok(StateDir { path, installation, _lock: lock })
     }
@@ -102,11 +108,12 @@ impl StateDir {
 }
 
 fn installation_id(path: &Path) -> io::Result<String> {
-    if let Ok(id) = fs::read_to_string(path) {
-        let id = id.trim();
-        if !id.is_empty() {
-            return Ok(id.to_owned());
-        }
+    match fs::read_to_string(path) {
+        Ok(id) if !id.trim().is_empty() => return Ok(id.trim().to_owned()),
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        // A new id would make strangers of everything that still runs.
+        Err(error) => return Err(error),
     }
     let mut random = [0_u8; 8];
     File::open("/dev/urandom")?.read_exact(&mut random)?;
@@ -130,5 +137,15 @@ mod tests {
         drop(first);
         let again = StateDir::open(&path).unwrap();
         assert_eq!((again.installation.as_str(), again.last_id()), (installation.as_str(), 41));
+    }
+
+    #[test]
+    fn an_identity_that_cannot_be_read_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("wharf.d");
+        drop(StateDir::open(&path).unwrap());
+        fs::write(path.join("installation"), b"\xff\xfe").unwrap();
+        assert!(matches!(StateDir::open(&path), Err(StateError::Io { .. })));
+        assert_eq!(fs::read(path.join("installation")).unwrap(), b"\xff\xfe");
     }
 }
