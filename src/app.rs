@@ -18,6 +18,8 @@ use crate::{api, gateway, orchestrator};
 /// How long a taken listener port is retried (a predecessor may just be leaving).
 const BIND_WITHIN: Duration = Duration::from_secs(3);
 /// Control answers are short; inference streams get `drain_timeout`.
+/// Two signals closer together than this are one.
+const SAME_SIGNAL_WITHIN: Duration = Duration::from_secs(1);
 const CONTROL_GRACE: Duration = Duration::from_secs(2);
 
 /// Serves until SIGTERM or SIGINT; a second one ends at once.
@@ -82,8 +84,14 @@ pub async fn run(
     };
     tokio::select! {
         () = drained => Ok(()),
-        again = wait_for_stop() => bail!("stopped at once by a second {}", again?),
+        again = second_stop() => bail!("stopped at once by a second {}", again?),
     }
+}
+
+/// Wrappers pass a signal on that the whole group also gets: that is still the first one.
+async fn second_stop() -> anyhow::Result<&'static str> {
+    tokio::time::sleep(SAME_SIGNAL_WITHIN).await;
+    wait_for_stop().await
 }
 
 /// A control API that anyone on the network can use is refused, not warned about.

@@ -41,6 +41,9 @@ enum Command {
     #[command(after_help = "Example:\n  wharf check --config models.yaml\n\n\
         Exit codes: 0 it can be used, 1 it cannot, 2 the file cannot be read.")]
     Check {
+        /// The configuration, as `--config`
+        #[arg(conflicts_with = "config")]
+        file: Option<PathBuf>,
         /// The configuration
         #[arg(long, short, env = "WHARF_CONFIG")]
         config: Option<PathBuf>,
@@ -50,7 +53,8 @@ enum Command {
     },
     /// Models, queue, swaps under way and GPUs at a glance
     Status(status::Args),
-    /// Make a model ready and wait for it
+    /// Make a model ready, wait for it, and hold it for its caller (until its first request ends,
+    /// 30 s at most); `load` does not hold
     Ensure(ensure::Args),
     /// Load a model without holding it
     Load(load::Args),
@@ -94,7 +98,9 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
     Ok(match command {
         Command::Serve(args) => serve::run(args).await.map(|()| ExitCode::SUCCESS)?,
         Command::Demo(args) => demo::run(args).await.map(|()| ExitCode::SUCCESS)?,
-        Command::Check { config, json } => check::run(&crate::config::path(config), json),
+        Command::Check { file, config, json } => {
+            check::run(&crate::config::path(file.or(config)), json)
+        }
         Command::Status(args) => status::run(args).await,
         Command::Ensure(args) => ensure::run(args).await,
         Command::Load(args) => load::run(args).await,

@@ -73,8 +73,9 @@ async fn force_swap(screen: &Screen, talk: &Talk, name: &str) -> anyhow::Result<
     let (status, body) = talk.call(Method::POST, "/ensure_model", json!({ "model": name })).await?;
     ensure!(status == 200, "POST /ensure_model answered {status}: {body}");
     screen.say(format!(
-        "POST /ensure_model {name}: {status}, swapped {}, from {}",
-        body["swapped"], body["from"]
+        "POST /ensure_model {name}: {status}, swapped {}, instead of {}",
+        body["swapped"],
+        body["from"].as_str().unwrap_or("nothing: there was room")
     ));
     Ok(())
 }

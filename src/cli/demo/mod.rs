@@ -113,14 +113,15 @@ fn told_to_end() -> std::io::Result<impl Future<Output = ()>> {
 fn introduce(screen: &Screen, server: &Server, stage: &Stage) {
     let talk = &server.talk;
     let first = stage.models.first().map_or("model", |model| model.name.as_str());
-    let last = stage.models.last().map_or("model", |model| model.name.as_str());
+    // Not loaded after the tour, so that trying it swaps.
+    let other = stage.models.get(1).map_or(first, |model| model.name.as_str());
     let wanted: crate::units::Bytes = stage.models.iter().map(|model| model.vram).sum();
     let there: crate::units::Bytes = stage.gpus.iter().copied().sum();
     let kind = if stage.simulated { "simulated" } else { "declared" };
     screen.plain(format!(
         "gateway      {}\norchestrator {}\n{} models that want {wanted}, on {} {kind} GPU(s) with {there}\n\n\
          Try in another terminal:\n  \
-         curl {}/v1/chat/completions -d '{{\"model\":\"{last}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}]}}'\n  \
+         curl {}/v1/chat/completions -d '{{\"model\":\"{other}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}]}}'\n  \
          curl -X POST {}/ensure_model -d '{{\"model\":\"{first}\"}}'\n  \
          curl {}/status\n",
         talk.gateway,

@@ -1,7 +1,7 @@
 //! What happens, as it happens: one bar per GPU, and a line for every change.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write as _};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -40,7 +40,8 @@ impl Screen {
             // A terminal that went away has nobody to tell.
             let _ = self.bars.println(line);
         } else {
-            println!("{}", line.as_ref());
+            // Whoever reads may have left (`| head`).
+            let _ = writeln!(std::io::stdout(), "{}", line.as_ref());
         }
     }
 
