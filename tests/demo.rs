@@ -41,10 +41,10 @@ fn ctrl_c_ends_the_demo_with_its_server_and_engines() {
 fn ended(child: &mut Child) -> ExitStatus {
     let mut status = None;
     until("the demo ended", || {
-        status = child.try_wait().unwrap();
+        status = child.try_wait().expect("it can be waited for");
         status.is_some()
     });
-    status.unwrap()
+    status.expect("it ended")
 }
 
 fn until(what: &str, mut is_so: impl FnMut() -> bool) {
