@@ -17,9 +17,9 @@ use crate::{api, gateway, orchestrator};
 
 /// How long a taken listener port is retried (a predecessor may just be leaving).
 const BIND_WITHIN: Duration = Duration::from_secs(3);
-/// Control answers are short; inference streams get `drain_timeout`.
 /// Two signals closer together than this are one.
 const SAME_SIGNAL_WITHIN: Duration = Duration::from_secs(1);
+/// Control answers are short; inference streams get `drain_timeout`.
 const CONTROL_GRACE: Duration = Duration::from_secs(2);
 
 /// Serves until SIGTERM or SIGINT; a second one ends at once.
