@@ -338,7 +338,7 @@ impl Checker {
             Done::Start(Ok(_)) | Done::Wake(Ok(_)) => {
                 (known.told, known.lost) = (Told::Ready, false);
             }
-            Done::Sleep(Ok(_)) => known.told = Told::Asleep,
+            Done::Sleep(Ok(_)) => (known.told, known.lost) = (Told::Asleep, false),
             Done::Sleep(Err(_)) => known.told = Told::Ready,
             Done::Wake(Err(_)) => known.told = Told::Asleep,
             Done::Stop(Err(_)) if known.told != Told::Gone => known.told = Told::StopFailed,
