@@ -122,9 +122,11 @@ impl Scheduler {
                 let margin = Bytes(learned.0 / 100 * LEARNED_MARGIN_PERCENT);
                 Need { bytes: (learned + margin).min(self.capacity(gpu)), elastic: false }
             }
-            (Vram::Unknown, None) | (Vram::Rest, _) => {
-                Need { bytes: self.rest(spec, gpu), elastic: true }
+            // It may take anything: nobody else gets in until it is measured.
+            (Vram::Unknown, None) => {
+                Need { bytes: self.capacity(gpu) - self.pinned_promise(gpu), elastic: true }
             }
+            (Vram::Rest, _) => Need { bytes: self.rest(spec, gpu), elastic: true },
         })
     }
 

@@ -94,7 +94,13 @@ impl Scheduler {
                 .sum();
             self.capacity(gpu) - pinned.max(self.pinned_declared(spec, gpu))
         };
-        let need = |gpu: GpuId| self.need(spec, gpu).map_or(Bytes::ZERO, |n| n.bytes.max(Bytes(1)));
+        // What nobody has measured yet may turn out to be small.
+        let unmeasured = spec.vram == Vram::Unknown;
+        let need = |gpu: GpuId| match self.need(spec, gpu) {
+            Some(need) if need.elastic && unmeasured => Bytes(1),
+            Some(need) => need.bytes.max(Bytes(1)),
+            None => Bytes::ZERO,
+        };
         let pinned_holds_slot = self.single_gpu_model()
             && self.instances.values().any(|i| {
                 i.model != spec.name && self.is_pinned(i) && i.is_ready() && uses_gpu(&i.spec)

@@ -36,6 +36,9 @@ impl Scheduler {
         if !swap.is_load() {
             return self.advance_unload_proof(id);
         }
+        if self.shutting_down {
+            return self.cancel_swap(id, "Wharf is shutting down");
+        }
         let rethought = swap.rethought;
         match self.start_block(id) {
             Ok(footprint) => {

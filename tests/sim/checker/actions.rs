@@ -228,14 +228,10 @@ impl Checker {
         let recorded = self.swaps.get(&swap).is_some_and(|record| {
             record.model == *model && record.phases.iter().any(|(phase, _)| *phase == Phase::Start)
         });
-        let first = self.insts.values().find(|known| known.launched && known.model == *model);
-        let first = first.filter(|_| recorded);
-        if let (None, Some(first)) = (self.insts.get(&instance), first) {
-            let known = Known {
-                preflight: true,
-                fetched: true,
-                ..Known::new(model, first.spec.clone(), &[])
-            };
+        let tried = self.insts.values().any(|known| known.launched && known.model == *model);
+        let spec = self.catalog.model(model).filter(|_| recorded && tried).cloned();
+        if let (None, Some(spec)) = (self.insts.get(&instance), spec) {
+            let known = Known { preflight: true, fetched: true, ..Known::new(model, spec, &[]) };
             self.insts.insert(instance, known);
         }
     }

@@ -54,7 +54,10 @@ impl Checker {
         let reserve = self.catalog.settings.gpu.reserve;
         for &gpu in gpus {
             let card = &machine.gpus[usize::from(gpu.0)];
-            let others = machine.on(gpu).filter(|(id, _)| **id != instance);
+            let others = machine.on(gpu).filter(|(id, inst)| {
+                let seen = self.proof && inst.real != Real::Launching;
+                **id != instance && (seen || !self.insts.get(id).is_some_and(|known| known.gamble))
+            });
             let claimed: Bytes = others.map(|(_, inst)| inst.claim()).sum();
             let strange = if self.proof {
                 card.base + self.foreign_seen[usize::from(gpu.0)]
@@ -73,14 +76,26 @@ impl Checker {
 
     /// An instance of unknown size has its GPUs to itself, but for pinned ones.
     fn is_alone(&mut self, instance: InstanceId, gpus: &[GpuId], machine: &Machine) {
+        let pinned = |id: &InstanceId| {
+            let model = &self.insts[id].model;
+            self.catalog.model(model).is_some_and(|spec| spec.pinned)
+        };
+        let gamble = self.live.iter().any(|id| {
+            *id != instance && pinned(id) && self.insts[id].gpus.iter().any(|g| gpus.contains(g))
+        });
+        if let Some(known) = self.insts.get_mut(&instance) {
+            known.gamble = gamble;
+        }
         for &gpu in gpus {
+            // What a dead start left unlisted drowns in the noise of such a large promise.
+            let crumbs = Bytes(machine.gpus[usize::from(gpu.0)].total.0 / 10);
             let beside = machine.on(gpu).find(|(id, inst)| {
                 let told = self.insts.get(id).map_or(Told::Gone, |known| known.told);
                 let there = !matches!(inst.real, Real::Gone | Real::Preparing);
                 let pinned = self.catalog.model(&inst.model).is_some_and(|spec| spec.pinned);
                 **id != instance
                     && !pinned
-                    && (there || (self.proof && inst.held > Bytes::ZERO))
+                    && (there || (self.proof && inst.held > crumbs))
                     && told != Told::Preparing
             });
             let beside = beside.map(|(id, _)| *id);

@@ -60,6 +60,8 @@ pub struct Known {
     /// The swap of its last move.
     pub last_for: Option<SwapId>,
     pub launched: bool,
+    /// Of unknown size, beside a pinned one: nobody can say what it will take.
+    pub gamble: bool,
     pub cancelled: bool,
     pub lost: bool,
     /// vLLM between start and the end of its profiling.
@@ -338,7 +340,7 @@ impl Checker {
             Done::Start(Ok(_)) | Done::Wake(Ok(_)) => {
                 (known.told, known.lost) = (Told::Ready, false);
             }
-            Done::Sleep(Ok(_)) => known.told = Told::Asleep,
+            Done::Sleep(Ok(_)) => (known.told, known.lost) = (Told::Asleep, false),
             Done::Sleep(Err(_)) => known.told = Told::Ready,
             Done::Wake(Err(_)) => known.told = Told::Asleep,
             Done::Stop(Err(_)) if known.told != Told::Gone => known.told = Told::StopFailed,
@@ -519,6 +521,7 @@ impl Known {
             listed_at: None,
             last_for: None,
             launched: false,
+            gamble: false,
             cancelled: false,
             lost: false,
             profiling: false,
