@@ -7,6 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
 use support::{EXE, World, gpu, serve, standin};
 
 fn models() -> String {
@@ -104,6 +106,35 @@ async fn an_engine_whose_configuration_changed_is_not_adopted() {
     assert!(world.engine_pids().is_empty(), "reaped: {}", world.log());
     assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
     assert_ne!(world.engine_pids(), before);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_engine_that_sleeps_is_not_taken_for_a_ready_one() {
+    let models = standin("ada", "14GiB", "--load 100ms --style vllm")
+        .replace("engine: openai", "engine: vllm\n    sleep: 1");
+    let mut world = serve(&gpu("24GiB", "100ms"), &models, &[]).await;
+    assert!(
+        world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"),
+        "{}",
+        world.log()
+    );
+    let status = world.server.talk.get("/models/ada").await.unwrap();
+    let endpoint = status["endpoint"].as_str().unwrap().to_owned();
+    world.server.kill().unwrap();
+    let address = endpoint.trim_start_matches("http://").to_owned();
+    let mut engine = tokio::net::TcpStream::connect(&address).await.unwrap();
+    let ask = b"POST /sleep?level=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    engine.write_all(ask).await.unwrap();
+    let mut said = String::new();
+    engine.read_to_string(&mut said).await.unwrap();
+    assert!(said.starts_with("HTTP/1.1 200"), "{said}");
+    world.server.restart().await.unwrap();
+    assert!(
+        world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"),
+        "{}",
+        world.log()
+    );
     world.stop().await;
 }
 

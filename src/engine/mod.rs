@@ -67,6 +67,11 @@ pub async fn canary(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
     token::canary(spec, running).await
 }
 
+/// Whether the engine says that it sleeps: its health is 200 all the same, and requests hang.
+pub async fn is_asleep(running: &Running) -> bool {
+    sleep::is_asleep(running).await
+}
+
 /// Puts a vLLM engine to sleep at the configured level, and returns once it says that it sleeps.
 /// What is in flight is aborted.
 pub async fn sleep(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {

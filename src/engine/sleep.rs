@@ -84,6 +84,14 @@ async fn post(running: &Running, path: &str, body: Option<&Value>) -> Result<(),
     }
 }
 
+/// What the engine itself says; one that cannot say does not sleep.
+pub async fn is_asleep(running: &Running) -> bool {
+    match request::get(&running.endpoint, "/is_sleeping", CHECK_LIMIT).await {
+        Ok(answer) => answer.json()["is_sleeping"].as_bool() == Some(true),
+        Err(_) => false,
+    }
+}
+
 /// /health says 200 awake and asleep; only /is_sleeping tells.
 async fn settled(running: &Running, asleep: bool) -> Result<(), String> {
     let until = Instant::now() + SETTLE_LIMIT;

@@ -14,7 +14,7 @@ use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec, StopSp
 use crate::engine;
 use crate::gpu::Gpus;
 use crate::runtime::{Found, Identity, Progress, Running};
-use crate::scheduler::event::Fault;
+use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName};
 
 /// An adopted engine answers at once; one that was still starting is not worth the wait.
@@ -223,5 +223,10 @@ pub async fn reap(effects: &Effects, running: &Running, why: &str) {
 async fn answers(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
     let (progress, _) = Progress::new();
     let deadline = Instant::now() + ANSWER_WITHIN;
-    engine::wait_ready(spec, running, &progress, deadline.into()).await
+    engine::wait_ready(spec, running, &progress, deadline.into()).await?;
+    if spec.sleep.is_some() && engine::is_asleep(running).await {
+        // Adopted as ready it would let every request hang.
+        return Err(Fault::new(FaultKind::Cancelled, "it sleeps"));
+    }
+    Ok(())
 }
