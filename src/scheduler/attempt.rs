@@ -270,8 +270,18 @@ impl Attempt<'_> {
         });
         let by_promise = self.gpus.iter().all(|&g| self.fits_by_promise(g, &everyone));
         let by_sample = self.gpus.iter().all(|&g| self.fits_by_sample(g, &everyone));
+        // Somebody who may not leave yet is waited for, as long as that would do.
+        let eventually: Choice = s
+            .instances
+            .values()
+            .filter(|i| i.model != self.candidate.spec.name)
+            .filter(|i| !s.is_pinned(i) && !i.is_stopping())
+            .map(|i| (i, Leaves::Busy, false))
+            .collect();
+        let hopeless = !self.gpus.iter().all(|&g| self.fits_by_sample(g, &eventually));
         self.slots_fit(&everyone)
-            && ((by_promise && !by_sample) || (stuck && !by_promise && self.fits_but_for_stuck()))
+            && ((by_promise && !by_sample && hopeless)
+                || (stuck && !by_promise && self.fits_but_for_stuck()))
     }
 
     /// It would fit, were it not for memory that never came back.

@@ -243,7 +243,9 @@ impl Scheduler {
         for gpu in &sample.gpus {
             let moves = |i: &Instance| {
                 i.gpus.contains(&gpu.gpu)
-                    && (i.moving.is_some_and(|m| m.kind.touches_memory()) || i.release.is_some())
+                    && (i.moving.is_some_and(|m| m.kind.touches_memory())
+                        || i.release.is_some()
+                        || i.is_stopping())
             };
             if self.instances.values().any(moves) || self.fresh_free(gpu.gpu).is_none() {
                 continue;
