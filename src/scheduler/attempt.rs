@@ -144,6 +144,10 @@ impl Attempt<'_> {
     }
 
     fn fits_by_promise(&self, gpu: GpuId, chosen: &Choice) -> bool {
+        self.fits_into(self.scheduler.capacity(gpu), gpu, chosen)
+    }
+
+    fn fits_into(&self, capacity: Bytes, gpu: GpuId, chosen: &Choice) -> bool {
         let s = self.scheduler;
         let freed: Bytes = chosen
             .iter()
@@ -159,7 +163,7 @@ impl Attempt<'_> {
             // Alone beside the pinned ones: every other promise has to go.
             return taken <= s.pinned_promise(gpu) && need.bytes > Bytes::ZERO;
         }
-        taken + need.bytes <= s.capacity(gpu)
+        taken + need.bytes <= capacity
     }
 
     fn fits_by_sample(&self, gpu: GpuId, chosen: &Choice) -> bool {
@@ -167,9 +171,10 @@ impl Attempt<'_> {
         if !s.world.proof || s.is_blind(gpu) {
             return true;
         }
-        // Without a fresh sample, or while a start takes its bytes, decide later.
+        // Without a fresh sample, or while a start takes its bytes: by the books, and by what the
+        // driver is known to keep.
         let (Some(free), true) = (s.fresh_free(gpu), s.unvouched(gpu) == Bytes::ZERO) else {
-            return true;
+            return self.fits_into(s.usable(gpu), gpu, chosen);
         };
         let here = |i: &Instance| i.gpus.contains(&gpu) && i.promise.is_some();
         let leaving: Bytes = s
@@ -265,8 +270,18 @@ impl Attempt<'_> {
         });
         let by_promise = self.gpus.iter().all(|&g| self.fits_by_promise(g, &everyone));
         let by_sample = self.gpus.iter().all(|&g| self.fits_by_sample(g, &everyone));
+        // Somebody who may not leave yet is waited for, as long as that would do.
+        let eventually: Choice = s
+            .instances
+            .values()
+            .filter(|i| i.model != self.candidate.spec.name)
+            .filter(|i| !s.is_pinned(i) && !i.is_stopping())
+            .map(|i| (i, Leaves::Busy, false))
+            .collect();
+        let hopeless = !self.gpus.iter().all(|&g| self.fits_by_sample(g, &eventually));
         self.slots_fit(&everyone)
-            && ((by_promise && !by_sample) || (stuck && !by_promise && self.fits_but_for_stuck()))
+            && ((by_promise && !by_sample && hopeless)
+                || (stuck && !by_promise && self.fits_but_for_stuck()))
     }
 
     /// It would fit, were it not for memory that never came back.

@@ -58,6 +58,11 @@ impl Scheduler {
         self.total(gpu) - self.catalog.settings.gpu.reserve
     }
 
+    /// Capacity less what the driver keeps, as far as known.
+    pub(super) fn usable(&self, gpu: GpuId) -> Bytes {
+        self.capacity(gpu) - self.memory.unlisted.get(&gpu).copied().unwrap_or_default()
+    }
+
     /// Bytes promised to one instance on one GPU.
     pub(super) fn promise_on(&self, instance: &Instance, gpu: GpuId) -> Bytes {
         match instance.promise {
@@ -120,7 +125,9 @@ impl Scheduler {
             (Vram::Declared(bytes), _) => Need { bytes, elastic: false },
             (Vram::Unknown, Some(learned)) => {
                 let margin = Bytes(learned.0 / 100 * LEARNED_MARGIN_PERCENT);
-                Need { bytes: (learned + margin).min(self.capacity(gpu)), elastic: false }
+                // The margin must not keep it from where it ran before.
+                let most = self.usable(gpu).max(learned).min(self.capacity(gpu));
+                Need { bytes: (learned + margin).min(most), elastic: false }
             }
             // It may take anything: nobody else gets in until it is measured.
             (Vram::Unknown, None) => {
@@ -236,7 +243,9 @@ impl Scheduler {
         for gpu in &sample.gpus {
             let moves = |i: &Instance| {
                 i.gpus.contains(&gpu.gpu)
-                    && (i.moving.is_some_and(|m| m.kind.touches_memory()) || i.release.is_some())
+                    && (i.moving.is_some_and(|m| m.kind.touches_memory())
+                        || i.release.is_some()
+                        || i.is_stopping())
             };
             if self.instances.values().any(moves) || self.fresh_free(gpu.gpu).is_none() {
                 continue;

@@ -134,6 +134,13 @@ impl Scheduler {
         if current.is_some_and(|i| i.release.is_some()) {
             return None;
         }
+        // It fell asleep for somebody who has not got the room yet.
+        let makes_room = |i: &Instance| {
+            self.swaps.values().any(|s| s.is_load() && !s.started && s.has_victim(i.id))
+        };
+        if current.is_some_and(makes_room) {
+            return None;
+        }
         match current.map(|i| i.residency) {
             None | Some(Residency::Starting { .. } | Residency::Sleeping { .. }) => {}
             Some(

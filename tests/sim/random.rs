@@ -425,7 +425,7 @@ fn probes(scenario: &Scenario) -> Vec<ModelName> {
     let able = |spec: &&Arc<ModelSpec>| {
         !shut
             && last.settings.queue.timeout >= Duration::from_secs(300)
-            && (!pinned || !on_gpu(spec))
+            && (!pinned || (!places && !on_gpu(spec)))
             && fits(last, scenario.told_gpus(), spec) == Some(true)
     };
     last.models.values().filter(able).map(|spec| spec.name.clone()).collect()
