@@ -60,16 +60,16 @@ impl Scheduler {
             let Some(instance) = self.instances.get_mut(&id) else { continue };
             let asleep = match instance.residency {
                 Residency::Ready | Residency::Draining => false,
-                Residency::Sleeping { .. } if instance.release.is_none() => true,
+                // What it has not given back yet stays promised.
+                Residency::Sleeping { .. } => true,
                 // Moves under way report by themselves.
-                Residency::Sleeping { .. }
-                | Residency::Starting { .. }
+                Residency::Starting { .. }
                 | Residency::Stopping
                 | Residency::FallingAsleep
                 | Residency::Waking
                 | Residency::Lost { .. } => continue,
             };
-            instance.drain = None;
+            (instance.drain, instance.release) = (None, None);
             instance.enter(Residency::Lost { asleep }, now);
             self.close_gate(id);
             let waking = self.swaps.values().find(|s| s.is_load() && s.instance == id);

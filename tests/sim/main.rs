@@ -1,8 +1,13 @@
 //! Deterministic simulation of the scheduler on a virtual clock.
 //!
-//! `cargo test --test sim` runs `WHARF_SIM_SEEDS` random scenarios (default: fewer in debug builds);
-//! `cargo test --release --test sim` the full 10,000. `WHARF_SIM_SEED=123` replays one and prints
-//! its trace.
+//! `cargo test --test sim` runs 1,500 random scenarios, `cargo test --release --test sim` the full
+//! 10,000; `WHARF_SIM_SEEDS` and `WHARF_SIM_FROM` choose others. `WHARF_SIM_SEED=123` replays one
+//! and prints the end of its trace (`WHARF_SIM_TRACE=all`: the whole). Seeds that once found
+//! something stand in `regressions.txt` and run first.
+//!
+//! `world` is the machine and the orchestrator as the scheduler's events and actions describe
+//! them; `checker` is the reference: what callers must see, and what really happens to memory.
+//! `traps` are scripted situations in which other swappers starve, thrash or hang.
 
 mod checker;
 mod clients;

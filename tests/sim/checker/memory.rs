@@ -45,8 +45,10 @@ impl Checker {
     pub(super) fn wake_fits(&mut self, instance: InstanceId, gpus: &[GpuId], machine: &Machine) {
         let Some(inst) = machine.insts.get(&instance) else { return };
         let footprint = self.insts[&instance].footprint.unwrap_or(inst.need);
+        // What it keeps asleep is a guess at times: the reserve may go into that.
+        let reserve = self.catalog.settings.gpu.reserve;
         if inst.need <= footprint {
-            self.room(instance, gpus, inst.need, machine);
+            self.room(instance, gpus, inst.need - reserve, machine);
         }
     }
 
@@ -74,7 +76,8 @@ impl Checker {
         }
     }
 
-    /// An instance of unknown size has its GPUs to itself, but for pinned ones.
+    /// An instance of unknown size has its GPUs to itself, but for pinned ones (and for what the
+    /// dead have not given back: samples show that).
     fn is_alone(&mut self, instance: InstanceId, gpus: &[GpuId], machine: &Machine) {
         let pinned = |id: &InstanceId| {
             let model = &self.insts[id].model;
@@ -87,16 +90,11 @@ impl Checker {
             known.gamble = gamble;
         }
         for &gpu in gpus {
-            // What a dead start left unlisted drowns in the noise of such a large promise.
-            let crumbs = Bytes(machine.gpus[usize::from(gpu.0)].total.0 / 10);
             let beside = machine.on(gpu).find(|(id, inst)| {
                 let told = self.insts.get(id).map_or(Told::Gone, |known| known.told);
                 let there = !matches!(inst.real, Real::Gone | Real::Preparing);
                 let pinned = self.catalog.model(&inst.model).is_some_and(|spec| spec.pinned);
-                **id != instance
-                    && !pinned
-                    && (there || (self.proof && inst.held > crumbs))
-                    && told != Told::Preparing
+                **id != instance && !pinned && there && told != Told::Preparing
             });
             let beside = beside.map(|(id, _)| *id);
             self.require(beside.is_none(), || {
