@@ -14,7 +14,7 @@ pub fn row(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
 /// One swap with everything that is known of it.
 pub fn detail(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
     let mut fields = fields(at, swap);
-    if let Some(SwapOutcome::Failed(fault)) = &swap.outcome {
+    if let Some(SwapOutcome::Failed(fault) | SwapOutcome::Died(fault)) = &swap.outcome {
         fields.insert("log".to_owned(), json!(fault.log_tail));
     }
     Value::Object(fields)
@@ -71,7 +71,7 @@ pub fn phases(swap: &SwapRecord) -> Value {
 fn outcome_fields(outcome: &SwapOutcome) -> Map<String, Value> {
     let mut fields = Map::from_iter([("result".to_owned(), json!(outcome.as_str()))]);
     match outcome {
-        SwapOutcome::Failed(fault) => {
+        SwapOutcome::Failed(fault) | SwapOutcome::Died(fault) => {
             fields.insert("fault".to_owned(), json!(fault.kind));
             fields.insert("message".to_owned(), json!(fault.message));
         }

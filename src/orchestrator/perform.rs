@@ -286,7 +286,7 @@ impl Owner {
                 live.task = None;
                 let facts = self.facts.entry(live.spec.name.clone()).or_default();
                 facts.last_fault = Some(fault.clone());
-                tracing::warn!(model = %live.spec.name, %instance, kind = ?fault.kind, "{}", fault.message);
+                tracing::warn!(model = %live.spec.name, %instance, kind = fault.kind.as_str(), "{}", fault.message);
             }
             Done::Stop(Err(fault)) => {
                 tracing::error!(model = %live.spec.name, %instance, "{}", fault.message);
@@ -350,7 +350,10 @@ impl Owner {
     }
 
     fn record(&mut self, record: SwapRecord) {
-        self.note_id(record.id.0);
+        if record.id.0 > self.last_swap {
+            self.last_swap = record.id.0;
+            self.state.remember_last_swap(record.id.0);
+        }
         let Some(outcome) = &record.outcome else { return };
         tracing::info!(
             swap = %record.id,

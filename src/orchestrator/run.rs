@@ -46,6 +46,7 @@ pub(super) struct Owner {
     /// Events that an action produced at once; handled before anything else.
     pub follow_up: VecDeque<Event>,
     pub last_id: u64,
+    pub last_swap: u64,
     pub docker: DockerState,
     pub foreign: watch::Receiver<Vec<Foreign>>,
     pub shutdown: Option<oneshot::Sender<()>>,

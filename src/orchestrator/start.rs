@@ -27,7 +27,7 @@ use crate::runtime::external::ExternalRuntime;
 use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Foreign, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
-use crate::scheduler::{GpuInfo, Scheduler, World};
+use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
 use crate::telemetry::metrics::Metrics;
 
 const FOREIGN_EVERY: Duration = Duration::from_secs(15);
@@ -69,7 +69,7 @@ pub async fn start(
     if uses_docker {
         docker.connect();
     }
-    let before = state.last_id();
+    let (before, last_swap) = (state.last_id(), state.last_swap());
     let named = named_ids(&catalog, before);
     let reconciled = reconcile(&effects, &catalog, &state.installation, &named).await;
     let adopted = reconciled.adopted;
@@ -100,8 +100,9 @@ pub async fn start(
     } else {
         watch::channel(Vec::new()).1
     };
+    let next_ids = NextIds { instance: last_id + 1, swap: last_swap + 1 };
     let mut owner = Owner {
-        scheduler: Scheduler::new(Arc::clone(&catalog), world, last_id + 1),
+        scheduler: Scheduler::new(Arc::clone(&catalog), world, next_ids),
         shared: Arc::clone(&shared),
         inbox: receiver,
         journal: Journal::open(state.journal()),
@@ -118,6 +119,7 @@ pub async fn start(
         ledger: Arc::new(VecDeque::new()),
         follow_up: VecDeque::new(),
         last_id,
+        last_swap,
         docker: DockerState {
             health: uses_docker.then(|| docker.health().borrow().clone()),
             flips: 0,

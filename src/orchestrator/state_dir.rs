@@ -72,14 +72,26 @@ impl StateDir {
         self.path.join("vram")
     }
 
-    /// The largest id of an instance or swap that was ever used here.
+    /// The largest id of an instance that was ever used here.
     pub fn last_id(&self) -> u64 {
-        let text = fs::read_to_string(self.path.join("last_id")).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
+        self.number("last_id").unwrap_or(0)
+    }
+
+    /// The largest id of a swap; instances and swaps once shared one count.
+    pub fn last_swap(&self) -> u64 {
+        self.number("last_swap").unwrap_or_else(|| self.last_id())
+    }
+
+    fn number(&self, name: &str) -> Option<u64> {
+        fs::read_to_string(self.path.join(name)).ok()?.trim().parse().ok()
     }
 
     pub fn remember_last_id(&self, id: u64) {
         self.write("last_id", id.to_string().as_bytes());
+    }
+
+    pub fn remember_last_swap(&self, id: u64) {
+        self.write("last_swap", id.to_string().as_bytes());
     }
 
     pub fn learned(&self) -> BTreeMap<ModelName, Learned> {
@@ -137,6 +149,9 @@ mod tests {
         drop(first);
         let again = StateDir::open(&path).unwrap();
         assert_eq!((again.installation.as_str(), again.last_id()), (installation.as_str(), 41));
+        assert_eq!(again.last_swap(), 41, "none of its own yet: above all that was used");
+        again.remember_last_swap(7);
+        assert_eq!((again.last_swap(), again.last_id()), (7, 41));
     }
 
     #[test]

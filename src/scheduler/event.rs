@@ -219,6 +219,37 @@ pub enum FaultKind {
 }
 
 impl FaultKind {
+    /// As it is written in answers and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            FaultKind::ImageMissing => "image_missing",
+            FaultKind::FetchDenied => "fetch_denied",
+            FaultKind::FetchFailed => "fetch_failed",
+            FaultKind::DiskFull => "disk_full",
+            FaultKind::CommandMissing => "command_missing",
+            FaultKind::BadSpec => "bad_spec",
+            FaultKind::GpuDriverMissing => "gpu_driver_missing",
+            FaultKind::PortTaken => "port_taken",
+            FaultKind::NameConflict => "name_conflict",
+            FaultKind::RuntimeUnreachable => "runtime_unreachable",
+            FaultKind::OutOfMemory => "out_of_memory",
+            FaultKind::Exited => "exited",
+            FaultKind::FatalLogLine => "fatal_log_line",
+            FaultKind::Stalled => "stalled",
+            FaultKind::TimedOut => "timed_out",
+            FaultKind::NeverHealthy => "never_healthy",
+            FaultKind::StrangerOnPort => "stranger_on_port",
+            FaultKind::RunsOnCpu => "runs_on_cpu",
+            FaultKind::NoVramProof => "no_vram_proof",
+            FaultKind::VramNeverFreed => "vram_never_freed",
+            FaultKind::StopFailed => "stop_failed",
+            FaultKind::SleepFailed => "sleep_failed",
+            FaultKind::WakeFailed => "wake_failed",
+            FaultKind::Cancelled => "cancelled",
+            FaultKind::Internal => "internal",
+        }
+    }
+
     /// Worth one immediate retry inside the swap.
     pub const fn is_transient(self) -> bool {
         matches!(self, FaultKind::PortTaken | FaultKind::RuntimeUnreachable)

@@ -44,11 +44,11 @@ impl Scheduler {
             instance.promise = known.or(need.map(|n| n.bytes));
         }
         let twin = self.current(model).is_some();
-        self.next_id = self.next_id.max(id.0 + 1);
+        self.next_ids.instance = self.next_ids.instance.max(id.0 + 1);
         self.instances.insert(id, instance);
         if twin {
             let decision = "a second instance of this model".to_owned();
-            let swap = self.begin_unload(id, SwapCause::Evict, decision, Phase::Vacate);
+            let swap = self.begin_unload(id, SwapCause::Cleanup, decision, Phase::Vacate);
             self.emit_stop(swap, id);
         }
     }

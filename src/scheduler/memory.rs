@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use super::Scheduler;
 use super::action::Action;
-use super::event::{GpuMemory, MemorySample, NoProof};
+use super::event::{GpuMemory, Holder, MemorySample, NoProof};
 use super::proof::own_bytes;
 use super::residency::{Instance, MoveKind};
 use crate::config::catalog::{EngineKind, GpuRequest, ModelSpec, Vram};
@@ -263,11 +263,12 @@ impl Scheduler {
     }
 
     /// Who holds the memory: the instance's own processes if they are listed, else the largest
-    /// holder that is none of ours.
+    /// holders that are none of ours.
     pub(super) fn holder_text(&self, gpus: &[GpuId], of: Option<InstanceId>) -> String {
         let own = of.and_then(|id| self.instances.get(&id));
         let listed = |ours: bool| {
-            gpus.iter()
+            let mut holders: Vec<(GpuId, &Holder)> = gpus
+                .iter()
                 .filter_map(|&gpu| self.sampled(gpu))
                 .flat_map(|m| m.holders.iter().map(move |h| (m.gpu, h)))
                 .filter(|(_, h)| match (ours, own) {
@@ -275,12 +276,14 @@ impl Scheduler {
                     (true, None) => false,
                     (false, _) => h.instance.is_none_or(|id| !self.instances.contains_key(&id)),
                 })
-                .max_by_key(|(gpu, h)| (h.bytes, std::cmp::Reverse((*gpu, h.pid))))
+                .collect();
+            holders.sort_by_key(|(gpu, h)| (std::cmp::Reverse(h.bytes), *gpu, h.pid));
+            name_holders(&holders, "held", |(gpu, h)| {
+                format!("{} MiB on GPU {gpu}", h.bytes.as_mib())
+            })
         };
         match listed(true).or_else(|| listed(false)) {
-            Some((gpu, h)) => {
-                format!("{} MiB on GPU {gpu} held by pid {} ({})", h.bytes.as_mib(), h.pid, h.label)
-            }
+            Some(text) => text,
             None => match gpus.first().and_then(|&gpu| self.sampled(gpu)) {
                 Some(m) => format!(
                     "{} MiB in use on GPU {} and no process listed as the holder",
@@ -333,4 +336,23 @@ pub(super) fn uses_gpu(spec: &ModelSpec) -> bool {
             GpuRequest::Count(n) => *n > 0,
             GpuRequest::Explicit(names) => !names.is_empty(),
         }
+}
+
+/// "9.1 GiB still held by pid 4711 (vllm), 2.0 GiB by pid 12 (x) and 2 more"; `None`: nobody.
+pub(super) fn name_holders(
+    holders: &[(GpuId, &Holder)],
+    held: &str,
+    bytes: impl Fn(&(GpuId, &Holder)) -> String,
+) -> Option<String> {
+    const NAMED_MAX: usize = 3;
+    let named = holders.iter().take(NAMED_MAX).enumerate().map(|(at, of)| {
+        let verb = if at == 0 { format!(" {held}") } else { String::new() };
+        format!("{}{verb} by pid {} ({})", bytes(of), of.1.pid, of.1.label)
+    });
+    let text = named.collect::<Vec<_>>().join(", ");
+    match holders.len() {
+        0 => None,
+        n if n > NAMED_MAX => Some(format!("{text} and {} more", n - NAMED_MAX)),
+        _ => Some(text),
+    }
 }

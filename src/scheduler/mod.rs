@@ -71,6 +71,13 @@ pub struct GpuInfo {
     pub total: Bytes,
 }
 
+/// The next id of each kind: larger than any used before by this installation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NextIds {
+    pub instance: u64,
+    pub swap: u64,
+}
+
 /// Why `next_wake` wants to be woken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum WakeCause {
@@ -93,7 +100,7 @@ pub struct Scheduler {
     catalog: Arc<Catalog>,
     world: World,
     now: Time,
-    next_id: u64,
+    next_ids: NextIds,
     models: BTreeMap<ModelName, Model>,
     instances: BTreeMap<InstanceId, Instance>,
     swaps: BTreeMap<SwapId, Swap>,
@@ -112,15 +119,14 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// Ids of instances and swaps count up from `first_id`, which must be larger than any used
-    /// before by this installation.
-    pub fn new(catalog: Arc<Catalog>, world: World, first_id: u64) -> Scheduler {
+    /// Ids of instances and swaps count up from `next_ids`, each by itself.
+    pub fn new(catalog: Arc<Catalog>, world: World, next_ids: NextIds) -> Scheduler {
         let models = catalog.models.keys().map(|name| (name.clone(), Model::default())).collect();
         Scheduler {
             catalog,
             world,
             now: Time::ZERO,
-            next_id: first_id,
+            next_ids,
             models,
             instances: BTreeMap::new(),
             swaps: BTreeMap::new(),
@@ -234,9 +240,15 @@ impl Scheduler {
         self.capacity_cut |= self.world.gpus.iter().any(over);
     }
 
-    fn take_id(&mut self) -> u64 {
-        let id = self.next_id;
-        self.next_id += 1;
+    fn take_instance_id(&mut self) -> InstanceId {
+        let id = InstanceId(self.next_ids.instance);
+        self.next_ids.instance += 1;
+        id
+    }
+
+    fn take_swap_id(&mut self) -> SwapId {
+        let id = SwapId(self.next_ids.swap);
+        self.next_ids.swap += 1;
         id
     }
 

@@ -208,7 +208,9 @@ impl Scheduler {
                 | SwapCause::Unload
                 | SwapCause::Ttl
                 | SwapCause::Reload
-                | SwapCause::Evict,
+                | SwapCause::Evict
+                | SwapCause::Died
+                | SwapCause::Cleanup,
             )
             | None => {}
         }

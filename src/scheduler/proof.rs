@@ -152,7 +152,7 @@ impl Scheduler {
         }
         let was_up = instance.served;
         if instance.trouble.is_some() {
-            let text = format!("memory of {model} ({id}) came back after {} s", took.as_secs());
+            let text = format!("memory of {model} came back after {} s", took.as_secs());
             self.emit(Action::Notice { model: Some(model.clone()), text });
         } else if was_up {
             self.learn_move(&model, MoveKind::Stop, took);

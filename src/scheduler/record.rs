@@ -84,7 +84,12 @@ pub enum SwapCause {
     Unload,
     Ttl,
     Reload,
+    /// Its memory was wanted by another.
     Evict,
+    /// It ended by itself; what it left behind is cleared up.
+    Died,
+    /// A second instance of one model, or one whose first stop failed.
+    Cleanup,
 }
 
 impl SwapCause {
@@ -99,6 +104,8 @@ impl SwapCause {
             SwapCause::Ttl => "ttl",
             SwapCause::Reload => "reload",
             SwapCause::Evict => "evict",
+            SwapCause::Died => "died",
+            SwapCause::Cleanup => "cleanup",
         }
     }
 }
@@ -116,6 +123,8 @@ pub struct Eviction {
 pub enum SwapOutcome {
     Ready,
     Unloaded,
+    /// It had ended by itself; its memory is proven free.
+    Died(Fault),
     Failed(Fault),
     Cancelled { why: String },
 }
@@ -126,6 +135,7 @@ impl SwapOutcome {
         match self {
             SwapOutcome::Ready => "ready",
             SwapOutcome::Unloaded => "unloaded",
+            SwapOutcome::Died(_) => "died",
             SwapOutcome::Failed(_) => "failed",
             SwapOutcome::Cancelled { .. } => "cancelled",
         }

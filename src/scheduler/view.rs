@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::Scheduler;
-use super::memory::UNSEEN;
+use super::event::Holder;
+use super::memory::{UNSEEN, name_holders};
 use super::policy::seconds;
 use super::record::{GpuView, ModelView, Phase, ResidencyView, SchedulerView};
 use super::residency::{Instance, Residency};
@@ -129,7 +130,7 @@ impl Scheduler {
         let estimate = self
             .ready_in(name)
             .filter(|left| !left.is_zero())
-            .map(|left| format!(", about {}", seconds(left)))
+            .map(|left| format!(", ready in about {}", seconds(left)))
             .unwrap_or_default();
         if let Some(swap) = self.load_of(name) {
             return format!("{}{estimate}", self.swap_waits_for(swap));
@@ -167,7 +168,7 @@ impl Scheduler {
     fn leaving_text(&self, leaving: &Instance) -> String {
         match &leaving.trouble {
             Some(fault) => fault.message.clone(),
-            None => format!("its earlier instance {} to be gone", leaving.id),
+            None => format!("the earlier {} to be gone", leaving.model),
         }
     }
 
@@ -219,7 +220,7 @@ impl Scheduler {
                     .filter_map(|&g| Some((g, self.sampled(g)?)))
                     .map(|(g, m)| (g, m.total - m.free))
                     .max_by_key(|(_, used)| *used);
-                let holder = self.largest_holder(swap);
+                let holder = self.leaving_holders(swap);
                 match (holder, held) {
                     (Some(text), _) => text,
                     (None, Some((gpu, used))) => format!("{used} still in use on GPU {gpu}"),
@@ -233,20 +234,22 @@ impl Scheduler {
         }
     }
 
-    /// "9.1 GiB still held by pid 4711 (vllm)".
-    fn largest_holder(&self, swap: &Swap) -> Option<String> {
+    /// "9.1 GiB still held by pid 4711 (vllm), 2.0 GiB by pid 4712 (vllm)".
+    fn leaving_holders(&self, swap: &Swap) -> Option<String> {
         let leaving = |pid: u32, of: Option<crate::units::InstanceId>| {
             self.instances.values().any(|i| {
                 i.is_stopping() && (of == Some(i.id) || (of.is_none() && i.pids.contains(&pid)))
             })
         };
-        swap.gpus
+        let mut holders: Vec<(GpuId, &Holder)> = swap
+            .gpus
             .iter()
             .filter_map(|&g| self.sampled(g))
-            .flat_map(|m| m.holders.iter())
-            .filter(|h| leaving(h.pid, h.instance))
-            .max_by_key(|h| h.bytes)
-            .map(|h| format!("{} still held by pid {} ({})", h.bytes, h.pid, h.label))
+            .flat_map(|m| m.holders.iter().map(move |h| (m.gpu, h)))
+            .filter(|(_, h)| leaving(h.pid, h.instance))
+            .collect();
+        holders.sort_by_key(|(gpu, h)| (std::cmp::Reverse(h.bytes), *gpu, h.pid));
+        name_holders(&holders, "still held", |(_, h)| h.bytes.to_string())
     }
 }
 

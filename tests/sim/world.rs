@@ -10,7 +10,7 @@ use std::sync::Arc;
 use wharf::config::catalog::Catalog;
 use wharf::scheduler::action::Action;
 use wharf::scheduler::event::{EnsureKind, Event};
-use wharf::scheduler::{GpuInfo, Scheduler, World as Told};
+use wharf::scheduler::{GpuInfo, NextIds, Scheduler, World as Told};
 use wharf::units::{AskId, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
 
 use crate::checker::Checker;
@@ -100,7 +100,7 @@ pub fn scheduler(scenario: &Scenario) -> Scheduler {
     };
     let gpus = scenario.told_gpus().iter().enumerate().map(gpu).collect();
     let told = Told { gpus, proof: scenario.proof };
-    Scheduler::new(Arc::clone(&scenario.catalog), told, FIRST_ID)
+    Scheduler::new(Arc::clone(&scenario.catalog), told, NextIds { instance: FIRST_ID, swap: 1 })
 }
 
 impl World {

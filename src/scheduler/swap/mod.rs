@@ -67,6 +67,8 @@ pub(in crate::scheduler) struct Swap {
     /// Since when only memory is missing.
     pub memory_wait: Option<Time>,
     pub watching: bool,
+    /// Unload: the instance had ended by itself, and why.
+    pub death: Option<Fault>,
 }
 
 impl Swap {
@@ -119,12 +121,12 @@ impl Scheduler {
     /// A candidate got room (or needs none): its swap begins.
     pub(in crate::scheduler) fn begin_load(&mut self, candidate: &Candidate, plan: Plan) {
         let name = candidate.spec.name.clone();
-        let id = SwapId(self.take_id());
+        let id = self.take_swap_id();
         let sleeper = self.current(&name).filter(|i| i.is_sleeping()).map(|i| i.id);
         let instance = match sleeper {
             Some(sleeper) => sleeper,
             None => {
-                let new = InstanceId(self.take_id());
+                let new = self.take_instance_id();
                 let residency = Residency::Starting { phase: Phase::Preflight };
                 let mut instance = Instance::new(new, &candidate.spec, residency, self.now);
                 instance.gpus.clone_from(&plan.gpus);
@@ -156,6 +158,7 @@ impl Scheduler {
             rethought: false,
             memory_wait: None,
             watching: false,
+            death: None,
         };
         self.swaps.insert(id, swap);
         self.changed();
@@ -172,7 +175,7 @@ impl Scheduler {
         let waiting = self.queue_len(&candidate.spec.name);
         let age = super::policy::seconds(self.now.since(candidate.oldest));
         let why = match candidate.urgency {
-            Urgency::Ensure(ask) => format!("asked for by {ask}"),
+            Urgency::Ensure(_) => format!("asked for ({})", candidate.cause.as_str()),
             Urgency::Overdue(_) => format!("{waiting} waiting, the oldest {age}: overdue"),
             Urgency::Normal if waiting > 0 => format!("{waiting} waiting, the oldest {age}"),
             Urgency::Normal => "its caller left; what it began goes on".to_owned(),
@@ -253,7 +256,9 @@ impl Scheduler {
             | SwapCause::Unload
             | SwapCause::Ttl
             | SwapCause::Reload
-            | SwapCause::Evict => false,
+            | SwapCause::Evict
+            | SwapCause::Died
+            | SwapCause::Cleanup => false,
         }
     }
 

@@ -233,7 +233,10 @@ impl Scheduler {
     fn advance_unload_proof(&mut self, id: SwapId) {
         let Some(swap) = self.swaps.get(&id) else { return };
         match self.instances.get(&swap.instance) {
-            None => self.end_swap(id, SwapOutcome::Unloaded),
+            None => {
+                let death = swap.death.clone();
+                self.end_swap(id, death.map_or(SwapOutcome::Unloaded, SwapOutcome::Died));
+            }
             Some(instance) => match instance.trouble.clone() {
                 Some(fault) => self.end_swap(id, SwapOutcome::Failed(fault)),
                 None => self.watch(id),

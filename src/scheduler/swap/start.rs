@@ -96,7 +96,7 @@ impl Scheduler {
     /// The one retry: a new instance (so a new port) on the same GPUs, once the old one is gone.
     fn start_again(&mut self, id: SwapId, old: InstanceId) {
         self.emit_stop(id, old);
-        let new = InstanceId(self.take_id());
+        let new = self.take_instance_id();
         let Some(swap) = self.swaps.get_mut(&id) else { return };
         let Some(spec) = self.catalog.model(&swap.model) else { return };
         let residency = Residency::Starting { phase: Phase::Prove };
@@ -133,7 +133,7 @@ impl Scheduler {
         self.changed();
         let Some(instance) = self.instances.get(&id) else { return };
         let model = instance.model.clone();
-        let text = format!("{model} ({id}) ended by itself: {}", fault.message);
+        let text = format!("{model} ended by itself: {}", fault.message);
         match instance.residency {
             Residency::Starting { .. } | Residency::Waking => {
                 let swap = self.swaps.values().find(|s| s.instance == id).map(|s| s.id);
@@ -194,7 +194,10 @@ impl Scheduler {
     /// away, and the proof of release follows.
     fn bury(&mut self, id: InstanceId, fault: &Fault, what: &str) {
         let decision = format!("{what}: {}", fault.message);
-        let swap = self.begin_unload(id, SwapCause::Evict, decision, Phase::Vacate);
+        let swap = self.begin_unload(id, SwapCause::Died, decision, Phase::Vacate);
+        if let Some(swap) = self.swaps.get_mut(&swap) {
+            swap.death = Some(fault.clone());
+        }
         self.emit_stop(swap, id);
     }
 

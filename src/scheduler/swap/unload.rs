@@ -16,7 +16,7 @@ impl Scheduler {
         decision: String,
         phase: Phase,
     ) -> SwapId {
-        let swap = SwapId(self.take_id());
+        let swap = self.take_swap_id();
         // An earlier attempt to take the same instance away ends here.
         let earlier: Vec<SwapId> = self
             .swaps
@@ -59,6 +59,7 @@ impl Scheduler {
                 rethought: false,
                 memory_wait: None,
                 watching: false,
+                death: None,
             },
         );
         self.changed();

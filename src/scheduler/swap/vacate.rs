@@ -197,7 +197,7 @@ impl Scheduler {
             .collect();
         for id in due {
             let decision = "its last stop failed".to_owned();
-            let swap = self.begin_unload(id, SwapCause::Evict, decision, Phase::Vacate);
+            let swap = self.begin_unload(id, SwapCause::Cleanup, decision, Phase::Vacate);
             if let Some(instance) = self.instances.get_mut(&id) {
                 instance.trouble = None;
             }

@@ -6,7 +6,9 @@ use super::config::*;
 use super::world::*;
 use crate::config::catalog::*;
 use crate::scheduler::action::{Action, Refusal};
-use crate::scheduler::event::{Event, FaultKind};
+use crate::scheduler::event::{Event, FaultKind, Holder};
+use crate::scheduler::memory::name_holders;
+use crate::scheduler::record::{SwapCause, SwapKind, SwapOutcome};
 use crate::units::*;
 
 fn fail_start(sim: &mut Sim, model: &str, kinds: &[FaultKind]) {
@@ -157,6 +159,10 @@ fn a_dead_engine_is_started_again_for_those_who_wait_and_backs_off_if_it_dies_ag
     sim.kill("a");
     sim.run_secs(8);
     assert_eq!(sim.served_by(waiting), Some("a"));
+    let row = sim.ledger().into_iter().find(|r| r.cause == SwapCause::Died).expect("a row");
+    let Some(SwapOutcome::Died(fault)) = &row.outcome else { panic!("{:?}", row.outcome) };
+    assert_eq!((row.kind, row.evicted.len()), (SwapKind::Unload, 0), "nobody evicted it");
+    assert_eq!((fault.kind, fault.message.as_str()), (FaultKind::Exited, "exited with code 1"));
     let unlucky = sim.request("a");
     sim.kill("a");
     sim.run_secs(1);
@@ -242,4 +248,26 @@ fn a_sleeper_wakes_on_its_gpu() {
     }
     assert_eq!(sim.starts("a"), 1);
     assert_eq!(sim.count(|a| matches!(a, Action::Wake { .. })), 1);
+}
+
+#[test]
+fn every_holder_of_memory_is_named_up_to_three() {
+    let mut sim = Sim::new(catalog(vec![spec("a", 7), spec("b", 8), spec("c", 20)]), &[24]);
+    for model in ["a", "b"] {
+        let first = sim.request(model);
+        sim.run_secs(5);
+        sim.end(first);
+        sim.faults.keeps_memory.insert(model.into());
+    }
+    sim.request("c");
+    sim.run_secs(20);
+    let why = sim.model("c").waiting_for;
+    let named = ["8.0 GiB still held by pid 1002 (engine i2)", "7.0 GiB by pid 1001 (engine i1)"];
+    assert!(why.starts_with(&named.join(", ")), "{why}");
+    let four: Vec<Holder> = (1..=4)
+        .map(|pid| Holder { pid, bytes: Bytes::gib(1), label: "x".to_owned(), instance: None })
+        .collect();
+    let holders: Vec<(GpuId, &Holder)> = four.iter().map(|h| (GpuId(0), h)).collect();
+    let text = name_holders(&holders, "held", |(_, h)| h.bytes.to_string()).expect("some");
+    assert!(text.ends_with("1.0 GiB by pid 3 (x) and 1 more"), "{text}");
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Action, Answer, Refusal};
 use crate::scheduler::event::*;
-use crate::scheduler::{GpuInfo, Scheduler, World};
+use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
 use crate::units::*;
 
 #[derive(Clone, Debug)]
@@ -82,7 +82,7 @@ impl Sim {
             .collect();
         let world = World { gpus: gpus.clone(), proof };
         let mut sim = Sim {
-            scheduler: Scheduler::new(Arc::new(catalog), world, 1),
+            scheduler: Scheduler::new(Arc::new(catalog), world, NextIds { instance: 1, swap: 1 }),
             now: Time::ZERO,
             gpus,
             proof,
