@@ -100,8 +100,12 @@ async fn exit_codes_say_what_happened() {
     assert_eq!(wharf("https://127.0.0.1", &["status"]).await, ExitCode::from(2));
 }
 
+fn at(url: &str) -> Connection {
+    Connection { url: Some(url.to_owned()), ..Connection::default() }
+}
+
 async fn answers(url: &str, path: &str) -> Value {
-    let connection = Connection { url: url.to_owned(), json: false };
+    let connection = at(url);
     Client::new(&connection).expect("a URL").get(path).await.expect("an answer")
 }
 
@@ -136,7 +140,7 @@ async fn swaps_and_ensure_tell_phases_in_order() {
     for part in ["idle 41 s", "CUDA out of memory: declare", "  | loading", "2 requests wait"] {
         assert!(one.contains(part), "{part} in\n{one}");
     }
-    let connection = Connection { url: url.clone(), json: false };
+    let connection = at(&url);
     let client = Client::new(&connection).expect("a URL");
     let body = serde_json::json!({"model": "mistral"});
     let limit = wharf::cli::client::READ_TIMEOUT;

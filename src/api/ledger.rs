@@ -61,7 +61,7 @@ fn fields(at: &Snapshot<'_>, swap: &SwapRecord) -> Map<String, Value> {
     fields
 }
 
-/// Finished phases: name → seconds.
+/// Finished phases, in their order: name → seconds.
 pub fn phases(swap: &SwapRecord) -> Value {
     let phases =
         swap.phases.iter().map(|(phase, took)| (phase.as_str().to_owned(), json!(seconds(*took))));

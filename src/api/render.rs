@@ -241,7 +241,6 @@ pub fn status(at: &Snapshot<'_>, healthy: bool) -> Value {
 /// Fields of `GET /health` that the swapper and the pool manager have; the components are beside.
 pub fn health(at: &Snapshot<'_>, healthy: bool) -> Map<String, Value> {
     let loaded = at.loaded();
-    let promised: Bytes = at.view.scheduler.gpus.iter().map(|gpu| gpu.promised).sum();
     object(json!({
         "status": health_word(healthy),
         "service": "wharf",
@@ -250,9 +249,17 @@ pub fn health(at: &Snapshot<'_>, healthy: bool) -> Map<String, Value> {
         "mode": mode(&at.catalog),
         "active_models": loaded.len(),
         "total_models": at.catalog.models.len(),
-        "total_memory_mb": promised.as_mib(),
+        "total_memory_mb": active_memory(at).as_mib(),
         "available_ports": available_ports(at),
     }))
+}
+
+/// GPU memory of the models that are loaded: the pool manager counts what its active models take,
+/// not what the machine has. As promised; external models take none here.
+fn active_memory(at: &Snapshot<'_>) -> Bytes {
+    let models = at.view.scheduler.models.iter();
+    let loaded = models.filter(|model| is_loaded(&model.residency));
+    loaded.flat_map(|model| model.gpus.iter().map(|_| model.footprint.unwrap_or_default())).sum()
 }
 
 pub const fn health_word(healthy: bool) -> &'static str {

@@ -216,6 +216,11 @@ impl ModelSpec {
         self.upstream_name.as_deref().unwrap_or(self.name.as_str())
     }
 
+    /// Whether two entries mean the same engine, run the same way.
+    pub fn is_same(&self, other: &ModelSpec) -> bool {
+        ModelSpec { line: other.line, ..self.clone() } == *other
+    }
+
     pub fn is_external(&self) -> bool {
         matches!(self.runtime, RuntimeSpec::External(_))
     }

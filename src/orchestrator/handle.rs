@@ -157,12 +157,18 @@ impl Handle {
         self.ask(|ask| Event::EnsureAsked { ask, model, kind, deadline }).await
     }
 
-    /// Begins an ensure and does not wait for it.
-    pub fn ensure_detached(&self, model: ModelName, kind: EnsureKind, timeout: Duration) {
+    /// Begins an ensure that goes on whether or not its answer is waited for.
+    pub fn ensure_detached(
+        &self,
+        model: ModelName,
+        kind: EnsureKind,
+        timeout: Duration,
+    ) -> oneshot::Receiver<Answer> {
         let deadline = self.now() + timeout;
-        let (ask, reply) = (self.next_ask(), oneshot::channel().0);
+        let (ask, (reply, answer)) = (self.next_ask(), oneshot::channel());
         let event = Event::EnsureAsked { ask, model, kind, deadline };
         self.inbox.send(Message::Ask { event, ask, reply });
+        answer
     }
 
     pub async fn unload(&self, model: ModelName, force: bool) -> Answer {

@@ -134,7 +134,7 @@ pub async fn start(
     let handle = Handle { inbox, shared };
     let warmups = catalog.models.values().filter(|spec| spec.warmup);
     for spec in warmups {
-        handle.ensure_detached(spec.name.clone(), EnsureKind::Warmup, WARMUP_WITHIN);
+        drop(handle.ensure_detached(spec.name.clone(), EnsureKind::Warmup, WARMUP_WITHIN));
     }
     Ok((handle, tokio::spawn(owner.run())))
 }

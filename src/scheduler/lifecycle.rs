@@ -9,13 +9,8 @@ use super::event::{Fault, FaultKind};
 use super::memory::{UNSEEN, uses_gpu};
 use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
-use crate::config::catalog::{Catalog, ModelSpec};
+use crate::config::catalog::Catalog;
 use crate::units::{Bytes, GpuId, InstanceId, ModelName};
-
-/// Whether two entries mean the same engine, run the same way.
-pub(super) fn is_same(a: &ModelSpec, b: &ModelSpec) -> bool {
-    ModelSpec { line: b.line, ..a.clone() } == *b
-}
 
 impl Scheduler {
     /// A healthy instance found at start-up is ready at once.
@@ -130,7 +125,7 @@ impl Scheduler {
         }
         for (name, spec) in &catalog.models {
             let state = self.models.entry(name.clone()).or_default();
-            let Some(old) = before.models.get(name).filter(|old| !is_same(old, spec)) else {
+            let Some(old) = before.models.get(name).filter(|old| !old.is_same(spec)) else {
                 continue;
             };
             (state.failure, state.failures, state.deaths) = (None, 0, 0);

@@ -126,7 +126,9 @@ pub enum SwapOutcome {
     /// It had ended by itself; its memory is proven free.
     Died(Fault),
     Failed(Fault),
-    Cancelled { why: String },
+    Cancelled {
+        why: String,
+    },
 }
 
 impl SwapOutcome {

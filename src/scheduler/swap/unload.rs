@@ -98,7 +98,7 @@ impl Scheduler {
             None => {
                 return Some((SwapCause::Reload, "removed from the configuration".to_owned()));
             }
-            Some(spec) if !super::super::lifecycle::is_same(spec, &instance.spec) => {
+            Some(spec) if !spec.is_same(&instance.spec) => {
                 return Some((SwapCause::Reload, "its configuration changed".to_owned()));
             }
             Some(_) => {}
