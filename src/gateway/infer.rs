@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::account::Account;
+use super::account::{self, Account};
 use super::admit::{self, Wishes};
 use super::forward::{self, Failure, Outgoing};
 use super::receive::{self, Held};
@@ -43,6 +43,7 @@ pub async fn infer(
     let mut response = match admit(&gateway, inference, request, &id).await {
         Ok(job) => wait::respond(job).await,
         Err(reject) => {
+            account::turned_away(&id, reject.code());
             gateway.metrics.refused(reject.code());
             reject.into_response()
         }
@@ -117,7 +118,11 @@ impl Admitted<'_> {
         let peer = head.extensions.get::<ConnectInfo<std::net::SocketAddr>>().map(|peer| peer.0);
         let waiting = spec.waiting.unwrap_or(catalog.settings.waiting);
         Ok(Job {
-            account: Account::open(Arc::clone(&gateway.metrics), spec.name.clone()),
+            account: Account::open(
+                Arc::clone(&gateway.metrics),
+                spec.name.clone(),
+                id.to_str().unwrap_or_default().to_owned(),
+            ),
             gateway: Arc::clone(gateway),
             api: inference.api,
             options: RequestOptions {

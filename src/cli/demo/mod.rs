@@ -3,6 +3,7 @@
 //! `server` and `talk` serve the end-to-end tests too.
 
 mod exercise;
+mod guests;
 mod screen;
 pub mod server;
 pub mod talk;
@@ -11,10 +12,11 @@ mod worlds;
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
+use guests::Guests;
 use screen::Screen;
 use server::Server;
 use worlds::{Llama, Stage, World};
@@ -46,6 +48,9 @@ pub struct DemoArgs {
 }
 
 pub async fn run(args: DemoArgs) -> anyhow::Result<()> {
+    if args.llama_server.is_some() && args.world != World::Laptop {
+        bail!("--llama-server has one world, laptop: leave --world out");
+    }
     let exe = std::env::current_exe().context("where is this program?")?;
     let llama = match args.llama_server {
         Some(server) => Some(Llama {
@@ -64,12 +69,13 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<()> {
     std::fs::create_dir_all(&dir)?;
     let screen = Screen::new();
     let ended = told_to_end()?;
-    let mut server = Server::start(&exe, &dir, (8080, 8888), &[], |gateway, orchestrator| {
+    let env = [("WHARF_LOG", guests::LOG_FILTER)];
+    let mut server = Server::start(&exe, &dir, (8080, 8888), &env, |gateway, orchestrator| {
         stage.yaml(gateway, orchestrator)
     })
     .await?;
     introduce(&screen, &server, &stage);
-    let follow = screen.follow(server.talk.clone());
+    let follow = screen.follow(server.talk.clone(), Guests::new(dir.join("wharf.log")));
     let shown = async {
         if args.exercise {
             return exercise::run(&screen, &server.talk.clone(), &stage, names_itself).await;

@@ -8,7 +8,9 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::Value;
 use tokio::task::JoinHandle;
 
+use super::guests::Guests;
 use super::talk::Talk;
+use crate::scheduler::record::Phase;
 use crate::units::Bytes;
 
 const POLL: Duration = Duration::from_millis(60);
@@ -46,7 +48,7 @@ impl Screen {
     }
 
     /// Follows the orchestrator until the handle is aborted.
-    pub fn follow(&self, talk: Talk) -> JoinHandle<()> {
+    pub fn follow(&self, talk: Talk, mut guests: Guests) -> JoinHandle<()> {
         let screen = self.clone();
         tokio::spawn(async move {
             let mut seen = Seen::default();
@@ -54,7 +56,7 @@ impl Screen {
                 if let (Ok(gpus), Ok(status)) = (talk.get("/gpus").await, talk.get("/status").await)
                 {
                     screen.show_gpus(&mut seen, &gpus);
-                    for line in seen.news(&status) {
+                    for line in seen.news(&status).into_iter().chain(guests.news(&status)) {
                         screen.say(line);
                     }
                 }
@@ -162,12 +164,11 @@ fn without_numbers(text: &str) -> String {
 }
 
 fn ended(swap: &Value) -> String {
-    let phases: Vec<String> = swap["phases"]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(_, seconds)| seconds.as_f64().is_some_and(|seconds| seconds >= 0.005))
-        .map(|(phase, seconds)| format!("{phase} {:.2} s", seconds.as_f64().unwrap_or(0.0)))
+    let phases: Vec<String> = Phase::ALL
+        .iter()
+        .filter_map(|phase| Some((phase.as_str(), swap["phases"][phase.as_str()].as_f64()?)))
+        .filter(|(_, seconds)| *seconds >= 0.005)
+        .map(|(phase, seconds)| format!("{phase} {seconds:.2} s"))
         .collect();
     format!(
         "{}: {} after {:.2} s ({})",
