@@ -436,7 +436,7 @@ async fn a_start_that_is_dropped_leaves_nothing() {
     // What is on its way must have arrived: a start asked for last is done last.
     let last = yard.runtime.start(&yard.server()).await.expect("a start");
     yard.runtime.stop(&last, &stop_spec(1)).await.expect("a stop");
-    eventually("nothing is left", async || yard.containers().await.is_empty().then_some(())).await;
+    yard.nothing_is_left().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

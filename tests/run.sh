@@ -36,6 +36,14 @@ summary() { # of cargo's closing lines
     awk '/^test result:/ { p += $4; f += $6; i += $8 } END { if (p + f) printf "%d tests", p + f; if (i) printf ", %d ignored", i }' "$1"
 }
 
+# What failed, short: the last lines of a run are what people and CI keep.
+gist() { # gist NAME
+    local found
+    found=$(grep -A 6 -m 3 -E 'panicked at|^error|FAIL|Error' "$work/$1.log" | cut -c 1-300 | head -n 14)
+    echo "--- $1 (.cache/test/$1.log)"
+    if [ -n "$found" ]; then echo "$found"; else tail -n 10 "$work/$1.log"; fi
+}
+
 skip() { echo "$1" >>"$WHARF_SKIP_FILE"; printf '%-14sSKIPPED  %s\n' "$2" "$1"; }
 
 command -v cargo >/dev/null || { echo "missing: cargo (install Rust from https://rustup.rs)" >&2; exit 1; }
@@ -83,6 +91,7 @@ if [ "$skipped" -gt 0 ]; then
 else
     echo "skipped: nothing"
 fi
+for name in "${failures[@]}"; do gist "$name"; done
 [ ${#failures[@]} -eq 0 ] || echo "failed: ${failures[*]}"
 echo "time: $((SECONDS - began)) s"
 echo "$passed passed, $failed failed, $skipped skipped"

@@ -11,7 +11,7 @@ use super::effects::ended;
 use super::gate::{Gate, StartKind, UpstreamClient};
 use super::handle::Message;
 use super::launch::Launcher;
-use super::run::{Live, Owner};
+use super::run::{Live, Owner, Reply};
 use super::view::LEDGER_ROWS_MAX;
 use crate::runtime::{LaunchSpec, Running};
 use crate::scheduler::action::{Action, Refusal};
@@ -67,8 +67,7 @@ impl Owner {
             Action::UnwatchMemory { swap } => self.memory.unwatch(swap),
             Action::Answer { ask, answer } => {
                 if let Some(reply) = self.asks.remove(&ask) {
-                    // The asker may have left meanwhile.
-                    let _ = reply.send(answer);
+                    self.replies.push(Reply::Ask(reply, answer));
                 }
             }
             Action::Record(record) => self.record(record),
@@ -93,14 +92,14 @@ impl Owner {
             Some(ready_at) if waiting.arrived < ready_at => live.started,
             _ => StartKind::Hot,
         };
-        // A caller who left meanwhile drops the lease, which releases it.
-        let _ = waiting.reply.send(Ok(gate.grant(start)));
+        let lease = gate.grant(start);
+        self.replies.push(Reply::Request(waiting.reply, Ok(lease)));
     }
 
     fn refuse(&mut self, request: RequestId, refusal: Refusal) {
         if let Some(waiting) = self.waiting.remove(&request) {
             tracing::debug!(model = %waiting.model, ?refusal, "refused");
-            let _ = waiting.reply.send(Err(refusal));
+            self.replies.push(Reply::Request(waiting.reply, Err(refusal)));
         }
     }
 

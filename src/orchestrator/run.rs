@@ -50,6 +50,26 @@ pub(super) struct Owner {
     pub docker: DockerState,
     pub foreign: watch::Receiver<Vec<Foreign>>,
     pub shutdown: Option<oneshot::Sender<()>>,
+    /// Sent once the view is published: who is told of a change can read it.
+    pub replies: Vec<Reply>,
+}
+
+/// An answer that somebody waits for. Whoever left meanwhile does not get it, which is all there
+/// is to do: a lease that is dropped is released.
+pub(super) enum Reply {
+    Request(oneshot::Sender<Result<Lease, Refusal>>, Result<Lease, Refusal>),
+    Ask(oneshot::Sender<Answer>, Answer),
+    Reloaded(oneshot::Sender<()>),
+}
+
+impl Reply {
+    fn send(self) {
+        match self {
+            Reply::Request(to, decision) => drop(to.send(decision)),
+            Reply::Ask(to, answer) => drop(to.send(answer)),
+            Reply::Reloaded(to) => drop(to.send(())),
+        }
+    }
 }
 
 pub(super) struct WaitingRequest {
@@ -118,6 +138,7 @@ impl Owner {
                 self.receive(message);
             }
             self.publish();
+            self.replies.drain(..).for_each(Reply::send);
             if self.shutdown.is_some() {
                 self.stop_everything().await;
                 self.publish();
@@ -162,8 +183,7 @@ impl Owner {
                 }
                 self.follow_docker_if_used(&catalog);
                 self.step(Event::CatalogChanged(catalog));
-                // The caller may have left; the reload stands.
-                let _ = reply.send(());
+                self.replies.push(Reply::Reloaded(reply));
             }
             Message::RefuseNew => self.step(Event::ShuttingDown),
             Message::Shutdown { reply } => {

@@ -129,6 +129,7 @@ pub async fn start(
         },
         foreign,
         shutdown: None,
+        replies: Vec::new(),
     };
     owner.begin(&gpus, adopted).await;
     let handle = Handle { inbox, shared };

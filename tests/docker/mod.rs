@@ -125,6 +125,12 @@ impl Yard {
         list.into_iter().filter_map(|container| container.id).collect()
     }
 
+    /// Docker removes what ends by itself (`auto_remove`) a moment after we are told of the end.
+    pub async fn nothing_is_left(&self) {
+        eventually("nothing is left", async || self.containers().await.is_empty().then_some(()))
+            .await;
+    }
+
     pub async fn found(&self) -> Vec<Found> {
         self.runtime.find(&self.installation).await.expect("the containers")
     }
