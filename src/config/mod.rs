@@ -5,6 +5,7 @@
 
 pub mod catalog;
 mod decode;
+mod defaults;
 pub mod diff;
 mod fields;
 mod fit;

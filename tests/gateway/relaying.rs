@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use http_body_util::BodyExt;
 use tokio::io::AsyncWriteExt;
+use tokio::task::JoinHandle;
 use wharf::config::catalog::{Catalog, EngineKind};
 use wharf::gateway::Limits;
 use wharf::orchestrator::Handle;
 
-use crate::support::{World, timely, until};
+use crate::support::{Exchange, Reply, World, timely, until};
 
 const CHAT: &str = "/v1/chat/completions";
 const STREAM: &str = r#"{"model":"mistral","stream":true}"#;
@@ -23,13 +24,28 @@ const USAGE: &str =
     "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2}}\n\n";
 const DONE: &str = "data: [DONE]\n\n";
 
+/// A request that is with its engine, which has sent the head of a stream.
+async fn forwarded(world: &mut World, body: &'static str) -> (JoinHandle<Reply>, Exchange) {
+    let reply = world.spawn(world.post(CHAT, body));
+    let mut exchange = world.engine.request().await;
+    exchange.stream().await;
+    (reply, exchange)
+}
+
+/// A stream whose first event has reached the client.
+async fn begun(world: &mut World) -> (Reply, Exchange) {
+    let (reply, mut exchange) = forwarded(world, STREAM).await;
+    exchange.chunk(&event("a")).await;
+    let mut reply = reply.await.unwrap();
+    assert_eq!(reply.part().await.unwrap(), event("a"));
+    (reply, exchange)
+}
+
 #[tokio::test]
 async fn every_frame_leaves_before_the_next_one_comes() {
     let mut world = World::new().await;
     let gate = world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
+    let (reply, mut exchange) = forwarded(&mut world, STREAM).await;
     let mut reply = reply.await.unwrap();
     assert_eq!(reply.headers()["content-type"], "text/event-stream");
     assert!(reply.headers()["server-timing"].to_str().unwrap().contains("upstream;dur="));
@@ -49,13 +65,11 @@ async fn every_frame_leaves_before_the_next_one_comes() {
 async fn usage_is_asked_for_and_taken_out_again() {
     let mut world = World::new().await;
     world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
+    let (reply, mut exchange) = forwarded(&mut world, STREAM).await;
     assert_eq!(
         exchange.body,
         br#"{"stream_options":{"include_usage":true},"model":"mistral","stream":true}"#
     );
-    exchange.stream().await;
     exchange.chunk(&event("a")).await;
     // Cut in the middle: the client sees none of it.
     let (head, tail) = USAGE.split_at(30);
@@ -70,10 +84,8 @@ async fn usage_that_the_client_asked_for_reaches_it() {
     let mut world = World::new().await;
     world.ready();
     let body = r#"{"model":"mistral","stream":true,"stream_options":{"include_usage":true}}"#;
-    let reply = world.spawn(world.post(CHAT, body));
-    let mut exchange = world.engine.request().await;
+    let (reply, mut exchange) = forwarded(&mut world, body).await;
     assert_eq!(exchange.body, body.as_bytes());
-    exchange.stream().await;
     exchange.chunk(&format!("{}{USAGE}{DONE}", event("a"))).await;
     exchange.end().await;
     assert_eq!(reply.await.unwrap().text().await, format!("{}{USAGE}{DONE}", event("a")));
@@ -91,10 +103,8 @@ async fn streams_stay_untouched_where_usage_is_not_wanted() {
         [World::with(llamacpp, Limits::default()).await, World::with(|_| {}, off).await]
     {
         world.ready();
-        let reply = world.spawn(world.post(CHAT, STREAM));
-        let mut exchange = world.engine.request().await;
+        let (reply, mut exchange) = forwarded(&mut world, STREAM).await;
         assert_eq!(exchange.body, STREAM.as_bytes());
-        exchange.stream().await;
         exchange.chunk(USAGE).await;
         exchange.end().await;
         assert_eq!(reply.await.unwrap().text().await, USAGE);
@@ -105,12 +115,7 @@ async fn streams_stay_untouched_where_usage_is_not_wanted() {
 async fn a_client_that_leaves_closes_the_upstream_connection() {
     let mut world = World::new().await;
     let gate = world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
-    exchange.chunk(&event("a")).await;
-    let mut reply = reply.await.unwrap();
-    reply.part().await.unwrap();
+    let (reply, exchange) = begun(&mut world).await;
     assert_eq!(gate.in_flight(), 1);
     drop(reply);
     exchange.closed().await;
@@ -121,14 +126,9 @@ async fn a_client_that_leaves_closes_the_upstream_connection() {
 async fn a_cancelled_stream_ends_with_an_error_event_and_without_done() {
     let mut world = World::new().await;
     let gate = world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
-    exchange.chunk(&event("a")).await;
+    let (mut reply, mut exchange) = begun(&mut world).await;
     // Half an event must not run into the error.
     exchange.chunk("data: {\"choi").await;
-    let mut reply = reply.await.unwrap();
-    assert_eq!(reply.part().await.unwrap(), event("a"));
     gate.cancel_leases();
     exchange.closed().await;
     let last = reply.part().await.unwrap();
@@ -144,12 +144,7 @@ async fn a_cancelled_stream_ends_with_an_error_event_and_without_done() {
 async fn an_engine_that_breaks_off_a_stream_is_told_to_the_client() {
     let mut world = World::new().await;
     world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
-    exchange.chunk(&event("a")).await;
-    let mut reply = reply.await.unwrap();
-    reply.part().await.unwrap();
+    let (mut reply, exchange) = begun(&mut world).await;
     exchange.reset();
     let last = reply.part().await.unwrap();
     assert!(last.contains("\"code\":\"upstream_error\""), "{last}");
@@ -218,12 +213,7 @@ async fn a_silent_stream_is_given_up() {
     };
     let mut world = World::with(|_| {}, limits).await;
     world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
-    exchange.chunk(&event("a")).await;
-    let mut reply = reply.await.unwrap();
-    reply.part().await.unwrap();
+    let (mut reply, exchange) = begun(&mut world).await;
     assert!(reply.part().await.unwrap().contains("\"code\":\"upstream_timeout\""));
     exchange.closed().await;
 }
@@ -234,9 +224,7 @@ async fn shutdown_lets_requests_end_and_then_cuts_them() {
     world.ready();
     let whole = world.spawn(world.post(CHAT, r#"{"model":"mistral"}"#));
     let first = world.engine.request().await;
-    let endless = world.spawn(world.post(CHAT, STREAM));
-    let mut second = world.engine.request().await;
-    second.stream().await;
+    let (endless, second) = forwarded(&mut world, STREAM).await;
     let mut endless = endless.await.unwrap();
     world.shutdown.cancel();
     first.answer_json("{}").await;

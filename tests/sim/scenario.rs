@@ -1,15 +1,11 @@
 //! What one run consists of: a machine, a catalog, how engines really behave, and a script.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use wharf::config::catalog::{
-    AuthSettings, Catalog, EngineKind, GpuProvider, GpuRequest, GpuSettings, Health, ModelSpec,
-    OnExit, ProcessSpec, QueueSettings, RuntimeSpec, Settings, StopSpec, SwapMode, SwapSettings,
-    Vram, WaitingSettings, WaitingStyle,
+    Catalog, GpuProvider, GpuRequest, GpuSettings, ModelSpec, Settings, SwapSettings, Vram,
 };
 use wharf::scheduler::event::{EnsureKind, Learned};
 use wharf::units::{Bytes, GpuId, ModelName, Priority};
@@ -174,77 +170,26 @@ pub struct Scenario {
 }
 
 pub fn settings(gpus: &[Gpu]) -> Settings {
+    let usual = Settings::default();
     Settings {
-        gateway: SocketAddr::from(([127, 0, 0, 1], 8080)),
-        orchestrator: SocketAddr::from(([127, 0, 0, 1], 8888)),
         swap: SwapSettings {
-            mode: SwapMode::MultiActive,
-            max_concurrent_models: 0,
             max_wait: Some(Duration::from_secs(10)),
-            min_residency: Duration::from_secs(3),
             drain_timeout: Duration::from_secs(20),
             vram_timeout: Duration::from_secs(10),
             start_timeout: Duration::from_secs(120),
-            shutdown_timeout: Duration::from_secs(60),
-            on_exit: OnExit::Keep,
-        },
-        queue: QueueSettings {
-            limit: 1024,
-            per_model: 256,
-            timeout: Duration::from_secs(540),
-            body_limit: Bytes::mib(64),
-            total_bodies: Bytes::gib(1),
+            ..usual.swap
         },
         gpu: GpuSettings {
             provider: GpuProvider::Simulated,
-            reserve: Bytes::mib(512),
             memory: gpus.iter().map(|gpu| gpu.total).collect(),
-            release_lag: Duration::ZERO,
-            foreign: Vec::new(),
+            ..usual.gpu
         },
-        engine_ports: (18051, 18999),
-        store: PathBuf::from("sim.db"),
-        auth: AuthSettings::default(),
-        docker_host: None,
-        cors: Vec::new(),
-        hosts: Vec::new(),
-        waiting: WAITING,
+        ..usual
     }
 }
 
-const WAITING: WaitingSettings =
-    WaitingSettings { style: WaitingStyle::Comment, after: Duration::from_secs(10) };
-
 pub fn spec(name: &str, gpus: GpuRequest, vram: Vram) -> ModelSpec {
-    ModelSpec {
-        name: ModelName::new(name),
-        aliases: Vec::new(),
-        display_name: None,
-        description: None,
-        model_type: "llm".to_owned(),
-        tags: Vec::new(),
-        unlisted: false,
-        engine: EngineKind::Openai,
-        runtime: RuntimeSpec::Process(ProcessSpec::default()),
-        gpus,
-        vram,
-        ram: None,
-        size_gb: None,
-        priority: Priority::Normal,
-        pinned: false,
-        warmup: false,
-        ttl: None,
-        concurrency: None,
-        health: Health { path: None, stall: Duration::from_secs(60) },
-        start_timeout: None,
-        stop: StopSpec { signal: "SIGTERM".to_owned(), grace: Duration::from_secs(10) },
-        canary: false,
-        upstream_name: None,
-        port: None,
-        waiting: None,
-        sleep: None,
-        line: 1,
-    }
+    ModelSpec { gpus, vram, ..ModelSpec::plain(name) }
 }
 
 pub fn catalog(settings: Settings, models: impl IntoIterator<Item = ModelSpec>) -> Catalog {
