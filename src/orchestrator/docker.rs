@@ -58,6 +58,7 @@ impl Owner {
     pub(super) fn docker_health(&mut self, health: Health) {
         let was_ok = self.docker.health.as_ref().is_none_or(|known| known.ok);
         let is_ok = health.ok;
+        let why = health.detail.clone();
         self.docker.health = Some(health);
         if was_ok != is_ok {
             self.docker.flips += 1;
@@ -65,7 +66,7 @@ impl Owner {
             if is_ok {
                 self.ask_who_lives();
             } else if !ours.is_empty() {
-                self.step(Event::RuntimeLost { instances: ours });
+                self.step(Event::RuntimeLost { instances: ours, why });
             }
         }
         self.look_for_missed();
