@@ -9,8 +9,8 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::catalog::{Catalog, Settings};
-use crate::config::diff::changes;
+use crate::config::catalog::Catalog;
+use crate::config::diff::{changes, keep_what_needs_a_restart};
 use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
 use crate::telemetry::metrics::Metrics;
@@ -202,19 +202,11 @@ async fn reload_on_sighup(
             Ok(catalog)
         });
         match checked {
-            Ok(catalog) => {
-                let (old, new) = (handle.catalog(), &catalog.settings);
-                let old = &old.settings;
-                let at_start = |s: &Settings| {
-                    let listen = (s.gateway, s.orchestrator);
-                    let rest = (s.store.clone(), s.gpu.clone(), s.docker_host.clone());
-                    (listen, rest, s.engine_ports)
-                };
-                if at_start(new) != at_start(old) {
-                    tracing::warn!(
-                        "listen, store, gpu, engine_ports and the Docker host need a restart; the \
-                         rest is reloaded"
-                    );
+            Ok(mut catalog) => {
+                let kept =
+                    keep_what_needs_a_restart(&mut catalog.settings, &handle.catalog().settings);
+                if !kept.is_empty() {
+                    tracing::warn!("{} need a restart; the rest is reloaded", kept.join(", "));
                 }
                 let changes = changes(&handle.catalog(), &catalog);
                 handle.reload(Arc::new(catalog)).await;

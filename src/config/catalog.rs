@@ -199,6 +199,8 @@ pub struct ModelSpec {
     pub stop: StopSpec,
     /// Ask one token before the model is called ready.
     pub canary: bool,
+    /// Ask the engine for the usage of every stream, so that tokens are always counted.
+    pub include_usage: bool,
     /// The name under which the engine knows the model; `None`: `name`.
     pub upstream_name: Option<String>,
     /// Fixed engine port instead of one from `engine_ports`.

@@ -82,6 +82,7 @@ impl ModelSpec {
             start_timeout: None,
             stop: StopSpec { signal: "SIGTERM".to_owned(), grace: Duration::from_secs(10) },
             canary: false,
+            include_usage: true,
             upstream_name: None,
             port: None,
             waiting: None,

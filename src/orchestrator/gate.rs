@@ -56,6 +56,8 @@ pub struct Gate {
     word: AtomicU64,
     permits: AtomicU32,
     granted: AtomicU64,
+    /// Probes: they count as served, not as demand.
+    granted_quietly: AtomicU64,
     last_used: AtomicU64,
     ping_every_release: AtomicBool,
     pinged: AtomicBool,
@@ -81,6 +83,7 @@ impl Gate {
             word: AtomicU64::new(0),
             permits: AtomicU32::new(0),
             granted: AtomicU64::new(0),
+            granted_quietly: AtomicU64::new(0),
             last_used: AtomicU64::new(elapsed_ms(epoch)),
             ping_every_release: AtomicBool::new(false),
             pinged: AtomicBool::new(false),
@@ -95,11 +98,11 @@ impl Gate {
         Some(self.leased(StartKind::Hot))
     }
 
-    /// As [`Gate::try_lease`], but it leaves no trace in `last_used`: for `X-Wharf-Start: never`,
+    /// As [`Gate::try_lease`], but the scheduler sees no demand in it: for `X-Wharf-Start: never`,
     /// so that health probes do not keep an idle model loaded.
     pub fn try_lease_quietly(self: &Arc<Self>) -> Option<Lease> {
         self.take_permit()?;
-        self.granted.fetch_add(1, Ordering::Relaxed);
+        self.granted_quietly.fetch_add(1, Ordering::Relaxed);
         Some(self.lease(StartKind::Hot, true))
     }
 
@@ -180,7 +183,7 @@ impl Gate {
     }
 
     pub fn granted(&self) -> u64 {
-        self.granted.load(Ordering::Relaxed)
+        self.granted.load(Ordering::Relaxed) + self.granted_quietly.load(Ordering::Relaxed)
     }
 
     /// When a lease was last taken or ended; before the first, when the gate was made.

@@ -7,6 +7,7 @@ use super::view::{GpuFacts, Health, View};
 
 impl Owner {
     pub(super) fn publish(&self) {
+        self.shared.follow_wall_clock();
         let now = self.effects.now();
         let reading = self.memory.latest.borrow().clone();
         let gpus = self

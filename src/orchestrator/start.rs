@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use futures_util::future::join_all;
@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use super::docker::DockerState;
 use super::effects::{Effects, Slot};
-use super::handle::{Gates, Handle, Inbox, Message, Shared};
+use super::handle::{Gates, Handle, Inbox, Message, Shared, unix_ms};
 use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
@@ -92,7 +92,7 @@ pub async fn start(
     };
     let shared = Arc::new(Shared {
         epoch,
-        epoch_wall: SystemTime::now(),
+        epoch_unix_ms: AtomicU64::new(unix_ms()),
         catalog: ArcSwap::new(Arc::clone(&catalog)),
         gates: ArcSwap::new(Arc::new(Gates::new())),
         view: ArcSwap::new(Arc::new(View::default())),

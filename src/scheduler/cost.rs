@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::Scheduler;
 use super::action::Action;
+use super::event::Request;
 use super::residency::{Instance, MoveKind};
 use crate::units::{Bytes, ModelName};
 
@@ -93,10 +94,17 @@ impl Scheduler {
     }
 
     /// How long a request for this model waits before notice to leave falls due.
-    pub(super) fn max_wait(&self, model: &ModelName, asked: Option<Duration>) -> Duration {
-        asked
-            .or(self.catalog.settings.swap.max_wait)
-            .unwrap_or_else(|| MAX_WAIT_FLOOR.max(self.known_move(model).unwrap_or_default() * 3))
+    pub(super) fn max_wait(&self, request: &Request) -> Duration {
+        let configured = || {
+            self.catalog.settings.swap.max_wait.unwrap_or_else(|| {
+                MAX_WAIT_FLOOR.max(self.known_move(&request.model).unwrap_or_default() * 3)
+            })
+        };
+        match request.max_wait {
+            None => configured(),
+            Some(asked) if request.may_hurry => asked,
+            Some(asked) => asked.max(configured()),
+        }
     }
 
     /// Bytes that `instance` would keep on each GPU while asleep.

@@ -94,6 +94,8 @@ pub struct Request {
     pub priority: Priority,
     /// Asked for by the caller (bounded by its key); `None`: the configured one.
     pub max_wait: Option<Duration>,
+    /// `max_wait` may also be shorter than the configured one.
+    pub may_hurry: bool,
     /// `X-Wharf-Start: never`: serve only if ready, else refuse at once, leaving no trace.
     pub never_start: bool,
     /// 1, or 2 for the one safe retry.

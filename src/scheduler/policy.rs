@@ -243,7 +243,7 @@ impl Scheduler {
     /// When the first waiter of a model became (or becomes) overdue.
     pub(super) fn overdue_since(&self, model: &ModelName) -> Option<Time> {
         let queue = &self.models.get(model)?.queue;
-        queue.iter().map(|w| w.overdue_from + self.max_wait(model, w.request.max_wait)).min()
+        queue.iter().map(|w| w.overdue_from + self.max_wait(&w.request)).min()
     }
 
     /// Whether `instance` may be asked to leave for this candidate; else why not, in words.

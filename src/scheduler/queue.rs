@@ -65,7 +65,9 @@ pub(super) struct Failure {
 
 impl Scheduler {
     pub(super) fn arrived(&mut self, request: Request) {
-        self.last_demand = self.now;
+        if !request.never_start {
+            self.last_demand = self.now;
+        }
         let model = request.model.clone();
         if let Err(refusal) = self.admit(&request) {
             self.emit(Action::Refuse { request: request.id, refusal });

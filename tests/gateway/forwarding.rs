@@ -244,17 +244,19 @@ async fn never_start_asks_the_owner_without_touching_an_idle_model() {
     assert!(message.contains("X-Wharf-Start"), "{message}");
 
     let gate = world.ready();
-    let used = world.handle.last_used_for_tests(&gate);
+    let before = Handle::demand_for_tests(&gate);
     // The owner's clock counts milliseconds: a trace would show.
-    until("time passed", || world.handle.now() > used + Duration::from_millis(2)).await;
+    until("time passed", || world.handle.now() > before.last_used + Duration::from_millis(2)).await;
     let reply = world.spawn(never(&world));
     world.engine.request().await.answer_json("{}").await;
     assert_eq!(reply.await.unwrap().status(), 200);
     until("the lease ended", || gate.in_flight() == 0).await;
-    assert_eq!(world.handle.last_used_for_tests(&gate), used);
+    assert_eq!(Handle::demand_for_tests(&gate), before);
+    assert_eq!(gate.granted(), 1, "but it was served");
 
     let reply = world.spawn(world.post(CHAT, ASK));
     world.engine.request().await.answer_json("{}").await;
     reply.await.unwrap();
-    assert!(world.handle.last_used_for_tests(&gate) > used);
+    let after = Handle::demand_for_tests(&gate);
+    assert!(after.last_used > before.last_used && after.granted == 1);
 }

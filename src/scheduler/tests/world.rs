@@ -119,6 +119,7 @@ impl Sim {
             model: model.into(),
             priority: Priority::Normal,
             max_wait: None,
+            may_hurry: true,
             never_start: false,
             attempt: 1,
             arrived: self.now,
