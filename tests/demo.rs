@@ -6,17 +6,20 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use support::{EXE, processes_with};
 
+/// Two demos at the same moment would find the same ports free.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 const PATIENCE: Duration = Duration::from_secs(120);
 
 #[test]
 fn ctrl_c_ends_the_demo_with_its_server_and_engines() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let temporary = tempfile::tempdir().unwrap();
     let mut demo = Command::new(EXE)
         .arg("demo")
@@ -43,6 +46,7 @@ fn ctrl_c_ends_the_demo_with_its_server_and_engines() {
 
 #[test]
 fn the_demo_shows_the_requests_of_its_visitor() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let temporary = tempfile::tempdir().unwrap();
     let mut demo = Command::new(EXE)
         .arg("demo")
