@@ -5,6 +5,14 @@
 mod containers;
 mod support;
 
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+
 use containers::{Daemon, STANDIN, Scene, model, settings, standin, standin_args};
 use serde_json::{Value, json};
 
@@ -130,6 +138,100 @@ async fn a_container_whose_configuration_changed_is_not_adopted() {
     assert!(scene.containers().is_empty(), "reaped: {}", scene.world.log());
     scene.answers("ada").await;
     assert_ne!(scene.containers(), before);
+    scene.stop().await;
+}
+
+#[tokio::test]
+async fn containers_of_models_that_left_docker_are_reaped_all_the_same() {
+    let Some(daemon) = given() else { return };
+    let mut scene = scene(&daemon, "stop").await;
+    scene.answers("ada").await;
+    assert_eq!(scene.containers().len(), 1);
+    scene.world.server.kill().unwrap();
+    let path = scene.world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap();
+    let (settings, _) = yaml.split_once("models:").unwrap();
+    let process = support::standin("eve", "1GiB", "--load 100ms");
+    std::fs::write(&path, format!("{settings}models:\n{process}")).unwrap();
+    scene.world.server.restart().await.unwrap();
+    assert!(scene.containers().is_empty(), "reaped: {}", scene.world.log());
+    scene.answers("eve").await;
+    // Nothing is left there: the next start does not even ask Docker.
+    scene.world.server.kill_and_restart().await.unwrap();
+    scene.world.server.kill_and_restart().await.unwrap();
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["docker"]["detail"], "no model runs in Docker", "{health:#}");
+    scene.stop().await;
+}
+
+/// Docker, behind a socket that breaks off whatever contains `/kill` while it is told to.
+async fn deaf_to_kill(daemon: &Daemon, dir: &Path) -> (Daemon, Arc<AtomicBool>) {
+    let path = dir.join("deaf.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let deaf = Arc::new(AtomicBool::new(false));
+    let (is_deaf, real) = (Arc::clone(&deaf), daemon.host.trim_start_matches("unix://").to_owned());
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let (is_deaf, real) = (Arc::clone(&is_deaf), real.clone());
+            tokio::spawn(async move {
+                let Ok(docker) = UnixStream::connect(real).await else { return };
+                let (mut from, mut to) = client.into_split();
+                let (mut answers, mut asks) = docker.into_split();
+                let back = async { drop(tokio::io::copy(&mut answers, &mut to).await) };
+                let forth = async {
+                    let mut piece = vec![0; 64 << 10];
+                    while let Ok(read @ 1..) = from.read(&mut piece).await {
+                        let text = String::from_utf8_lossy(&piece[..read]);
+                        if is_deaf.load(Ordering::SeqCst) && text.contains("/kill") {
+                            return;
+                        }
+                        if asks.write_all(&piece[..read]).await.is_err() {
+                            return;
+                        }
+                    }
+                };
+                tokio::select! { () = back => {}, () = forth => {} }
+            });
+        }
+    });
+    (Daemon { host: format!("unix://{}", path.display()) }, deaf)
+}
+
+#[tokio::test]
+async fn what_cannot_be_reaped_is_shown_and_tried_again_until_it_is_gone() {
+    let Some(daemon) = given().filter(|daemon| daemon.host.starts_with("unix://")) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (proxied, deaf) = deaf_to_kill(&daemon, dir.path()).await;
+    let models = standin("ada", "14GiB", "--load 600ms") + &support::standin("eve", "1GiB", "");
+    let settings = settings(&proxied, "on_exit: stop");
+    let mut scene = Scene::open(&daemon, &settings, &models, &[]).await;
+    scene.answers("ada").await;
+    scene.world.server.kill().unwrap();
+    let path = scene.world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, yaml.replace("600ms", "200ms")).unwrap();
+    deaf.store(true, Ordering::SeqCst);
+    scene.world.server.restart().await.unwrap();
+    let left = |status: &Value| status["leftovers"].as_array().map_or(0, Vec::len);
+    let status = scene.world.until("the leftover shows", |status| left(status) == 1).await;
+    let shown = &status["leftovers"][0];
+    assert_eq!(shown["model"], "ada", "{shown:#}");
+    assert!(shown["what"].as_str().unwrap().starts_with("container "), "{shown:#}");
+    assert!(shown["message"].as_str().unwrap().contains("Docker"), "{shown:#}");
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["orchestrator"]["status"], "degraded", "{health:#}");
+    assert_eq!(health["status"], "healthy", "it serves: {health:#}");
+    let told = Command::new(support::EXE)
+        .args(["status", "--url", &scene.world.server.talk.orchestrator])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(told.contains("leftover container"), "{told}");
+    scene.answers("eve").await;
+    deaf.store(false, Ordering::SeqCst);
+    scene.world.until("the leftover is gone", |status| left(status) == 0).await;
+    assert!(scene.containers().is_empty(), "{}", scene.world.log());
+    scene.answers("ada").await;
     scene.stop().await;
 }
 

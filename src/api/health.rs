@@ -8,8 +8,9 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use super::render::{self, Snapshot};
-use crate::config::catalog::GpuRequest;
+use crate::config::catalog::{GpuRequest, RuntimeSpec};
 use crate::orchestrator::Handle;
+use crate::orchestrator::view::Leftover;
 
 /// A listener on this machine accepts at once, or does not accept.
 const GATEWAY_TIMEOUT: Duration = Duration::from_millis(500);
@@ -18,6 +19,8 @@ const GATEWAY_TIMEOUT: Duration = Duration::from_millis(500);
 #[derive(Debug, PartialEq, Eq)]
 enum Part {
     Ok(String),
+    /// Works, but a person should look.
+    Degraded(String),
     /// Nothing configured needs it.
     Unused(String),
     Failed(String),
@@ -27,6 +30,7 @@ impl Part {
     fn json(&self) -> Value {
         let (status, detail) = match self {
             Part::Ok(detail) => ("ok", detail),
+            Part::Degraded(detail) => ("degraded", detail),
             Part::Unused(detail) => ("unused", detail),
             Part::Failed(detail) => ("failed", detail),
         };
@@ -83,20 +87,34 @@ pub fn reachable(address: SocketAddr) -> SocketAddr {
 }
 
 fn orchestrator(at: &Snapshot<'_>) -> Part {
-    if at.handle.is_alive() {
-        let swaps = at.view.scheduler.swaps.len();
-        let queued = at.view.scheduler.queued;
-        Part::Ok(format!("{swaps} swaps under way, {queued} requests waiting"))
-    } else {
-        Part::Failed("its task ended: restart Wharf and report the last log lines".to_owned())
+    if !at.handle.is_alive() {
+        let why = "its task ended: restart Wharf and report the last log lines";
+        return Part::Failed(why.to_owned());
     }
+    let swaps = at.view.scheduler.swaps.len();
+    let queued = at.view.scheduler.queued;
+    let works = format!("{swaps} swaps under way, {queued} requests waiting");
+    let troubles: Vec<String> = at.view.leftovers.iter().map(leftover).collect();
+    if troubles.is_empty() {
+        return Part::Ok(works);
+    }
+    Part::Degraded(format!("{works}; {}", troubles.join("; ")))
+}
+
+fn leftover(left: &Leftover) -> String {
+    let Leftover { what, model, fault, .. } = left;
+    format!("{what} of an earlier run ({model}) could not be stopped yet: {}", fault.message)
 }
 
 fn docker(at: &Snapshot<'_>) -> Part {
+    let needed =
+        at.catalog.models.values().any(|spec| matches!(spec.runtime, RuntimeSpec::Docker(_)));
     match &at.view.docker_health {
         None => Part::Unused("no model runs in Docker".to_owned()),
         Some(health) if health.ok => Part::Ok(health.detail.clone()),
-        Some(health) => Part::Failed(health.detail.clone()),
+        Some(health) if needed => Part::Failed(health.detail.clone()),
+        // Only to look for containers of an earlier run.
+        Some(health) => Part::Unused(health.detail.clone()),
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use crate::config::catalog::{Catalog, EngineKind, GpuRequest, ModelSpec, RuntimeSpec, SwapMode};
+use crate::orchestrator::view::Leftover;
 use crate::orchestrator::{Handle, View};
 use crate::scheduler::record::{ModelView, ResidencyView};
 use crate::units::{Bytes, ModelName, Time};
@@ -234,7 +235,21 @@ pub fn status(at: &Snapshot<'_>, healthy: bool) -> Value {
         "swaps": under_way.collect::<Vec<_>>(),
         "last_swap": at.view.ledger.back().map(|swap| super::ledger::row(at, swap)),
         "no_proof": at.view.scheduler.no_proof,
+        "leftovers": at.view.leftovers.iter().map(|left| leftover(at, left)).collect::<Vec<_>>(),
         "time": at.wall(at.now),
+    })
+}
+
+/// An instance of an earlier run that could not be stopped yet.
+fn leftover(at: &Snapshot<'_>, left: &Leftover) -> Value {
+    json!({
+        "instance": left.instance.to_string(),
+        "model": left.model,
+        "what": left.what,
+        "cause": left.fault.kind,
+        "message": left.fault.message,
+        "since": at.wall(left.since),
+        "retry_in_seconds": seconds(left.next_attempt.since(at.now)),
     })
 }
 

@@ -51,6 +51,9 @@ pub fn describe(base: &str, status: &Value, gpus: &Value) -> String {
     if let Some(why) = status["no_proof"].as_str() {
         told.push_str(&format!("\nnothing starts: {why}"));
     }
+    for left in status["leftovers"].as_array().into_iter().flatten() {
+        told.push_str(&leftover(left));
+    }
     let swaps: Vec<String> = status["swaps"].as_array().into_iter().flatten().map(swap).collect();
     let bars: Vec<String> = gpus["gpus"].as_array().into_iter().flatten().map(gpu).collect();
     for block in [models(status), swaps.join("\n"), bars.join("\n")] {
@@ -114,6 +117,18 @@ fn note(model: &Value) -> String {
         return format!("{}; next attempt in {retry}", text(&model["message"]));
     }
     text(&model["waiting_for"])
+}
+
+/// `leftover container wharf-ada-7 (ada, i7): … ; next attempt in 5.0 s`
+fn leftover(left: &Value) -> String {
+    format!(
+        "\nleftover {} ({}, {}): {}; next attempt in {}",
+        text(&left["what"]),
+        text(&left["model"]),
+        text(&left["instance"]),
+        text(&left["message"]),
+        seconds(&left["retry_in_seconds"]),
+    )
 }
 
 /// `s9 org/coder:7b: start for 3.2 s, load_weights 40 %, about 9.0 s left`

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::orchestrator::View;
 use crate::scheduler::action::Refusal;
-use crate::scheduler::event::Fault;
+use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::{ModelName, SwapId, Time};
 
 /// Advice where nothing was learned yet.
@@ -144,9 +144,10 @@ impl Reject {
             | Refusal::Unloaded
             | Refusal::InstanceLost { .. } => reject.retry_after(estimate),
             Refusal::UnknownModel | Refusal::Removed => reject.param("model"),
-            Refusal::NoVramProof { .. } | Refusal::RuntimeLost { .. } | Refusal::ShuttingDown => {
-                reject
+            Refusal::RuntimeLost { message } => {
+                reject.cause(&Fault::new(FaultKind::RuntimeUnreachable, message.as_str()), viewer)
             }
+            Refusal::NoVramProof { .. } | Refusal::ShuttingDown => reject,
         };
         reject.model(model)
     }
@@ -322,7 +323,6 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scheduler::event::FaultKind;
 
     fn reject(refusal: Refusal, sees_logs: bool) -> Reject {
         let view = View::default();
@@ -364,6 +364,13 @@ mod tests {
         assert_eq!(response.status(), 507);
         assert!(!response.headers().contains_key("retry-after"));
         assert_eq!(response.headers()["x-should-retry"], "false");
+    }
+
+    #[test]
+    fn a_lost_runtime_says_which_kind_of_cause_it_is() {
+        let body = reject(Refusal::RuntimeLost { message: "no daemon".into() }, false).body();
+        assert_eq!(body["cause"]["kind"], "runtime_unreachable");
+        assert_eq!(body["cause"]["message"], "no daemon");
     }
 
     #[test]

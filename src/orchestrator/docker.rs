@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::handle::Message;
 use super::launch::spec_hash;
-use super::reconcile::{Adopted, reap, reconcile_docker, uses_docker};
+use super::leftovers::reap;
+use super::reconcile::{Adopted, reconcile_docker, uses_docker};
 use super::run::Owner;
 use super::start::follow_docker;
 use super::view::Health;
@@ -29,7 +30,7 @@ pub struct WhoLives {
 /// What the owner knows of Docker.
 #[derive(Debug, Default)]
 pub(super) struct DockerState {
-    /// `None`: no model runs in Docker.
+    /// `None`: no model runs in Docker, nor did any in an earlier run.
     pub health: Option<Health>,
     /// How often it went away or came back: an answer from before the last time is stale.
     pub flips: u64,
@@ -47,6 +48,7 @@ impl Owner {
         if self.docker.health.is_some() || !uses_docker(catalog) {
             return;
         }
+        self.state.note_docker();
         let docker = self.effects.runtimes.docker.clone();
         docker.connect();
         let inbox = self.effects.inbox.clone();
@@ -58,6 +60,7 @@ impl Owner {
     pub(super) fn docker_health(&mut self, health: Health) {
         let was_ok = self.docker.health.as_ref().is_none_or(|known| known.ok);
         let is_ok = health.ok;
+        let why = health.detail.clone();
         self.docker.health = Some(health);
         if was_ok != is_ok {
             self.docker.flips += 1;
@@ -65,7 +68,7 @@ impl Owner {
             if is_ok {
                 self.ask_who_lives();
             } else if !ours.is_empty() {
-                self.step(Event::RuntimeLost { instances: ours });
+                self.step(Event::RuntimeLost { instances: ours, why });
             }
         }
         self.look_for_missed();
@@ -134,7 +137,8 @@ impl Owner {
             if found.is_none() {
                 tokio::time::sleep(ASK_AGAIN).await;
             }
-            effects.inbox.send(Message::FoundInDocker(found));
+            let adopted = found.map(|found| found.adopted);
+            effects.inbox.send(Message::FoundInDocker(adopted));
         });
     }
 
@@ -163,7 +167,9 @@ impl Owner {
             let is_named = matches!(each.running.handle, RuntimeHandle::Docker { named: true, .. });
             if !is_named {
                 let effects = self.effects.clone();
-                tokio::spawn(async move { reap(&effects, &each.running, why).await });
+                tokio::spawn(async move {
+                    reap(&effects, &each.running, why).await;
+                });
             }
         }
     }

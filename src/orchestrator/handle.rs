@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
+use super::leftovers::LeftoverNews;
 use super::reconcile::Adopted;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
@@ -35,6 +36,8 @@ pub enum Message {
     Effect(Event),
     /// Docker answers for the first time: what an earlier run left there; `None`: it did not say.
     FoundInDocker(Option<Vec<Adopted>>),
+    /// An instance of an earlier run does not go, or went after all.
+    Leftover(LeftoverNews),
     /// Docker is back: which of its instances still live.
     WhoLives(WhoLives),
     /// A runtime went away or came back.

@@ -9,6 +9,7 @@ pub mod gate;
 pub mod handle;
 mod journal;
 mod launch;
+mod leftovers;
 mod memory_watch;
 mod perform;
 mod publish;

@@ -10,7 +10,9 @@ use futures_util::future::join_all;
 
 use super::effects::Effects;
 use super::launch::spec_hash;
-use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec, StopSpec};
+use super::leftovers::reap;
+use super::state_dir::StateDir;
+use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec};
 use crate::engine;
 use crate::gpu::Gpus;
 use crate::runtime::{Found, Identity, Progress, Running};
@@ -19,7 +21,6 @@ use crate::units::{Bytes, GpuId, InstanceId, ModelName};
 
 /// An adopted engine answers at once; one that was still starting is not worth the wait.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
-const REAP_GRACE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub struct Adopted {
@@ -28,19 +29,28 @@ pub struct Adopted {
     pub footprint: Bytes,
 }
 
+/// What a look through Docker brought.
+#[derive(Debug)]
+pub struct InDocker {
+    pub adopted: Vec<Adopted>,
+    /// Containers of an earlier run were there when it looked.
+    pub any_left: bool,
+}
+
 pub struct Reconciled {
     pub adopted: Vec<Adopted>,
     /// Docker did not answer: what runs there is looked up when it does.
     pub docker_missed: bool,
 }
 
-/// Looks through every runtime that the catalog uses.
+/// Looks through the processes, and through Docker if it was ever used.
 pub async fn reconcile(
     effects: &Effects,
     catalog: &Catalog,
-    installation: &str,
+    state: &StateDir,
     named: &BTreeMap<ModelName, InstanceId>,
 ) -> Reconciled {
+    let installation = &state.installation;
     let mut adopted = match effects.runtimes.process.find(installation).await {
         Ok(found) => adopt_or_reap_all(effects, catalog, found).await,
         Err(fault) => {
@@ -48,12 +58,15 @@ pub async fn reconcile(
             Vec::new()
         }
     };
-    if !uses_docker(catalog) {
+    if !state.ever_used_docker() {
         return Reconciled { adopted, docker_missed: false };
     }
     match reconcile_docker(effects, catalog, installation, 0..=u64::MAX, named).await {
         Some(in_docker) => {
-            adopted.extend(in_docker);
+            if !in_docker.any_left && !uses_docker(catalog) {
+                state.forget_docker();
+            }
+            adopted.extend(in_docker.adopted);
             Reconciled { adopted, docker_missed: false }
         }
         None => Reconciled { adopted, docker_missed: true },
@@ -85,11 +98,12 @@ pub async fn reconcile_docker(
     installation: &str,
     earlier: RangeInclusive<u64>,
     named: &BTreeMap<ModelName, InstanceId>,
-) -> Option<Vec<Adopted>> {
-    let mut adopted = match effects.runtimes.docker.find(installation).await {
+) -> Option<InDocker> {
+    let (mut adopted, any_left) = match effects.runtimes.docker.find(installation).await {
         Ok(mut found) => {
             found.retain(|found| earlier.contains(&found.running.identity.instance.0));
-            adopt_or_reap_all(effects, catalog, found).await
+            let any_left = !found.is_empty();
+            (adopt_or_reap_all(effects, catalog, found).await, any_left)
         }
         Err(fault) => {
             // Whoever follows the daemon has said that it does not answer.
@@ -106,7 +120,7 @@ pub async fn reconcile_docker(
         };
         adopted.extend(adopt_named(effects, spec, name, installation, id).await);
     }
-    Some(adopted)
+    Some(InDocker { adopted, any_left })
 }
 
 /// At most one instance per model: the newest that is fit.
@@ -213,15 +227,6 @@ async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, found: Found) -> Op
     };
     reap(effects, &found.running, &why_not).await;
     None
-}
-
-pub async fn reap(effects: &Effects, running: &Running, why: &str) {
-    let (model, instance) = (&running.identity.model, running.identity.instance);
-    tracing::info!(%model, %instance, "reaping an instance of an earlier run: {why}");
-    let stop = StopSpec { signal: "SIGTERM".to_owned(), grace: REAP_GRACE };
-    if let Err(fault) = effects.stop_within(running, &stop).await {
-        tracing::error!(%model, %instance, "failed to reap: {}", fault.message);
-    }
 }
 
 async fn answers(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {

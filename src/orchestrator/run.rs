@@ -14,7 +14,7 @@ use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
 use super::state_dir::StateDir;
-use super::view::ModelFacts;
+use super::view::{Leftover, ModelFacts};
 use crate::config::catalog::ModelSpec;
 use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow};
 use crate::scheduler::Scheduler;
@@ -48,6 +48,7 @@ pub(super) struct Owner {
     pub last_id: u64,
     pub last_swap: u64,
     pub docker: DockerState,
+    pub leftovers: BTreeMap<InstanceId, Leftover>,
     pub foreign: watch::Receiver<Vec<Foreign>>,
     pub shutdown: Option<oneshot::Sender<()>>,
     /// Sent once the view is published: who is told of a change can read it.
@@ -174,6 +175,7 @@ impl Owner {
             }
             Message::Effect(event) => self.effect(event),
             Message::FoundInDocker(adopted) => self.found_in_docker(adopted),
+            Message::Leftover(news) => self.leftover(news),
             Message::WhoLives(answer) => self.who_lives(answer),
             Message::DockerHealth(health) => self.docker_health(health),
             Message::Reload { catalog, reply } => {

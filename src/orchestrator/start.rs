@@ -65,13 +65,17 @@ pub async fn start(
         holders: holders.clone(),
         epoch,
     };
-    let uses_docker = uses_docker(&catalog);
+    if uses_docker(&catalog) {
+        state.note_docker();
+    }
+    // Also containers of models that ran there before the configuration changed.
+    let uses_docker = state.ever_used_docker();
     if uses_docker {
         docker.connect();
     }
     let (before, last_swap) = (state.last_id(), state.last_swap());
     let named = named_ids(&catalog, before);
-    let reconciled = reconcile(&effects, &catalog, &state.installation, &named).await;
+    let reconciled = reconcile(&effects, &catalog, &state, &named).await;
     let adopted = reconciled.adopted;
     let last_id = adopted
         .iter()
@@ -127,6 +131,7 @@ pub async fn start(
             last_id: before,
             named,
         },
+        leftovers: BTreeMap::new(),
         foreign,
         shutdown: None,
         replies: Vec::new(),

@@ -94,6 +94,24 @@ impl StateDir {
         self.write("last_swap", id.to_string().as_bytes());
     }
 
+    /// Containers of this installation may be there, whatever the configuration says now.
+    pub fn ever_used_docker(&self) -> bool {
+        self.path.join("docker").exists()
+    }
+
+    /// Before the first container is made.
+    pub fn note_docker(&self) {
+        if !self.ever_used_docker() {
+            self.write("docker", b"containers were started by this installation\n");
+        }
+    }
+
+    /// Docker was looked through and holds nothing of ours, and no model uses it.
+    pub fn forget_docker(&self) {
+        // Left, it costs one more look.
+        let _ = fs::remove_file(self.path.join("docker"));
+    }
+
     pub fn learned(&self) -> BTreeMap<ModelName, Learned> {
         let Ok(text) = fs::read(self.path.join("learned.json")) else { return BTreeMap::new() };
         serde_json::from_slice(&text).unwrap_or_else(|error| {

@@ -28,6 +28,8 @@ pub struct View {
     /// `None`: no model runs in Docker.
     pub docker_health: Option<Health>,
     pub foreign: Vec<Foreign>,
+    /// Instances of an earlier run that could not be stopped yet.
+    pub leftovers: Vec<Leftover>,
     /// Ended swaps, oldest first.
     pub ledger: Arc<VecDeque<Arc<SwapRecord>>>,
 }
@@ -75,6 +77,19 @@ pub struct Health {
     pub ok: bool,
     /// `nvml`, `simulated`, `none`, `Docker Engine 26.1.5 (API 1.45)`, or what is wrong and the fix.
     pub detail: String,
+}
+
+/// Something that Wharf started, that shall go and that does not.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Leftover {
+    pub instance: InstanceId,
+    pub model: ModelName,
+    /// `container wharf-ada-7`, `process 4711`
+    pub what: String,
+    /// Why the last attempt to stop it failed.
+    pub fault: Fault,
+    pub since: Time,
+    pub next_attempt: Time,
 }
 
 impl View {

@@ -71,8 +71,10 @@ pub enum Event {
     },
     CatalogChanged(Arc<Catalog>),
     /// Docker (say) stopped answering: its instances are `Lost`, their bytes stay promised.
+    /// `why`: what is wrong and the fix, fit for clients.
     RuntimeLost {
         instances: Vec<InstanceId>,
+        why: String,
     },
     /// It answers again: these still live; the other lost ones died.
     RuntimeBack {

@@ -49,8 +49,9 @@ impl Scheduler {
     }
 
     /// Its bytes stay promised; nobody new is sent there until the runtime answers again.
-    pub(super) fn runtime_lost(&mut self, instances: &[InstanceId]) {
+    pub(super) fn runtime_lost(&mut self, instances: &[InstanceId], why: String) {
         let now = self.now;
+        self.runtime_fault = why;
         for &id in instances {
             let Some(instance) = self.instances.get_mut(&id) else { continue };
             let asleep = match instance.residency {

@@ -83,6 +83,7 @@ pub struct NextIds {
 pub enum WakeCause {
     MaxWait,
     QueueTimeout,
+    RuntimeWait,
     DrainDeadline,
     VramDeadline,
     StartDeadline,
@@ -111,6 +112,8 @@ pub struct Scheduler {
     /// When somebody last wanted anything: restores wait for quiet.
     last_demand: Time,
     shutting_down: bool,
+    /// Why the runtime of lost instances does not answer, as told last.
+    runtime_fault: String,
     /// A reload left less to promise than was promised already.
     capacity_cut: bool,
     /// Counts changes of state, so that settling knows when it is done.
@@ -135,6 +138,7 @@ impl Scheduler {
             blocked: BTreeMap::new(),
             last_demand: Time::ZERO,
             shutting_down: false,
+            runtime_fault: String::new(),
             capacity_cut: false,
             changes: 0,
             out: Vec::new(),
@@ -180,7 +184,7 @@ impl Scheduler {
                 self.catalog_changed(catalog);
                 self.note_capacity_cut();
             }
-            Event::RuntimeLost { instances } => self.runtime_lost(&instances),
+            Event::RuntimeLost { instances, why } => self.runtime_lost(&instances, why),
             Event::RuntimeBack { alive, dead } => self.runtime_back(&alive, &dead),
             Event::ShuttingDown => self.shut_down(),
             Event::Woke => {}
@@ -211,6 +215,7 @@ impl Scheduler {
         self.expire_failures();
         self.retry_stops();
         self.expire_waiters();
+        self.expire_lost();
         self.expire_asks();
         self.expire_holds();
     }

@@ -154,7 +154,9 @@ impl Scheduler {
                 let next = next.unwrap_or_else(|| "a restart".to_owned());
                 format!("its next turn, after {next}{estimate}")
             }
-            Residency::Lost { .. } => "its runtime, which does not answer".to_owned(),
+            Residency::Lost { .. } => {
+                format!("its runtime, which does not answer: {}", self.runtime_fault)
+            }
             Residency::FallingAsleep | Residency::Sleeping { .. } => self
                 .blocked
                 .get(name)

@@ -84,7 +84,7 @@ impl World {
             .map(|(&id, _)| id)
             .collect();
         let instances = self.lost.clone();
-        self.deliver(Event::RuntimeLost { instances });
+        self.deliver(Event::RuntimeLost { instances, why: "Docker is away".to_owned() });
         self.after(for_ms + 4, Next::RuntimeUp);
     }
 

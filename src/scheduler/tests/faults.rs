@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::config::*;
 use super::world::*;
 use crate::config::catalog::*;
-use crate::scheduler::action::{Action, Refusal};
-use crate::scheduler::event::{Event, FaultKind, Holder};
+use crate::scheduler::action::{Action, Answer, Refusal};
+use crate::scheduler::event::{EnsureKind, Event, FaultKind, Holder};
 use crate::scheduler::memory::name_holders;
 use crate::scheduler::record::{SwapCause, SwapKind, SwapOutcome};
 use crate::units::*;
@@ -176,7 +176,8 @@ fn a_lost_runtime_keeps_its_promise_and_comes_back() {
     sim.run_secs(5);
     sim.end(first);
     let instances: Vec<InstanceId> = sim.running.keys().copied().collect();
-    sim.send(Event::RuntimeLost { instances: instances.clone() });
+    let why = "Docker is away".to_owned();
+    sim.send(Event::RuntimeLost { instances: instances.clone(), why });
     assert_eq!(sim.state("a"), "lost");
     let request = sim.request("b");
     sim.run_secs(60);
@@ -184,6 +185,46 @@ fn a_lost_runtime_keeps_its_promise_and_comes_back() {
     sim.send(Event::RuntimeBack { alive: instances, dead: Vec::new() });
     sim.run_secs(8);
     assert_eq!(sim.served_by(request), Some("b"));
+}
+
+#[test]
+fn a_lost_runtime_is_waited_for_briefly_then_named() {
+    let mut sim = Sim::new(catalog(vec![spec("a", 20)]), &[24]);
+    let first = sim.request("a");
+    sim.run_secs(5);
+    sim.end(first);
+    let instances: Vec<InstanceId> = sim.running.keys().copied().collect();
+    let lose = |sim: &mut Sim| {
+        let why = "Docker is away".to_owned();
+        sim.send(Event::RuntimeLost { instances: instances.clone(), why });
+    };
+    let back = || Event::RuntimeBack { alive: instances.clone(), dead: Vec::new() };
+    lose(&mut sim);
+    // A restart of Docker takes seconds: nobody hears of it.
+    let patient = sim.request("a");
+    sim.run_secs(9);
+    assert!(sim.model("a").waiting_for.contains("Docker is away"));
+    sim.send(back());
+    assert_eq!(sim.served_by(patient), Some("a"));
+    sim.end(patient);
+    lose(&mut sim);
+    sim.run_secs(4);
+    let late = sim.request("a");
+    let ask = sim.ensure("a", EnsureKind::Ensure, Duration::from_secs(600));
+    sim.run_secs(7);
+    let lost = Refusal::RuntimeLost { message: "Docker is away".to_owned() };
+    assert_eq!(sim.refused.get(&late), Some(&lost));
+    assert_eq!(sim.answers.get(&ask), Some(&Answer::Refused(lost.clone())));
+    // By now it is known: nobody waits ten more seconds for it.
+    let later = sim.request("a");
+    assert_eq!(sim.refused.get(&later), Some(&lost));
+    assert_eq!(sim.state("a"), "lost");
+    let promised = sim.scheduler.view(sim.now).gpus[0].promised;
+    assert_eq!(promised, Bytes::gib(20), "its bytes stay promised");
+    sim.send(back());
+    let again = sim.request("a");
+    sim.run_secs(1);
+    assert_eq!(sim.served_by(again), Some("a"));
 }
 
 #[test]

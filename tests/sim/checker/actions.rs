@@ -409,7 +409,10 @@ impl Checker {
             }
             Refusal::VramNeverFreed { .. } => !self.calm,
             Refusal::NoVramProof { .. } => self.no_proof,
-            Refusal::RuntimeLost { .. } => self.ever_lost,
+            Refusal::RuntimeLost { .. } => {
+                self.ever_lost
+                    && self.insts.values().any(|known| known.model == *model && known.lost)
+            }
             Refusal::InstanceLost { .. } => !self.calm,
             Refusal::ShuttingDown => self.shutting_down,
             Refusal::Unloaded => !self.calm,

@@ -235,7 +235,7 @@ impl Checker {
                 self.catalog = Arc::clone(catalog);
                 self.queue_changed = true;
             }
-            Event::RuntimeLost { instances } => {
+            Event::RuntimeLost { instances, .. } => {
                 self.ever_lost = true;
                 for instance in instances {
                     if let Some(known) = self.insts.get_mut(instance) {
