@@ -13,6 +13,7 @@ use super::handle::Message;
 use super::launch::Launcher;
 use super::run::{Live, Owner, Reply};
 use super::view::LEDGER_ROWS_MAX;
+use crate::config::catalog::RuntimeSpec;
 use crate::runtime::{LaunchSpec, Running};
 use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
@@ -285,7 +286,16 @@ impl Owner {
                 live.task = None;
                 let facts = self.facts.entry(live.spec.name.clone()).or_default();
                 facts.last_fault = Some(fault.clone());
-                tracing::warn!(model = %live.spec.name, %instance, kind = fault.kind.as_str(), "{}", fault.message);
+                let (model, kind) = (&live.spec.name, fault.kind.as_str());
+                let in_docker = matches!(live.spec.runtime, RuntimeSpec::Docker(_));
+                let is_told = fault.kind == FaultKind::RuntimeUnreachable
+                    && in_docker
+                    && self.docker.health.as_ref().is_some_and(|health| !health.ok);
+                if is_told {
+                    tracing::debug!(%model, %instance, kind, "{}", fault.message);
+                } else {
+                    tracing::warn!(%model, %instance, kind, "{}", fault.message);
+                }
             }
             Done::Stop(Err(fault)) => {
                 tracing::error!(model = %live.spec.name, %instance, "{}", fault.message);
@@ -359,6 +369,7 @@ impl Owner {
             model = %record.model,
             cause = record.cause.as_str(),
             result = outcome.as_str(),
+            fault = outcome.fault().map(|fault| fault.kind.as_str()),
             ms = record.ended.map_or(0, |ended| ended.since(record.began).as_millis() as u64),
             decision = record.decision,
             "swap ended"

@@ -106,7 +106,11 @@ pub async fn reconcile_docker(
             (adopt_or_reap_all(effects, catalog, found).await, any_left)
         }
         Err(fault) => {
-            tracing::warn!("containers of an earlier run cannot be looked up: {}", fault.message);
+            // Whoever follows the daemon has said that it does not answer.
+            if fault.kind != FaultKind::RuntimeUnreachable {
+                let why = &fault.message;
+                tracing::warn!("containers of an earlier run cannot be looked up: {why}");
+            }
             return None;
         }
     };

@@ -275,3 +275,15 @@ pub struct Learned {
     /// Typical duration of each phase of a start, for progress estimates.
     pub phases: BTreeMap<String, Duration>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::FaultKind;
+
+    #[test]
+    fn kinds_are_spelled_alike_in_answers_and_logs() {
+        for kind in [FaultKind::RuntimeUnreachable, FaultKind::RunsOnCpu, FaultKind::NoVramProof] {
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.as_str());
+        }
+    }
+}

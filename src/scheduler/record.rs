@@ -132,6 +132,14 @@ pub enum SwapOutcome {
 }
 
 impl SwapOutcome {
+    /// What went wrong, if something did.
+    pub const fn fault(&self) -> Option<&Fault> {
+        match self {
+            SwapOutcome::Failed(fault) | SwapOutcome::Died(fault) => Some(fault),
+            SwapOutcome::Ready | SwapOutcome::Unloaded | SwapOutcome::Cancelled { .. } => None,
+        }
+    }
+
     /// Value of the `result` label.
     pub const fn as_str(&self) -> &'static str {
         match self {

@@ -157,6 +157,28 @@ async fn an_engine_that_breaks_off_a_stream_is_told_to_the_client() {
 }
 
 #[tokio::test]
+async fn a_whole_answer_is_counted_with_its_tokens() {
+    let mut world = World::new().await;
+    world.ready();
+    let reply = world.spawn(world.post(CHAT, r#"{"model":"mistral"}"#));
+    let usage = r#"{"usage":{"prompt_tokens":3,"completion_tokens":2}}"#;
+    world.engine.request().await.answer_json(usage).await;
+    assert_eq!(reply.await.unwrap().text().await, usage);
+    let counted = async {
+        let ok = "orchestrator_requests_total{model=\"mistral\",outcome=\"ok\"} 1\n";
+        let tokens = "orchestrator_tokens_total{kind=\"completion\",model=\"mistral\"} 2\n";
+        loop {
+            let text = world.get("/metrics").await.text().await;
+            if text.contains(ok) && text.contains(tokens) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timely(counted).await;
+}
+
+#[tokio::test]
 async fn a_cut_json_answer_breaks_the_connection() {
     let mut world = World::new().await;
     let gate = world.ready();

@@ -18,7 +18,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::client::{Client, PROMPT};
 use super::errors;
-use super::watched::Watched;
+use super::watched::{NOT_CONNECTED, Watched};
 use crate::scheduler::event::{Fault, FaultKind};
 
 /// How often the daemon is pinged and all watched containers are looked at.
@@ -43,8 +43,15 @@ pub async fn follow(client: Client, watched: Arc<Watched>) {
             Err(fault) => fault,
         };
         client.forget();
-        if watched.health().borrow().ok {
+        // Told once, here: what fails for this reason meanwhile repeats it in answers only.
+        let known = watched.health().borrow().clone();
+        if known.ok {
             tracing::warn!(host = client.host(), reason = fault.message, "Docker went away");
+        } else if known.detail == NOT_CONNECTED {
+            tracing::warn!(
+                "{}; what an earlier run left there is looked up when it answers",
+                fault.message
+            );
         }
         watched.set_health(false, fault.message);
         tokio::time::sleep(waits.next().unwrap_or(RECONNECT_MAX)).await;

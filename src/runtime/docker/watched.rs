@@ -19,6 +19,9 @@ use crate::runtime::{ExitReport, LogTail};
 /// The last lines of a container arrive just after it ended; an exit waits this long for them.
 const LAST_LINES: Duration = Duration::from_millis(250);
 
+/// Before the first attempt to connect has ended.
+pub const NOT_CONNECTED: &str = "not connected yet";
+
 pub type Exit = watch::Receiver<Option<ExitReport>>;
 
 #[derive(Debug)]
@@ -36,7 +39,7 @@ struct Entry {
 
 impl Watched {
     pub fn new() -> Watched {
-        let detail = "not connected yet".to_owned();
+        let detail = NOT_CONNECTED.to_owned();
         let (health, _) = watch::channel(Health { ok: false, detail });
         Watched { by_id: Mutex::default(), health }
     }
