@@ -18,7 +18,7 @@ use wharf::config::catalog::{
     EngineKind, GpuRequest, Health, ModelSpec, ProcessSpec, RuntimeSpec, StopSpec, Vram,
 };
 use wharf::runtime::process::ProcessRuntime;
-use wharf::runtime::{ExitReport, Found, Identity, LaunchSpec, Running, RuntimeHandle};
+use wharf::runtime::{ExitReport, Found, Identity, LaunchKey, LaunchSpec, Running, RuntimeHandle};
 use wharf::scheduler::event::FaultKind;
 use wharf::units::{GpuId, InstanceId, ModelName, Priority};
 
@@ -77,6 +77,7 @@ fn spec(dir: &Path, port: u16, argv: &[&str]) -> LaunchSpec {
         container_port: port,
         args: Vec::new(),
         env: BTreeMap::new(),
+        api_key: LaunchKey::None,
         log_dir: dir.join("logs"),
     }
 }

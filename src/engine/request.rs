@@ -106,7 +106,7 @@ async fn exchange(
         .header(header::HOST, authority)
         .header(header::CONNECTION, "close");
     if let Some(key) = &endpoint.api_key {
-        request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+        request = request.header(header::AUTHORIZATION, key.bearer());
     }
     if body.is_some() {
         request = request.header(header::CONTENT_TYPE, "application/json");

@@ -79,10 +79,7 @@ pub async fn send(
     *request.method_mut() = outgoing.method.clone();
     *request.headers_mut() = outgoing.headers.clone();
     if let Some(key) = &gate.endpoint.api_key {
-        let mut value = HeaderValue::try_from(format!("Bearer {key}"))
-            .map_err(|_| Failure::Broken("the engine's api_key is no header value".into()))?;
-        value.set_sensitive(true);
-        request.headers_mut().insert(header::AUTHORIZATION, value);
+        request.headers_mut().insert(header::AUTHORIZATION, key.bearer());
     }
     tokio::select! {
         answer = timeout(silence_max, gate.client.request(request)) => match answer {

@@ -245,7 +245,7 @@ mod tests {
     fn gate() -> Arc<Gate> {
         let client =
             Client::builder(hyper_util::rt::TokioExecutor::new()).build(HttpConnector::new());
-        let endpoint = Endpoint { base: "http://127.0.0.1:1".into(), api_key: None };
+        let endpoint = Endpoint::new("http://127.0.0.1:1", None);
         let (inbox, _) = Inbox::new();
         let model = ModelName::new("ada");
         let gate = Gate::new(InstanceId(1), model, endpoint, client, inbox, Instant::now());

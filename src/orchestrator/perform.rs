@@ -150,7 +150,7 @@ impl Owner {
             installation: &self.state.installation,
             log_dir: self.state.logs(),
         };
-        let launch = launcher.launch(instance, &live.spec, &live.gpus, footprint, port);
+        let launch = launcher.launch(instance, &live.spec, &live.gpus, footprint, port)?;
         live.launch = Some(launch.clone());
         Ok(launch)
     }

@@ -151,6 +151,7 @@ async fn adopt_named(
             return None;
         }
     };
+    effects.learn_key(spec, &mut running).await;
     if let Err(fault) = answers(spec, &running).await {
         tracing::warn!(model = %spec.name, container = name, "runs, but is not adopted: {}", fault.message);
         return None;
@@ -184,7 +185,10 @@ fn all_wanted(spec: &ModelSpec, gpus: &Gpus) -> Vec<GpuId> {
     }
 }
 
-async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, found: Found) -> Option<Adopted> {
+async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, mut found: Found) -> Option<Adopted> {
+    if let Some(spec) = catalog.model(&found.running.identity.model).filter(|_| found.alive) {
+        effects.learn_key(spec, &mut found.running).await;
+    }
     let identity = &found.running.identity;
     let (model, instance) = (&identity.model, identity.instance);
     let why_not = match catalog.model(model) {
@@ -217,6 +221,16 @@ pub async fn reap(effects: &Effects, running: &Running, why: &str) {
     let stop = StopSpec { signal: "SIGTERM".to_owned(), grace: REAP_GRACE };
     if let Err(fault) = effects.stop_within(running, &stop).await {
         tracing::error!(%model, %instance, "failed to reap: {}", fault.message);
+    }
+}
+
+impl Effects {
+    /// An engine that Wharf did not start just now tells its key by what it was given.
+    pub(super) async fn learn_key(&self, spec: &ModelSpec, running: &mut Running) {
+        if running.endpoint.api_key.is_none() {
+            let given = self.runtimes.given(running).await;
+            running.endpoint.api_key = engine::running_key(spec, &given);
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use wharf::config::catalog::{
     SwapSettings, Vram, WaitingSettings, WaitingStyle,
 };
 use wharf::runtime::docker::DockerRuntime;
-use wharf::runtime::{Found, Identity, LaunchSpec, Running};
+use wharf::runtime::{Found, Identity, LaunchKey, LaunchSpec, Running};
 use wharf::units::{Bytes, InstanceId, ModelName, Priority};
 
 pub const BUSYBOX: &str = "wharf-test/busybox:1";
@@ -112,6 +112,7 @@ impl Yard {
             container_port: 8000,
             args: Vec::new(),
             env: BTreeMap::new(),
+            api_key: LaunchKey::None,
             log_dir: PathBuf::new(),
         }
     }

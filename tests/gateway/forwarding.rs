@@ -78,7 +78,7 @@ async fn short_paths_and_other_content_types_work() {
 async fn credentials_and_hop_by_hop_headers_stay_here() {
     let mut world = World::new().await;
     let mut endpoint = world.engine.endpoint();
-    endpoint.api_key = Some("engine-key".into());
+    endpoint.api_key = wharf::runtime::EngineKey::new("engine-key");
     world.gate(1, endpoint, 8);
     let mut request = world.post(CHAT, ASK);
     for (name, value) in [

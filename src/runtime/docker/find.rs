@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::client::{Client, PROMPT};
 use super::{DockerRuntime, errors, labels, place, start, stop, watched};
-use crate::runtime::{Endpoint, Foreign, Found, Identity, LogTail, Running, RuntimeHandle};
+use crate::runtime::{Endpoint, Foreign, Found, Given, Identity, LogTail, Running, RuntimeHandle};
 use crate::scheduler::event::Fault;
 
 /// A container named in the configuration.
@@ -77,7 +77,7 @@ async fn adopt(
         Err(_) => format!("http://127.0.0.1:{}", identity.port),
     };
     let handle = RuntimeHandle::Docker { id, name, named: false };
-    let endpoint = Endpoint { base, api_key: None };
+    let endpoint = Endpoint::new(base, None);
     Ok(Some(Found { running: Running { identity, endpoint, handle, log, exit }, alive }))
 }
 
@@ -121,7 +121,7 @@ pub async fn adopt_named(
     let base = place::endpoint(client, place, &container, container_port).await?;
     Ok(Some(Running {
         identity,
-        endpoint: Endpoint { base, api_key: None },
+        endpoint: Endpoint::new(base, None),
         handle: RuntimeHandle::Docker { id, name: name.to_owned(), named: true },
         log,
         exit,
@@ -132,6 +132,21 @@ pub async fn is_alive(client: &Client, running: &Running) -> Result<bool, Fault>
     let RuntimeHandle::Docker { id, .. } = &running.handle else { return Ok(false) };
     let docker = client.docker().await?;
     stop::running(client, &docker, id).await
+}
+
+/// What a container was given; nothing where it cannot be looked at.
+pub async fn given(client: &Client, id: &str) -> Given {
+    let Ok(docker) = client.docker().await else { return Given::default() };
+    let Ok(container) = client.within(PROMPT, docker.inspect_container(id, None)).await else {
+        return Given::default();
+    };
+    let args = container.path.into_iter().chain(container.args.into_iter().flatten()).collect();
+    let env = container.config.and_then(|config| config.env).unwrap_or_default();
+    let pair = |entry: &String| {
+        let (name, value) = entry.split_once('=')?;
+        Some((name.to_owned(), value.to_owned()))
+    };
+    Given { args, env: env.iter().filter_map(pair).collect() }
 }
 
 /// Host pids of a running container; empty where they cannot be read.

@@ -242,7 +242,7 @@ async fn begin(runtime: &DockerRuntime, spec: &LaunchSpec, undo: &Undo) -> Resul
     let name = container.name.unwrap_or_default().trim_start_matches('/').to_owned();
     Ok(Running {
         identity: spec.identity.clone(),
-        endpoint: Endpoint { base, api_key: None },
+        endpoint: Endpoint::new(base, spec.api_key.key()),
         handle: RuntimeHandle::Docker { id: undo.id.clone(), name, named: undo.named.is_some() },
         log,
         exit,

@@ -32,7 +32,7 @@ use self::logfile::Tail;
 use self::pidfd::ExitWatch;
 pub use self::procfs::Occupant;
 use self::supervise::Supervised;
-use super::{Endpoint, Found, Identity, LaunchSpec, LogTail, Running, RuntimeHandle};
+use super::{Endpoint, Found, Given, Identity, LaunchSpec, LogTail, Running, RuntimeHandle};
 use crate::config::catalog::StopSpec;
 use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::InstanceId;
@@ -127,7 +127,10 @@ impl ProcessRuntime {
             return Err(Fault::new(FaultKind::Internal, "/proc cannot be read"));
         };
         let handle = (stat.pid, stat.start_ticks);
-        Ok(self.supervise(spec.identity.clone(), handle, Some(child), Some(tail), log))
+        let mut running =
+            self.supervise(spec.identity.clone(), handle, Some(child), Some(tail), log);
+        running.endpoint.api_key = spec.api_key.key();
+        Ok(running)
     }
 
     /// Signal to the group, grace, SIGKILL to the group and to whoever else carries its identity.
@@ -256,9 +259,14 @@ fn running(
     log: LogTail,
     exit: watch::Receiver<Option<super::ExitReport>>,
 ) -> Running {
-    let endpoint = Endpoint { base: format!("http://127.0.0.1:{}", identity.port), api_key: None };
+    let endpoint = Endpoint::new(format!("http://127.0.0.1:{}", identity.port), None);
     let handle = RuntimeHandle::Process { pid, start_ticks };
     Running { identity, endpoint, handle, log, exit }
+}
+
+/// What a process was given when it began.
+pub fn given(pid: u32) -> Given {
+    Given { args: procfs::args(pid), env: procfs::environ(pid) }
 }
 
 fn spawn(command: &command::Command, log: std::fs::File) -> io::Result<Child> {

@@ -56,15 +56,31 @@ fn pids() -> impl Iterator<Item = u32> {
 
 /// The `WHARF_*` part of a process's first environment; empty where it may not be read.
 pub fn wharf_environ(pid: u32) -> BTreeMap<String, String> {
+    environ_where(pid, |entry| entry.starts_with(b"WHARF_"))
+}
+
+/// A process's whole first environment: it holds secrets. Empty where it may not be read.
+pub fn environ(pid: u32) -> BTreeMap<String, String> {
+    environ_where(pid, |_| true)
+}
+
+fn environ_where(pid: u32, wanted: impl Fn(&[u8]) -> bool) -> BTreeMap<String, String> {
     let bytes = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     bytes
         .split(|byte| *byte == 0)
-        .filter(|entry| entry.starts_with(b"WHARF_"))
+        .filter(|entry| wanted(entry))
         .filter_map(|entry| {
             let (key, value) = std::str::from_utf8(entry).ok()?.split_once('=')?;
             Some((key.to_owned(), value.to_owned()))
         })
         .collect()
+}
+
+/// A process's arguments, its program first: they may hold secrets.
+pub fn args(pid: u32) -> Vec<String> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words = bytes.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+    words.map(|word| String::from_utf8_lossy(word).into_owned()).collect()
 }
 
 /// Command line for messages, cut to a readable length.
