@@ -2,7 +2,7 @@
 
 use tokio::sync::watch;
 
-use super::{Endpoint, EngineKey, LaunchSpec, LogTail, Running, RuntimeHandle};
+use super::{Endpoint, EngineKey, LaunchSpec, LogTail, Running, RuntimeHandle, Tls};
 use crate::config::catalog::RuntimeSpec;
 use crate::scheduler::event::{Fault, FaultKind};
 
@@ -28,11 +28,21 @@ impl ExternalRuntime {
                 Fault::new(FaultKind::BadSpec, message)
             })?),
         };
+        let mut endpoint = Endpoint::new(external.url.trim_end_matches('/'), api_key);
+        if endpoint.base.starts_with("https://") {
+            let ca = external.ca.clone();
+            let tls = tokio::task::spawn_blocking(move || Tls::new(ca.as_deref()))
+                .await
+                .map_err(|error| Fault::new(FaultKind::Internal, error.to_string()))?;
+            endpoint.tls = Some(tls.map_err(|why| {
+                Fault::new(FaultKind::BadSpec, format!("model {}: {why}", spec.model.name))
+            })?);
+        }
         // The sender is dropped: the exit of something that runs elsewhere is never seen here.
         let (_, exit) = watch::channel(None);
         Ok(Running {
             identity: spec.identity.clone(),
-            endpoint: Endpoint::new(external.url.trim_end_matches('/'), api_key),
+            endpoint,
             handle: RuntimeHandle::External,
             log: LogTail::new(),
             exit,

@@ -8,6 +8,7 @@ pub mod external;
 mod key;
 pub mod log;
 pub mod process;
+mod tls;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use crate::units::{GpuId, InstanceId, ModelName};
 
 pub use key::{EngineKey, LaunchKey};
 pub use log::LogTail;
+pub use tls::{Tls, trouble as tls_trouble};
 
 /// What makes an instance ours: in container labels (`wharf.*`) or in the environment of the
 /// process (`WHARF_*`).
@@ -90,18 +92,21 @@ pub enum RuntimeHandle {
     External,
 }
 
-/// Where an instance is reached. `base` has no path and no trailing slash.
+/// Where an instance is reached. `base` has no trailing slash; a path in it precedes every
+/// request's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// `http://127.0.0.1:18051`
     pub base: String,
     /// Sent as `Authorization: Bearer`, where the engine wants one.
     pub api_key: Option<EngineKey>,
+    /// For `https://`.
+    pub tls: Option<Tls>,
 }
 
 impl Endpoint {
     pub fn new(base: impl Into<String>, api_key: Option<EngineKey>) -> Endpoint {
-        Endpoint { base: base.into(), api_key }
+        Endpoint { base: base.into(), api_key, tls: None }
     }
 }
 
