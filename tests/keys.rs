@@ -6,6 +6,9 @@ mod support;
 
 use std::path::Path;
 
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
 use support::{World, gpu, processes_with, serve, standin, status_of};
 
 /// A stand-in that takes a key as vLLM does.
@@ -134,6 +137,88 @@ async fn an_engine_sleeps_and_wakes_with_its_key() {
         answers(&world, name).await;
     }
     world.stop().await;
+}
+
+/// Status and JSON body, asked with a key of Wharf's own.
+async fn ask(base: &str, line: &str, key: &str, body: &Value) -> (u16, Value) {
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let length = body.len();
+    let text = format!(
+        "{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n\
+         Content-Length: {length}\r\n\r\n{body}"
+    );
+    let mut stream =
+        tokio::net::TcpStream::connect(base.trim_start_matches("http://")).await.unwrap();
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, serde_json::from_str(body).unwrap_or_else(|_| panic!("{answer}")))
+}
+
+#[tokio::test]
+async fn what_an_engine_writes_of_secrets_is_shown_to_nobody_and_its_log_to_few() {
+    // Fails to start, saying too much.
+    let failing = |name: &str, last: &str| {
+        let script = format!(
+            "echo on ${{PORT}} with $VLLM_API_KEY, api_key=abcd, $DB_PASSWORD and hf_Abcdef012345; \
+             echo {last}; exit 3"
+        );
+        format!(
+            "  {name}:\n    engine: vllm\n    vram: 1GiB\n    process: {}\n",
+            json!({ "cmd": ["sh", "-c", script], "env": { "DB_PASSWORD": "pa55word" } })
+        )
+    };
+    let models = failing("odd", "the last words, $DB_PASSWORD")
+        + &failing("oom", "CUDA out of memory for sk-abcdefgh");
+    let settings = "gpu: { provider: none, memory: [24GiB] }\n\
+        auth: { keys: [{ name: a, key: key-of-an-admin-0, scopes: [inference, admin] }, \
+        { name: b, key: key-of-a-client-0, scopes: [inference] }] }";
+    let world = serve(settings, &models, &[]).await;
+    let talk = &world.server.talk;
+    let secrets = ["pa55word", "abcd,", "hf_Abc", "sk-abc"];
+    for (model, quoted) in [("odd", "the last words"), ("oom", "CUDA out of memory for ***")] {
+        let chat = json!({ "model": model, "messages": [{ "role": "user", "content": "hi" }] });
+        let line = "POST /v1/chat/completions";
+        let (status, few) = ask(&talk.gateway, line, "key-of-a-client-0", &chat).await;
+        assert_eq!(status, 503, "{few:#}");
+        let (_, all) = ask(&talk.gateway, line, "key-of-an-admin-0", &chat).await;
+        let message = |body: &Value| body["error"]["message"].as_str().unwrap().to_owned();
+        // A line that tells the cause is for everyone, any other for readers of logs.
+        assert_eq!(message(&few).contains(quoted), model == "oom", "{few:#}");
+        assert!(message(&all).contains(quoted), "{all:#}");
+        assert!(few["cause"]["log"].is_null(), "{few:#}");
+        let log = all["cause"]["log"].to_string();
+        assert!(log.contains("with ***, api_key=***, *** and ***"), "{log}");
+
+        let swap = format!("GET /swaps/{}", few["swap_id"].as_str().unwrap());
+        let (_, swap) = ask(&talk.orchestrator, &swap, "key-of-an-admin-0", &Value::Null).await;
+        assert!(swap["log"].to_string().contains("with ***, api_key=***"), "{swap:#}");
+        let status =
+            ask(&talk.orchestrator, "GET /status", "key-of-an-admin-0", &Value::Null).await;
+        for body in [&few, &all, &swap, &status.1] {
+            for secret in secrets {
+                assert!(!body.to_string().contains(secret), "{secret}: {body:#}");
+            }
+        }
+    }
+    let made = long_hex_words(&world);
+    assert!(made.is_empty(), "a random key in {made:?}");
+    world.stop().await;
+}
+
+/// Words of 48 hexadecimal digits in Wharf's log and journal.
+fn long_hex_words(world: &World) -> Vec<String> {
+    let mut texts = vec![world.log()];
+    let journal = world.state_dir().join("journal");
+    for entry in std::fs::read_dir(&journal).unwrap().flatten() {
+        texts.push(std::fs::read_to_string(entry.path()).unwrap());
+    }
+    let is_key =
+        |word: &&str| word.len() == 48 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let words = texts.iter().flat_map(|text| text.split(|c: char| !c.is_ascii_alphanumeric()));
+    words.filter(is_key).map(str::to_owned).collect()
 }
 
 #[tokio::test]

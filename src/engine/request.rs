@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::runtime::redact::Secrets;
 use crate::runtime::{Endpoint, Tls, tls_trouble};
 
 /// Answers to the questions asked here are small.
@@ -35,6 +36,7 @@ impl Answer {
     pub fn excerpt(&self) -> String {
         let body = String::from_utf8_lossy(&self.body);
         let words = body.split_whitespace().collect::<Vec<_>>().join(" ");
+        let words = Secrets::default().redact(&words);
         let body: String = words.chars().take(EXCERPT_CHARS_MAX).collect();
         match body.as_str() {
             "" => self.status.to_string(),

@@ -8,6 +8,7 @@ pub mod external;
 mod key;
 pub mod log;
 pub mod process;
+pub mod redact;
 mod tls;
 
 use std::collections::BTreeMap;

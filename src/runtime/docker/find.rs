@@ -9,6 +9,7 @@ use tokio::time::timeout;
 
 use super::client::{Client, PROMPT};
 use super::{DockerRuntime, errors, labels, place, start, stop, watched};
+use crate::runtime::redact::Secrets;
 use crate::runtime::{Endpoint, Foreign, Found, Given, Identity, LogTail, Running, RuntimeHandle};
 use crate::scheduler::event::Fault;
 
@@ -65,7 +66,7 @@ async fn adopt(
     let ended = container.state.as_ref().and_then(watched::ended);
     let alive = ended.is_none();
     let (log, exit) = if alive {
-        runtime.watched.watch(client, &id, None)
+        runtime.watched.watch(client, &id, None, secrets(&container))
     } else {
         // The sender is dropped: nothing more will happen to it.
         (LogTail::new(), watch::channel(ended).1)
@@ -116,7 +117,7 @@ pub async fn adopt_named(
     }
     let earlier_run = container.state.as_ref().and_then(|state| state.finished_at.as_deref());
     let id = container.id.clone().unwrap_or_default();
-    let (log, exit) = runtime.watched.watch(client, &id, earlier_run);
+    let (log, exit) = runtime.watched.watch(client, &id, earlier_run, secrets(&container));
     let place = runtime.place.get(client).await?;
     let base = place::endpoint(client, place, &container, container_port).await?;
     Ok(Some(Running {
@@ -132,6 +133,12 @@ pub async fn is_alive(client: &Client, running: &Running) -> Result<bool, Fault>
     let RuntimeHandle::Docker { id, .. } = &running.handle else { return Ok(false) };
     let docker = client.docker().await?;
     stop::running(client, &docker, id).await
+}
+
+/// What of a container's environment its log must not show.
+pub fn secrets(container: &ContainerInspectResponse) -> Secrets {
+    let env = container.config.iter().flat_map(|config| config.env.iter().flatten());
+    Secrets::of_env(env.filter_map(|entry| entry.split_once('=')))
 }
 
 /// What a container was given; nothing where it cannot be looked at.

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
+use crate::runtime::redact::Secrets;
+
 /// The columns of /proc/PID/stat that tell one process from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stat {
@@ -92,7 +94,7 @@ pub fn command_line(pid: u32) -> String {
         "" => fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default(),
         line => line.to_owned(),
     };
-    line.trim().chars().take(CHARS_MAX).collect()
+    Secrets::default().redact(line.trim()).chars().take(CHARS_MAX).collect()
 }
 
 /// `roots` and everything that descends from them, as far as `all` shows it.
