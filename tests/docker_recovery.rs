@@ -250,6 +250,41 @@ async fn on_exit_keep_leaves_containers_to_be_adopted() {
     // What is kept here goes with the scene.
 }
 
+/// As a stand-in for vLLM: it is given a key.
+fn keyed(name: &str) -> String {
+    let args = standin_args(name, "--load 300ms --style vllm");
+    let docker = json!({ "image": STANDIN, "pull": "never", "args": args, "port": 8000 });
+    model(name, &json!({ "engine": "vllm", "vram": "14GiB", "docker": docker }))
+}
+
+#[tokio::test]
+async fn the_key_of_an_engine_is_read_back_from_its_container() {
+    let Some(daemon) = given() else { return };
+    let settings = settings(&daemon, "on_exit: stop");
+    let mut scene = Scene::open(&daemon, &settings, &keyed("ada"), &[]).await;
+    scene.answers("ada").await;
+    let id = scene.containers().remove(0);
+    let inspect = |what: &str| daemon.docker(&["inspect", "--format", what, &id]);
+    let env = inspect("{{range .Config.Env}}{{println .}}{{end}}");
+    let key = env.lines().find_map(|entry| entry.strip_prefix("VLLM_API_KEY=")).unwrap();
+    assert_eq!(key.len(), 48, "{env}");
+    assert!(!inspect("{{.Args}} {{.Config.Labels}}").contains(key));
+    assert_eq!(straight(&scene, None).await, 401);
+    assert_eq!(straight(&scene, Some(key)).await, 200);
+    scene.world.server.kill_and_restart().await.unwrap();
+    scene.answers("ada").await;
+    assert_eq!(scene.containers(), [id.as_str()], "adopted");
+    assert!(!scene.world.log().contains(key));
+    scene.stop().await;
+}
+
+/// Asks the engine of ada itself, past Wharf.
+async fn straight(scene: &Scene, key: Option<&str>) -> u16 {
+    let model = scene.world.server.talk.get("/models/ada").await.expect("a row");
+    let endpoint = model["endpoint"].as_str().expect("an endpoint");
+    support::status_of(endpoint, "/v1/models", key).await
+}
+
 #[tokio::test]
 async fn on_exit_stop_leaves_none() {
     let Some(daemon) = given() else { return };
@@ -266,13 +301,15 @@ struct Named<'a> {
 }
 
 impl<'a> Named<'a> {
-    fn create(daemon: &'a Daemon, name: &str) -> Named<'a> {
+    fn create(daemon: &'a Daemon, name: &str, more: &[&str]) -> Named<'a> {
         let name = format!("wharf-{name}-{}", std::process::id());
         let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = free.local_addr().expect("its number").port();
         drop(free);
         let publish = format!("127.0.0.1:{port}:8000");
-        let mut args = vec!["create", "--init", "--name", &name, "-p", &publish, STANDIN];
+        let mut args = vec!["create", "--init", "--name", &name, "-p", &publish];
+        args.extend(more);
+        args.push(STANDIN);
         let engine = standin_args("ada", "--load 300ms");
         args.extend(engine.iter().map(String::as_str));
         daemon.docker(&args);
@@ -297,9 +334,9 @@ impl Drop for Named<'_> {
 #[tokio::test]
 async fn a_container_that_compose_made_is_started_stopped_and_adopted_but_never_removed() {
     let Some(daemon) = given() else { return };
-    let named = Named::create(&daemon, "named");
+    let named = Named::create(&daemon, "named", &["-e", "VLLM_API_KEY=from-compose"]);
     let docker = json!({ "container": named.name, "port": 8000 });
-    let models = model("ada", &json!({ "engine": "openai", "vram": "14GiB", "docker": docker }))
+    let models = model("ada", &json!({ "engine": "vllm", "vram": "14GiB", "docker": docker }))
         + &standin("bob", "14GiB", "--load 200ms");
     let mut scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &models, &[]).await;
     assert!(!named.runs());

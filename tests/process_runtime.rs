@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use tokio::time::Instant;
 use wharf::config::catalog::{GpuRequest, Health, ModelSpec, ProcessSpec, RuntimeSpec, StopSpec};
 use wharf::runtime::process::ProcessRuntime;
-use wharf::runtime::{ExitReport, Found, Identity, LaunchSpec, Running, RuntimeHandle};
+use wharf::runtime::{ExitReport, Found, Identity, LaunchKey, LaunchSpec, Running, RuntimeHandle};
 use wharf::scheduler::event::FaultKind;
 use wharf::units::{GpuId, InstanceId};
 
@@ -53,6 +53,7 @@ fn spec(dir: &Path, port: u16, argv: &[&str]) -> LaunchSpec {
         container_port: port,
         args: Vec::new(),
         env: BTreeMap::new(),
+        api_key: LaunchKey::None,
         log_dir: dir.join("logs"),
     }
 }

@@ -292,8 +292,11 @@ pub struct ProcessSpec {
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct ExternalSpec {
-    /// `http://host:port`, no path.
+    /// `http://host:port`, or https; a path precedes those of the requests.
     pub url: String,
+    /// Authorities to trust instead of the machine's, in PEM.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
     #[serde(skip_serializing, default)]
     pub api_key: Option<String>,
 }

@@ -137,11 +137,15 @@ impl<'a> Start<'a> {
             Answer::BadUrl(why) => return fault(FaultKind::BadSpec, why),
             Answer::Stranger(who) => {
                 let port = self.running.identity.port;
-                let text = format!(
-                    "port {port} answers, but it is {who} that listens there, not this engine: \
-                     end that program, or choose other `engine_ports:`"
-                );
-                return fault(FaultKind::StrangerOnPort, &text);
+                let text = |who: &str| {
+                    format!(
+                        "port {port} answers, but it is {who} that listens there, not this \
+                         engine: end that program, or choose other `engine_ports:`"
+                    )
+                };
+                let public = format!("model {}: {}", self.spec.name, text("another program"));
+                return fault(FaultKind::StrangerOnPort, &text(who))
+                    .map_err(|fault| fault.or_publicly(public));
             }
             Answer::OtherNames(names) => {
                 let text = format!(
@@ -244,7 +248,12 @@ impl<'a> Start<'a> {
             None => "it wrote nothing to its log".to_owned(),
         };
         let text = format!("the engine {report} {during}; {last}");
-        fault(self.spec, self.running, FaultKind::Exited, &text)
+        // Not a line of which the meaning is known: it may say anything.
+        let public = format!(
+            "model {}: the engine {report} {during}; its log says why (for keys with `read`)",
+            self.spec.name
+        );
+        fault(self.spec, self.running, FaultKind::Exited, &text).or_publicly(public)
     }
 
     /// Stalled or past the deadline; but an engine that answers something wrong is named so.

@@ -133,8 +133,9 @@ impl Effects {
             }
             let before = effects.read_memory().await;
             progress.set("launch", None, "");
-            let launched = unpanicked(effects.runtimes.start(&launch)).await;
-            if let Ok(running) = &launched {
+            let mut launched = unpanicked(effects.runtimes.start(&launch)).await;
+            if let Ok(running) = &mut launched {
+                effects.learn_key(&launch.model, running).await;
                 effects.holders.register(running);
                 slot.put(Some(running.clone()));
             }

@@ -9,17 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::handle::{Inbox, Message};
+use super::upstream::UpstreamClient;
 use crate::runtime::Endpoint;
 use crate::scheduler::event::GateCount;
 use crate::units::{InstanceId, ModelName, Time};
-
-pub type UpstreamBody = http_body_util::Full<bytes::Bytes>;
-pub type UpstreamClient = Client<HttpConnector, UpstreamBody>;
 
 const OPEN: u64 = 1 << 63;
 const COUNT: u64 = OPEN - 1;
@@ -70,15 +66,14 @@ impl Gate {
         instance: InstanceId,
         model: ModelName,
         endpoint: Endpoint,
-        client: UpstreamClient,
         inbox: Inbox,
         epoch: Instant,
     ) -> Gate {
         Gate {
             instance,
             model,
+            client: UpstreamClient::to(&endpoint),
             endpoint,
-            client,
             cut: ArcSwap::default(),
             word: AtomicU64::new(0),
             permits: AtomicU32::new(0),
@@ -246,12 +241,10 @@ mod tests {
     use super::*;
 
     fn gate() -> Arc<Gate> {
-        let client =
-            Client::builder(hyper_util::rt::TokioExecutor::new()).build(HttpConnector::new());
-        let endpoint = Endpoint { base: "http://127.0.0.1:1".into(), api_key: None };
+        let endpoint = Endpoint::new("http://127.0.0.1:1", None);
         let (inbox, _) = Inbox::new();
         let model = ModelName::new("ada");
-        let gate = Gate::new(InstanceId(1), model, endpoint, client, inbox, Instant::now());
+        let gate = Gate::new(InstanceId(1), model, endpoint, inbox, Instant::now());
         gate.open(2);
         Arc::new(gate)
     }

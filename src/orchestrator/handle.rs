@@ -310,14 +310,10 @@ impl Handle {
         endpoint: crate::runtime::Endpoint,
         permits: u32,
     ) -> Arc<Gate> {
-        let client =
-            hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
-                .build_http();
         let gate = Arc::new(Gate::new(
             instance,
             model.clone(),
             endpoint,
-            client,
             self.inbox.clone(),
             self.shared.epoch,
         ));

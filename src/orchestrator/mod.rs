@@ -17,6 +17,7 @@ mod reconcile;
 mod run;
 mod start;
 mod state_dir;
+mod upstream;
 pub mod view;
 
 pub use gate::{Gate, Lease, StartKind};

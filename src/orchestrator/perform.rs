@@ -1,14 +1,9 @@
 //! One arm per action: what the owner does itself, and what it hands to an effect.
 
 use std::sync::Arc;
-use std::time::Duration;
-
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use super::effects::ended;
-use super::gate::{Gate, StartKind, UpstreamClient};
+use super::gate::{Gate, StartKind};
 use super::handle::Message;
 use super::launch::Launcher;
 use super::run::{Live, Owner, Reply};
@@ -19,10 +14,6 @@ use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
 use crate::scheduler::record::{Phase, SwapRecord};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
-
-/// vLLM keeps idle connections 120 s (we set it so); uvicorn's own default would be 5 s.
-const POOL_IDLE: Duration = Duration::from_secs(4);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Owner {
     pub(super) fn perform(&mut self, now: Time, action: Action) {
@@ -150,7 +141,7 @@ impl Owner {
             installation: &self.state.installation,
             log_dir: self.state.logs(),
         };
-        let launch = launcher.launch(instance, &live.spec, &live.gpus, footprint, port);
+        let launch = launcher.launch(instance, &live.spec, &live.gpus, footprint, port)?;
         live.launch = Some(launch.clone());
         Ok(launch)
     }
@@ -308,12 +299,10 @@ impl Owner {
     pub(super) fn became_ready(&mut self, instance: InstanceId, running: &Running) {
         let now = self.effects.now();
         let Some(live) = self.instances.get_mut(&instance) else { return };
-        let client = upstream_client();
         live.gate = Some(Arc::new(Gate::new(
             instance,
             live.spec.name.clone(),
             running.endpoint.clone(),
-            client,
             self.effects.inbox.clone(),
             self.shared.epoch,
         )));
@@ -405,15 +394,4 @@ impl Owner {
             self.state.remember_last_id(id);
         }
     }
-}
-
-fn upstream_client() -> UpstreamClient {
-    let mut connector = HttpConnector::new();
-    connector.set_nodelay(true);
-    connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-    Client::builder(TokioExecutor::new())
-        .pool_idle_timeout(POOL_IDLE)
-        .pool_timer(TokioTimer::new())
-        .retry_canceled_requests(false)
-        .build(connector)
 }

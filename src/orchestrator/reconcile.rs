@@ -169,6 +169,7 @@ async fn adopt_named(
             return None;
         }
     };
+    effects.learn_key(spec, &mut running).await;
     if let Err(fault) = answers(spec, &running).await {
         tracing::warn!(model = %spec.name, container = name, "runs, but is not adopted: {}", fault.message);
         return None;
@@ -202,7 +203,10 @@ fn all_wanted(spec: &ModelSpec, gpus: &Gpus) -> Vec<GpuId> {
     }
 }
 
-async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, found: Found) -> Option<Adopted> {
+async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, mut found: Found) -> Option<Adopted> {
+    if let Some(spec) = catalog.model(&found.running.identity.model).filter(|_| found.alive) {
+        effects.learn_key(spec, &mut found.running).await;
+    }
     let identity = &found.running.identity;
     let (model, instance) = (&identity.model, identity.instance);
     let why_not = match catalog.model(model) {
@@ -227,6 +231,16 @@ async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, found: Found) -> Op
     };
     reap(effects, &found.running, &why_not).await;
     None
+}
+
+impl Effects {
+    /// An engine that Wharf did not start just now tells its key by what it was given.
+    pub(super) async fn learn_key(&self, spec: &ModelSpec, running: &mut Running) {
+        if running.endpoint.api_key.is_none() {
+            let given = self.runtimes.given(running).await;
+            running.endpoint.api_key = engine::running_key(spec, &given);
+        }
+    }
 }
 
 async fn answers(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {

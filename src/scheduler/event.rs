@@ -172,18 +172,32 @@ pub struct NoProof {
     pub message: String,
 }
 
-/// Why an effect failed. `message` names the thing and the fix and is fit for clients.
+/// Why an effect failed. `message` names the thing and the fix.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fault {
     pub kind: FaultKind,
     pub message: String,
+    /// `message` for those who may see neither log lines nor arguments; `None`: it holds neither.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public: Option<String>,
     /// The engine's last log lines.
     pub log_tail: Vec<String>,
 }
 
 impl Fault {
     pub fn new(kind: FaultKind, message: impl Into<String>) -> Fault {
-        Fault { kind, message: message.into(), log_tail: Vec::new() }
+        Fault { kind, message: message.into(), public: None, log_tail: Vec::new() }
+    }
+
+    /// What everyone may be told instead of `message`.
+    pub fn or_publicly(mut self, message: impl Into<String>) -> Fault {
+        self.public = Some(message.into());
+        self
+    }
+
+    /// Fit for every client.
+    pub fn public_message(&self) -> &str {
+        self.public.as_deref().unwrap_or(&self.message)
     }
 
     pub fn with_log(mut self, log_tail: Vec<String>) -> Fault {

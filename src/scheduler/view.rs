@@ -169,7 +169,7 @@ impl Scheduler {
 
     fn leaving_text(&self, leaving: &Instance) -> String {
         match &leaving.trouble {
-            Some(fault) => fault.message.clone(),
+            Some(fault) => fault.public_message().to_owned(),
             None => format!("the earlier {} to be gone", leaving.model),
         }
     }

@@ -18,7 +18,7 @@ use wharf::config::catalog::{
     Catalog, DockerSpec, GpuRequest, Health, ModelSpec, PullPolicy, RuntimeSpec, Settings, StopSpec,
 };
 use wharf::runtime::docker::DockerRuntime;
-use wharf::runtime::{Found, Identity, LaunchSpec, Running};
+use wharf::runtime::{Found, Identity, LaunchKey, LaunchSpec, Running};
 use wharf::units::{InstanceId, ModelName};
 
 pub const BUSYBOX: &str = "wharf-test/busybox:1";
@@ -110,6 +110,7 @@ impl Yard {
             container_port: 8000,
             args: Vec::new(),
             env: BTreeMap::new(),
+            api_key: LaunchKey::None,
             log_dir: PathBuf::new(),
         }
     }

@@ -8,7 +8,7 @@ use crate::model_support::{model, process};
 use crate::world::{LONG, skip};
 use tokio::time::Instant;
 use wharf::config::catalog::{EngineKind, ModelSpec};
-use wharf::engine::{canary, derive, sleep, wait_ready, wake};
+use wharf::engine::{canary, derive, launch_key, sleep, wait_ready, wake};
 use wharf::runtime::process::ProcessRuntime;
 use wharf::runtime::{GpuDevice, Identity, LaunchSpec, Progress, ProgressNow, Running};
 use wharf::scheduler::event::{Fault, FaultKind};
@@ -73,6 +73,7 @@ fn launch(spec: &Arc<ModelSpec>, port: u16, logs: &Path) -> LaunchSpec {
         container_port: derived.container_port,
         args: derived.args,
         env: derived.env,
+        api_key: launch_key(spec, |_| None).expect("randomness"),
         log_dir: logs.to_owned(),
     }
 }

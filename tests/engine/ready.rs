@@ -221,9 +221,18 @@ async fn a_stranger_on_the_port_is_not_vouched_for() {
 }
 
 #[tokio::test]
-async fn https_is_refused_clearly() {
-    let mut world = World::silent();
-    world.running.endpoint.base = "https://gpu2.lan:8000".to_owned();
+async fn a_path_of_the_endpoint_precedes_that_of_the_question() {
+    let mut world = World::serving(|_, _| (200, String::new())).await;
+    world.running.endpoint.base.push_str("/api");
     let (result, _) = world.ready(&spec(EngineKind::Openai), LONG).await;
-    assert_fault(result, FaultKind::BadSpec, &["https"]);
+    assert_eq!(result, Ok(()));
+    assert!(world.asked()[0].starts_with("GET /api/"), "{:?}", world.asked());
+}
+
+#[tokio::test]
+async fn what_is_no_http_url_is_refused_clearly() {
+    let mut world = World::silent();
+    world.running.endpoint.base = "ftp://gpu2.lan:8000".to_owned();
+    let (result, _) = world.ready(&spec(EngineKind::Openai), LONG).await;
+    assert_fault(result, FaultKind::BadSpec, &["ftp://gpu2.lan:8000", "http://"]);
 }

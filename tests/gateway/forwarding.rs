@@ -75,10 +75,23 @@ async fn short_paths_and_other_content_types_work() {
 }
 
 #[tokio::test]
+async fn a_path_of_the_endpoint_precedes_that_of_the_request() {
+    let mut world = World::new().await;
+    let mut endpoint = world.engine.endpoint();
+    endpoint.base.push_str("/api");
+    world.gate(1, endpoint, 8);
+    let reply = world.spawn(world.post(CHAT, ASK));
+    let exchange = world.engine.request().await;
+    assert!(exchange.head.starts_with("post /api/v1/chat/completions "), "{}", exchange.head);
+    exchange.answer_json("{}").await;
+    assert_eq!(reply.await.unwrap().status(), 200);
+}
+
+#[tokio::test]
 async fn credentials_and_hop_by_hop_headers_stay_here() {
     let mut world = World::new().await;
     let mut endpoint = world.engine.endpoint();
-    endpoint.api_key = Some("engine-key".into());
+    endpoint.api_key = wharf::runtime::EngineKey::new("engine-key");
     world.gate(1, endpoint, 8);
     let mut request = world.post(CHAT, ASK);
     for (name, value) in [

@@ -186,7 +186,7 @@ impl Models<'_> {
         let rng = &mut *self.rng;
         if spec.gpus == GpuRequest::None && rng.chance(400) {
             let url = "http://127.0.0.1:9000".to_owned();
-            spec.runtime = RuntimeSpec::External(ExternalSpec { url, api_key: None });
+            spec.runtime = RuntimeSpec::External(ExternalSpec { url, api_key: None, ca: None });
         } else if rng.chance(500) {
             spec.runtime = RuntimeSpec::Docker(DockerSpec::default());
         }

@@ -238,7 +238,7 @@ impl Engine {
     }
 
     pub fn endpoint(&self) -> Endpoint {
-        Endpoint { base: format!("http://{}", self.address), api_key: None }
+        Endpoint::new(format!("http://{}", self.address), None)
     }
 
     /// Stops listening: connects are refused from now on.

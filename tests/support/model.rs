@@ -33,5 +33,5 @@ pub fn process(command: &str) -> RuntimeSpec {
 }
 
 pub fn external(url: &str) -> RuntimeSpec {
-    RuntimeSpec::External(ExternalSpec { url: url.to_owned(), api_key: None })
+    RuntimeSpec::External(ExternalSpec { url: url.to_owned(), api_key: None, ca: None })
 }

@@ -9,7 +9,8 @@ use tokio::time::timeout;
 
 use super::client::{Client, PROMPT};
 use super::{DockerRuntime, errors, labels, place, start, stop, watched};
-use crate::runtime::{Endpoint, Foreign, Found, Identity, LogTail, Running, RuntimeHandle};
+use crate::runtime::redact::Secrets;
+use crate::runtime::{Endpoint, Foreign, Found, Given, Identity, LogTail, Running, RuntimeHandle};
 use crate::scheduler::event::Fault;
 
 /// A container named in the configuration.
@@ -65,7 +66,7 @@ async fn adopt(
     let ended = container.state.as_ref().and_then(watched::ended);
     let alive = ended.is_none();
     let (log, exit) = if alive {
-        runtime.watched.watch(client, &id, None)
+        runtime.watched.watch(client, &id, None, secrets(&container))
     } else {
         // The sender is dropped: nothing more will happen to it.
         (LogTail::new(), watch::channel(ended).1)
@@ -77,7 +78,7 @@ async fn adopt(
         Err(_) => format!("http://127.0.0.1:{}", identity.port),
     };
     let handle = RuntimeHandle::Docker { id, name, named: false };
-    let endpoint = Endpoint { base, api_key: None };
+    let endpoint = Endpoint::new(base, None);
     Ok(Some(Found { running: Running { identity, endpoint, handle, log, exit }, alive }))
 }
 
@@ -116,12 +117,12 @@ pub async fn adopt_named(
     }
     let earlier_run = container.state.as_ref().and_then(|state| state.finished_at.as_deref());
     let id = container.id.clone().unwrap_or_default();
-    let (log, exit) = runtime.watched.watch(client, &id, earlier_run);
+    let (log, exit) = runtime.watched.watch(client, &id, earlier_run, secrets(&container));
     let place = runtime.place.get(client).await?;
     let base = place::endpoint(client, place, &container, container_port).await?;
     Ok(Some(Running {
         identity,
-        endpoint: Endpoint { base, api_key: None },
+        endpoint: Endpoint::new(base, None),
         handle: RuntimeHandle::Docker { id, name: name.to_owned(), named: true },
         log,
         exit,
@@ -132,6 +133,27 @@ pub async fn is_alive(client: &Client, running: &Running) -> Result<bool, Fault>
     let RuntimeHandle::Docker { id, .. } = &running.handle else { return Ok(false) };
     let docker = client.docker().await?;
     stop::running(client, &docker, id).await
+}
+
+/// What of a container's environment its log must not show.
+pub fn secrets(container: &ContainerInspectResponse) -> Secrets {
+    let env = container.config.iter().flat_map(|config| config.env.iter().flatten());
+    Secrets::of_env(env.filter_map(|entry| entry.split_once('=')))
+}
+
+/// What a container was given; nothing where it cannot be looked at.
+pub async fn given(client: &Client, id: &str) -> Given {
+    let Ok(docker) = client.docker().await else { return Given::default() };
+    let Ok(container) = client.within(PROMPT, docker.inspect_container(id, None)).await else {
+        return Given::default();
+    };
+    let args = container.path.into_iter().chain(container.args.into_iter().flatten()).collect();
+    let env = container.config.and_then(|config| config.env).unwrap_or_default();
+    let pair = |entry: &String| {
+        let (name, value) = entry.split_once('=')?;
+        Some((name.to_owned(), value.to_owned()))
+    };
+    Given { args, env: env.iter().filter_map(pair).collect() }
 }
 
 /// Host pids of a running container; empty where they cannot be read.

@@ -27,7 +27,7 @@ use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Foreign, Found, Identity, LaunchSpec, Progress, Running, RuntimeHandle};
+use super::{Foreign, Found, Given, Identity, LaunchSpec, Progress, Running, RuntimeHandle};
 use crate::config::catalog::{DockerSpec, ModelSpec, RuntimeSpec, StopSpec};
 use crate::orchestrator::view::Health;
 use crate::scheduler::event::{Fault, FaultKind};
@@ -138,6 +138,11 @@ impl DockerRuntime {
     /// Is it (still) running? Used when the daemon came back.
     pub async fn is_alive(&self, running: &Running) -> Result<bool, Fault> {
         find::is_alive(&self.client, running).await
+    }
+
+    /// What the container was given; nothing where it cannot be looked at.
+    pub async fn given(&self, id: &str) -> Given {
+        find::given(&self.client, id).await
     }
 
     /// Host pids of the container; empty where they cannot be read.

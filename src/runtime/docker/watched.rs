@@ -14,6 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::client::{Client, PROMPT};
 use super::{errors, logs};
 use crate::orchestrator::view::Health;
+use crate::runtime::redact::Secrets;
 use crate::runtime::{ExitReport, LogTail};
 
 /// The last lines of a container arrive just after it ended; an exit waits this long for them.
@@ -59,10 +60,17 @@ impl Watched {
 
     /// Begins to watch a running container and to follow its log, or joins who does already.
     /// `log_after`: leave out lines up to this time (they belong to an earlier run).
-    pub fn watch(&self, client: &Client, id: &str, log_after: Option<&str>) -> (LogTail, Exit) {
+    /// `secrets`: what its log must not show.
+    pub fn watch(
+        &self,
+        client: &Client,
+        id: &str,
+        log_after: Option<&str>,
+        secrets: Secrets,
+    ) -> (LogTail, Exit) {
         let mut by_id = self.lock();
         let entry = by_id.entry(id.to_owned()).or_insert_with(|| {
-            let log = LogTail::new();
+            let log = LogTail::hiding(secrets);
             let follow = logs::follow(
                 client.clone(),
                 id.to_owned(),

@@ -245,7 +245,7 @@ impl Puppet {
 pub fn world() -> (Puppet, Vec<wharf::orchestrator::Lease>) {
     let puppet = Puppet::new(three_models());
     puppet.handle.publish_for_tests(view());
-    let endpoint = Endpoint { base: "http://127.0.0.1:18051".to_owned(), api_key: None };
+    let endpoint = Endpoint::new("http://127.0.0.1:18051", None);
     let gate = puppet.handle.gate_for_tests(InstanceId(7), &ModelName::new(MISTRAL), endpoint, 8);
     let leases = (0..2).map(|_| gate.try_lease().expect("an open gate")).collect();
     (puppet, leases)
