@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
 use super::leftovers::LeftoverNews;
+use super::outage::OutageNews;
 use super::reconcile::Adopted;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
@@ -38,6 +39,8 @@ pub enum Message {
     FoundInDocker(Option<Vec<Adopted>>),
     /// An instance of an earlier run does not go, or went after all.
     Leftover(LeftoverNews),
+    /// The state folder cannot be written, or can again.
+    Outage(OutageNews),
     /// Docker is back: which of its instances still live.
     WhoLives(WhoLives),
     /// A runtime went away or came back.

@@ -74,7 +74,7 @@ impl Owner {
             Action::Record(record) => self.record(record),
             Action::Remember { model, learned } => {
                 self.learned.insert(model, learned);
-                self.state.remember_learned(&self.learned);
+                self.writer.learned(&self.learned);
             }
             Action::Notice { model: Some(model), text } => tracing::info!(%model, "{text}"),
             Action::Notice { model: None, text } => tracing::info!("{text}"),
@@ -389,7 +389,7 @@ impl Owner {
     fn note_id(&mut self, id: u64) {
         if id > self.last_id {
             self.last_id = id;
-            self.state.remember_last_id(id);
+            self.writer.use_id(id);
         }
     }
 }

@@ -13,7 +13,9 @@ use super::handle::{Message, Shared};
 use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
+use super::outage::OutageNews;
 use super::state_dir::StateDir;
+use super::state_writer::StateWriter;
 use super::view::{Leftover, ModelFacts};
 use crate::config::catalog::ModelSpec;
 use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow};
@@ -33,6 +35,7 @@ pub(super) struct Owner {
     pub inbox: mpsc::UnboundedReceiver<Message>,
     pub effects: Effects,
     pub state: StateDir,
+    pub writer: StateWriter,
     pub journal: Journal,
     pub metrics: Arc<Metrics>,
     pub memory: MemoryWatch,
@@ -47,6 +50,8 @@ pub(super) struct Owner {
     pub follow_up: VecDeque<Event>,
     pub last_id: u64,
     pub docker: DockerState,
+    /// Files that cannot be written now, and why.
+    pub outages: BTreeMap<&'static str, String>,
     pub leftovers: BTreeMap<InstanceId, Leftover>,
     pub foreign: watch::Receiver<Vec<Foreign>>,
     pub shutdown: Option<oneshot::Sender<()>>,
@@ -121,7 +126,7 @@ impl Owner {
             if self.shutdown.is_some() {
                 self.stop_everything().await;
                 self.publish();
-                return;
+                return self.end().await;
             }
         }
     }
@@ -154,6 +159,12 @@ impl Owner {
             Message::Effect(event) => self.effect(event),
             Message::FoundInDocker(adopted) => self.found_in_docker(adopted),
             Message::Leftover(news) => self.leftover(news),
+            Message::Outage(OutageNews { what, why: Some(why) }) => {
+                self.outages.insert(what, why);
+            }
+            Message::Outage(OutageNews { what, why: None }) => {
+                self.outages.remove(what);
+            }
             Message::WhoLives(answer) => self.who_lives(answer),
             Message::DockerHealth(health) => self.docker_health(health),
             Message::Reload { catalog, reply } => {

@@ -13,12 +13,14 @@ use tokio::task::JoinHandle;
 use super::docker::DockerState;
 use super::effects::{Effects, Slot};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
-use super::journal::Journal;
+use super::journal::{Begin, Journal};
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
+use super::outage::Outage;
 use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
 use super::state_dir::{StateDir, StateError};
+use super::state_writer::StateWriter;
 use super::view::View;
 use crate::config::catalog::{Catalog, OnExit};
 use crate::gpu::{GpuKind, Gpus};
@@ -65,11 +67,9 @@ pub async fn start(
         holders: holders.clone(),
         epoch,
     };
-    if uses_docker(&catalog) {
-        state.note_docker();
-    }
-    // Also containers of models that ran there before the configuration changed.
-    let uses_docker = state.ever_used_docker();
+    // Also for containers of models that ran there before the configuration changed.
+    let configured = uses_docker(&catalog);
+    let uses_docker = configured || state.ever_used_docker();
     if uses_docker {
         docker.connect();
     }
@@ -104,11 +104,29 @@ pub async fn start(
     } else {
         watch::channel(Vec::new()).1
     };
+    let outage = |what, cost| Outage::new(what, cost, inbox.clone());
+    let writer = StateWriter::open(
+        state.path(),
+        last_id,
+        outage("the state folder", "what is learned may be lost at a restart"),
+    );
+    if configured {
+        writer.note_docker();
+    }
+    let begin = Begin {
+        wharf: env!("CARGO_PKG_VERSION").to_owned(),
+        at: humantime::format_rfc3339_millis(shared.epoch_wall).to_string(),
+        first_id: last_id + 1,
+        world: world.clone(),
+        catalog: Arc::clone(&catalog),
+    };
+    let no_journal = outage("the journal", "events are missing from it until then");
     let mut owner = Owner {
         scheduler: Scheduler::new(Arc::clone(&catalog), world, last_id + 1),
         shared: Arc::clone(&shared),
         inbox: receiver,
-        journal: Journal::open(state.journal()),
+        journal: Journal::open(state.journal(), begin, no_journal),
+        writer,
         memory: MemoryWatch::spawn(gpus.clone(), holders, inbox.clone(), epoch),
         ports: Ports::new(catalog.settings.engine_ports),
         effects,
@@ -129,6 +147,7 @@ pub async fn start(
             last_id: before,
             named,
         },
+        outages: BTreeMap::new(),
         leftovers: BTreeMap::new(),
         foreign,
         shutdown: None,
@@ -236,6 +255,10 @@ impl Owner {
             });
         }
         join_all(stops).await;
+    }
+
+    pub(super) async fn end(mut self) {
+        self.writer.close(self.last_id).await;
         if let Some(reply) = self.shutdown.take() {
             // Nobody may be waiting any more.
             let _ = reply.send(());

@@ -1,4 +1,5 @@
-//! The state folder: lock, installation id, last used id, learned figures, journal, engine logs.
+//! The state folder: lock, installation id, reserved ids, learned figures, journal, engine logs.
+//! What changes in it while Wharf runs is written by `state_writer` and `journal`.
 //!
 //! Everything here is small and may be lost without losing correctness, except the lock (two
 //! Wharfs would fight over the same GPUs) and the installation id (without it, instances of an
@@ -15,6 +16,9 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::scheduler::event::Learned;
 use crate::units::ModelName;
+
+/// Says that containers were started.
+pub const DOCKER: &str = "docker";
 
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -72,32 +76,25 @@ impl StateDir {
         self.path.join("vram")
     }
 
-    /// The largest id of an instance or swap that was ever used here.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// No id of an instance or swap that was ever used here is larger.
     pub fn last_id(&self) -> u64 {
         let text = fs::read_to_string(self.path.join("last_id")).unwrap_or_default();
         text.trim().parse().unwrap_or(0)
     }
 
-    pub fn remember_last_id(&self, id: u64) {
-        self.write("last_id", id.to_string().as_bytes());
-    }
-
     /// Containers of this installation may be there, whatever the configuration says now.
     pub fn ever_used_docker(&self) -> bool {
-        self.path.join("docker").exists()
-    }
-
-    /// Before the first container is made.
-    pub fn note_docker(&self) {
-        if !self.ever_used_docker() {
-            self.write("docker", b"containers were started by this installation\n");
-        }
+        self.path.join(DOCKER).exists()
     }
 
     /// Docker was looked through and holds nothing of ours, and no model uses it.
     pub fn forget_docker(&self) {
         // Left, it costs one more look.
-        let _ = fs::remove_file(self.path.join("docker"));
+        let _ = fs::remove_file(self.path.join(DOCKER));
     }
 
     pub fn learned(&self) -> BTreeMap<ModelName, Learned> {
@@ -106,22 +103,6 @@ impl StateDir {
             tracing::warn!(%error, "learned.json is not readable: starting without learned figures");
             BTreeMap::new()
         })
-    }
-
-    pub fn remember_learned(&self, learned: &BTreeMap<ModelName, Learned>) {
-        match serde_json::to_vec_pretty(learned) {
-            Ok(bytes) => self.write("learned.json", &bytes),
-            Err(error) => tracing::warn!(%error, "failed to write learned figures"),
-        }
-    }
-
-    /// Whole or not at all; a full disk costs the figure, not the service.
-    fn write(&self, name: &str, bytes: &[u8]) {
-        let (target, temporary) = (self.path.join(name), self.path.join(format!("{name}.new")));
-        let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &target));
-        if let Err(error) = written {
-            tracing::warn!(file = %target.display(), %error, "failed to write state");
-        }
     }
 }
 
@@ -150,7 +131,7 @@ mod tests {
         let path = dir.path().join("wharf.d");
         let first = StateDir::open(&path).unwrap();
         assert!(matches!(StateDir::open(&path), Err(StateError::Locked { .. })));
-        first.remember_last_id(41);
+        fs::write(path.join("last_id"), "41").unwrap();
         let installation = first.installation.clone();
         drop(first);
         let again = StateDir::open(&path).unwrap();

@@ -28,6 +28,8 @@ pub struct View {
     /// `None`: no model runs in Docker.
     pub docker_health: Option<Health>,
     pub foreign: Vec<Foreign>,
+    /// Files of the state folder that cannot be written, and what that costs.
+    pub outages: Vec<String>,
     /// Instances of an earlier run that could not be stopped yet.
     pub leftovers: Vec<Leftover>,
     /// Ended swaps, oldest first.
