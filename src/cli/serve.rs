@@ -16,7 +16,7 @@ use crate::{app, config};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  wharf serve --config models.yaml\n\n\
-    SIGHUP reloads the file (only changed models are touched); SIGTERM drains and stops.\n\
+    SIGHUP reloads the file (only changed models are touched); SIGTERM drains and stops,\n    a second one hurries.\n\
     Exit codes: 0 stopped as asked, 1 the configuration or the start failed.")]
 pub struct ServeArgs {
     /// The configuration; models.yaml by default.

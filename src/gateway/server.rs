@@ -41,15 +41,33 @@ pub async fn serve(
     shutdown: CancellationToken,
     grace: Duration,
 ) {
-    serve_at_most(CONNECTIONS_MAX, listener, router, shutdown, grace).await;
+    serve_until(listener, router, shutdown, grace, CancellationToken::new()).await;
+}
+
+/// As [`serve`]; `hurry` ends the grace.
+pub async fn serve_until(
+    listener: TcpListener,
+    router: Router,
+    shutdown: CancellationToken,
+    grace: Duration,
+    hurry: CancellationToken,
+) {
+    let end = End { shutdown, grace, hurry };
+    serve_at_most(CONNECTIONS_MAX, listener, router, end).await;
+}
+
+/// When serving ends, and how.
+struct End {
+    shutdown: CancellationToken,
+    grace: Duration,
+    hurry: CancellationToken,
 }
 
 async fn serve_at_most(
     connections_max: usize,
     listener: TcpListener,
     router: Router,
-    shutdown: CancellationToken,
-    grace: Duration,
+    End { shutdown, grace, hurry }: End,
 ) {
     let server = Server {
         graceful: GracefulShutdown::new(),
@@ -83,9 +101,14 @@ async fn serve_at_most(
     }
     drop(listener);
     let Server { graceful, abort, serving, .. } = server;
-    if timeout(grace, graceful.shutdown()).await.is_err() {
+    let in_order = tokio::select! {
+        in_order = timeout(grace, graceful.shutdown()) => in_order.is_ok(),
+        () = hurry.cancelled() => false,
+    };
+    if !in_order {
         let left = connections_max - serving.available_permits();
-        tracing::warn!("cutting {left} connections that did not end within {grace:?}");
+        let why = if hurry.is_cancelled() { "yet" } else { "in time" };
+        tracing::warn!("cutting {left} connections that did not end {why}");
         abort.cancel();
         let all = u32::try_from(connections_max).unwrap_or(u32::MAX);
         // They only have to be dropped; a second is plenty.
@@ -184,8 +207,9 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let router = Router::new().fallback(|| async { "hello" });
         let shutdown = CancellationToken::new();
-        let grace = Duration::from_secs(1);
-        let served = tokio::spawn(serve_at_most(1, listener, router, shutdown.clone(), grace));
+        let (grace, hurry) = (Duration::from_secs(1), CancellationToken::new());
+        let end = End { shutdown: shutdown.clone(), grace, hurry };
+        let served = tokio::spawn(serve_at_most(1, listener, router, end));
         let (first, answer) = ask(address).await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         let (_, answer) = ask(address).await;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
@@ -53,6 +54,8 @@ pub enum Message {
     /// Refuse what waits and start nothing more; what runs goes on.
     RefuseNew,
     Shutdown {
+        /// Cancelled: engines get no grace any more.
+        hurry: CancellationToken,
         reply: oneshot::Sender<()>,
     },
 }
@@ -187,10 +190,11 @@ impl Handle {
         self.inbox.send(Message::RefuseNew);
     }
 
-    /// Stops taking work, ends what `on_exit` says, and returns when that is done.
-    pub async fn shutdown(&self) {
+    /// Stops taking work, ends what `on_exit` says, and returns when that is done. Engines have
+    /// `swap.shutdown_timeout`, and no time at all once `hurry` is cancelled.
+    pub async fn shutdown(&self, hurry: CancellationToken) {
         let (reply, done) = oneshot::channel();
-        self.inbox.send(Message::Shutdown { reply });
+        self.inbox.send(Message::Shutdown { hurry, reply });
         let _ = done.await;
     }
 

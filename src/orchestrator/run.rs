@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use super::docker::DockerState;
 use super::effects::{Effects, Slot, Task};
@@ -54,7 +55,7 @@ pub(super) struct Owner {
     pub outages: BTreeMap<&'static str, String>,
     pub leftovers: BTreeMap<InstanceId, Leftover>,
     pub foreign: watch::Receiver<Vec<Foreign>>,
-    pub shutdown: Option<oneshot::Sender<()>>,
+    pub shutdown: Option<(CancellationToken, oneshot::Sender<()>)>,
 }
 
 pub(super) struct WaitingRequest {
@@ -123,10 +124,13 @@ impl Owner {
                 self.receive(message);
             }
             self.publish();
-            if self.shutdown.is_some() {
-                self.stop_everything().await;
+            if let Some((hurry, reply)) = self.shutdown.take() {
+                self.stop_everything(hurry).await;
                 self.publish();
-                return self.end().await;
+                self.writer.close(self.last_id).await;
+                // Nobody may be waiting any more.
+                let _ = reply.send(());
+                return;
             }
         }
     }
@@ -178,9 +182,9 @@ impl Owner {
                 let _ = reply.send(());
             }
             Message::RefuseNew => self.step(Event::ShuttingDown),
-            Message::Shutdown { reply } => {
+            Message::Shutdown { hurry, reply } => {
                 self.step(Event::ShuttingDown);
-                self.shutdown = Some(reply);
+                self.shutdown = Some((hurry, reply));
             }
         }
     }

@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use super::docker::DockerState;
 use super::effects::{Effects, Slot};
@@ -22,7 +23,7 @@ use super::run::{Live, Owner};
 use super::state_dir::{StateDir, StateError};
 use super::state_writer::StateWriter;
 use super::view::View;
-use crate::config::catalog::{Catalog, OnExit};
+use crate::config::catalog::{Catalog, OnExit, StopSpec};
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::external::ExternalRuntime;
@@ -33,6 +34,8 @@ use crate::scheduler::{GpuInfo, Scheduler, World};
 use crate::telemetry::metrics::Metrics;
 
 const FOREIGN_EVERY: Duration = Duration::from_secs(15);
+/// What an engine gets once an operator asked a second time.
+const HURRIED_GRACE: Duration = Duration::from_secs(1);
 /// Warm-up models wait this long for room before their ask is forgotten.
 const WARMUP_WITHIN: Duration = Duration::from_secs(24 * 3600);
 
@@ -224,22 +227,26 @@ impl Owner {
         });
     }
 
-    /// After `ShuttingDown`: ends what shall not outlive us. Everything else is adopted next time.
-    pub(super) async fn stop_everything(&mut self) {
+    /// After `ShuttingDown`: ends what shall not outlive us, within `shutdown_timeout` and the time
+    /// that a SIGKILL takes. Everything else is adopted next time.
+    pub(super) async fn stop_everything(&mut self, hurry: CancellationToken) {
         let settings = self.shared.catalog.load_full();
         let keep_docker = settings.settings.swap.on_exit == OnExit::Keep;
-        let limit = settings.settings.swap.shutdown_timeout;
+        let until = Instant::now() + settings.settings.swap.shutdown_timeout;
         self.shared.gates.store(Arc::new(Gates::new()));
-        let mut stops = Vec::new();
-        for (instance, live) in std::mem::take(&mut self.instances) {
-            if let Some(task) = &live.task {
+        let stops = std::mem::take(&mut self.instances).into_iter().map(|(instance, mut live)| {
+            let task = live.task.take();
+            if let Some(task) = &task {
                 task.cancel.cancel();
             }
-            let effects = self.effects.clone();
-            stops.push(async move {
-                if let Some(task) = live.task {
+            let (effects, hurry) = (self.effects.clone(), hurry.clone());
+            async move {
+                if let Some(task) = task {
                     // Soon, unless the runtime hangs; what it still creates is reaped next time.
-                    let _ = tokio::time::timeout(limit, task.join).await;
+                    tokio::select! {
+                        _ = tokio::time::timeout_at(until.into(), task.join) => {}
+                        () = hurry.cancelled() => {}
+                    }
                 }
                 let Some(running) = live.slot.peek() else { return };
                 let is_docker = matches!(running.handle, RuntimeHandle::Docker { .. });
@@ -248,20 +255,17 @@ impl Owner {
                     return;
                 }
                 let mut stop = live.spec.stop.clone();
-                stop.grace = stop.grace.min(limit);
-                if let Err(fault) = effects.stop_within(&running, &stop).await {
+                stop.grace = stop.grace.min(until.saturating_duration_since(Instant::now()));
+                let hurried = StopSpec { grace: HURRIED_GRACE.min(stop.grace), ..stop.clone() };
+                let stopped = tokio::select! {
+                    stopped = effects.stop_within(&running, &stop) => stopped,
+                    () = hurry.cancelled() => effects.stop_within(&running, &hurried).await,
+                };
+                if let Err(fault) = stopped {
                     tracing::error!(model = %live.spec.name, "{}", fault.message);
                 }
-            });
-        }
+            }
+        });
         join_all(stops).await;
-    }
-
-    pub(super) async fn end(mut self) {
-        self.writer.close(self.last_id).await;
-        if let Some(reply) = self.shutdown.take() {
-            // Nobody may be waiting any more.
-            let _ = reply.send(());
-        }
     }
 }
