@@ -213,6 +213,28 @@ async fn a_crash_loop_keeps_its_journal_and_uses_no_id_twice() {
 }
 
 #[tokio::test]
+async fn starts_and_restarts_are_counted_as_what_they_are() {
+    let mut world = world().await;
+    let counts = async |world: &World| {
+        let model = world.server.talk.get("/models/ada").await.unwrap();
+        (model["starts"].as_u64().unwrap(), model["restarts"].as_u64().unwrap())
+    };
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    assert_eq!(counts(&world).await, (1, 0));
+    world.server.kill_and_restart().await.unwrap();
+    world.until("ada is adopted", is("ada", "ready")).await;
+    assert_eq!(counts(&world).await, (0, 0), "an adoption is no start");
+    let engine = i32::try_from(world.engine_pids()[0]).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(engine), nix::sys::signal::Signal::SIGKILL)
+        .unwrap();
+    world.until("the death is seen", |status| !is("ada", "ready")(status)).await;
+    assert_eq!(counts(&world).await, (0, 0), "a death is no restart");
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    assert_eq!(counts(&world).await, (1, 1));
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn a_second_wharf_on_the_same_store_is_kept_out() {
     let world = world().await;
     let second = Command::new(EXE)

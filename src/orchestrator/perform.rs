@@ -280,6 +280,7 @@ impl Owner {
                 self.became_ready(instance, &running);
                 if matches!(done, Done::Start(_)) {
                     self.watch_exit(instance, &running);
+                    self.count_start(&running.identity.model);
                 }
             }
             Done::Start(Err(fault)) | Done::Preflight(Err(fault)) | Done::Fetch(Err(fault)) => {
@@ -292,6 +293,15 @@ impl Owner {
                 tracing::error!(model = %live.spec.name, %instance, "{}", fault.message);
             }
             _ => live.task = None,
+        }
+    }
+
+    fn count_start(&mut self, model: &ModelName) {
+        let facts = self.facts.entry(model.clone()).or_default();
+        facts.starts += 1;
+        if self.died.remove(model) {
+            facts.restarts += 1;
+            self.metrics.instance_restarted(model);
         }
     }
 
@@ -312,7 +322,6 @@ impl Owner {
         live.ready_at = Some(now);
         let facts = self.facts.entry(live.spec.name.clone()).or_default();
         facts.loaded_at = Some(now);
-        facts.starts += 1;
         facts.last_fault = None;
         facts.endpoint = Some(running.endpoint.base.clone());
     }
@@ -343,10 +352,8 @@ impl Owner {
         }
         self.count_residency(now, instance);
         let facts = self.facts.entry(spec.name.clone()).or_default();
-        facts.restarts += 1;
         facts.last_fault = Some(fault.clone());
-        // Its children and its container go by the `StopInstance` that the scheduler answers with.
-        self.metrics.instance_restarted(&spec.name);
+        self.died.insert(spec.name.clone());
     }
 
     fn record(&mut self, record: SwapRecord) {

@@ -1,6 +1,6 @@
 //! The one owner: select → journal → handle → perform, and nothing is awaited in between.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,6 +45,8 @@ pub(super) struct Owner {
     pub waiting: BTreeMap<RequestId, WaitingRequest>,
     pub asks: BTreeMap<AskId, oneshot::Sender<Answer>>,
     pub facts: BTreeMap<ModelName, ModelFacts>,
+    /// Models whose last instance ended by itself: their next start is a restart.
+    pub died: BTreeSet<ModelName>,
     pub learned: BTreeMap<ModelName, Learned>,
     pub ledger: Arc<VecDeque<Arc<SwapRecord>>>,
     /// Events that an action produced at once; handled before anything else.

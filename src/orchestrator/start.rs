@@ -1,6 +1,6 @@
 //! Builds the owner from its parts, reconciles with what an earlier run left, and lets it run.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime};
@@ -138,6 +138,7 @@ pub async fn start(
         waiting: BTreeMap::new(),
         asks: BTreeMap::new(),
         facts: catalog.models.keys().map(|name| (name.clone(), Default::default())).collect(),
+        died: BTreeSet::new(),
         learned: state.learned(),
         state,
         ledger: Arc::new(VecDeque::new()),
