@@ -188,7 +188,7 @@ async fn containers_of_models_that_left_docker_are_reaped_all_the_same() {
 /// Docker, behind a socket that breaks off whatever contains `/kill` while it is told to.
 async fn deaf_to_kill(daemon: &Daemon, dir: &Path) -> (Daemon, Arc<AtomicBool>) {
     let path = dir.join("deaf.sock");
-    let listener = UnixListener::bind(&path).unwrap();
+    let listener = UnixListener::bind(&path).expect("a socket");
     let deaf = Arc::new(AtomicBool::new(false));
     let (is_deaf, real) = (Arc::clone(&deaf), daemon.host.trim_start_matches("unix://").to_owned());
     tokio::spawn(async move {

@@ -11,7 +11,8 @@ use support::{World, gpu, processes_with, serve, standin};
 const PATIENCE: Duration = Duration::from_secs(40);
 
 fn signal(world: &World, signal: Signal) {
-    kill(Pid::from_raw(i32::try_from(world.server.pid()).unwrap()), signal).unwrap();
+    let pid = i32::try_from(world.server.pid()).expect("a pid");
+    kill(Pid::from_raw(pid), signal).expect("it runs");
 }
 
 async fn until(what: &str, world: &World, wanted: impl Fn() -> bool) {
