@@ -85,34 +85,16 @@ pub async fn start(
         .map(|adopted| adopted.running.identity.instance.0)
         .chain(named.values().map(|id| id.0))
         .fold(before, u64::max);
-    let world = World {
-        gpus: gpus
-            .gpus()
-            .iter()
-            .map(|gpu| GpuInfo { id: gpu.id, uuid: gpu.uuid.clone(), total: gpu.total })
-            .collect(),
-        proof: gpus.kind() != GpuKind::None,
-    };
-    let shared = Arc::new(Shared {
-        epoch,
-        epoch_wall: SystemTime::now(),
-        catalog: ArcSwap::new(Arc::clone(&catalog)),
-        gates: ArcSwap::new(Arc::new(Gates::new())),
-        view: ArcSwap::new(Arc::new(View::default())),
-        next_request: AtomicU64::new(1),
-        next_ask: AtomicU64::new(1),
-    });
+    let world = world_of(&gpus);
+    let shared = Arc::new(shared(&catalog, epoch));
     let foreign = if uses_docker {
         follow_docker(&docker, inbox.clone(), state.installation.clone())
     } else {
         watch::channel(Vec::new()).1
     };
-    let outage = |what, cost| Outage::new(what, cost, inbox.clone());
-    let writer = StateWriter::open(
-        state.path(),
-        last_id,
-        outage("the state folder", "what is learned may be lost at a restart"),
-    );
+    let cost = "what is learned may be lost at a restart";
+    let outage = Outage::new("the state folder", cost, inbox.clone());
+    let writer = StateWriter::open(state.path(), last_id, outage);
     if configured {
         writer.note_docker();
     }
@@ -123,7 +105,8 @@ pub async fn start(
         world: world.clone(),
         catalog: Arc::clone(&catalog),
     };
-    let no_journal = outage("the journal", "events are missing from it until then");
+    let cost = "events are missing from it until then";
+    let no_journal = Outage::new("the journal", cost, inbox.clone());
     let mut owner = Owner {
         scheduler: Scheduler::new(Arc::clone(&catalog), world, last_id + 1),
         shared: Arc::clone(&shared),
@@ -163,6 +146,28 @@ pub async fn start(
         handle.ensure_detached(spec.name.clone(), EnsureKind::Warmup, WARMUP_WITHIN);
     }
     Ok((handle, tokio::spawn(owner.run())))
+}
+
+fn world_of(gpus: &Gpus) -> World {
+    let info = gpus.gpus().iter();
+    World {
+        gpus: info
+            .map(|gpu| GpuInfo { id: gpu.id, uuid: gpu.uuid.clone(), total: gpu.total })
+            .collect(),
+        proof: gpus.kind() != GpuKind::None,
+    }
+}
+
+fn shared(catalog: &Arc<Catalog>, epoch: Instant) -> Shared {
+    Shared {
+        epoch,
+        epoch_wall: SystemTime::now(),
+        catalog: ArcSwap::new(Arc::clone(catalog)),
+        gates: ArcSwap::new(Arc::new(Gates::new())),
+        view: ArcSwap::new(Arc::new(View::default())),
+        next_request: AtomicU64::new(1),
+        next_ask: AtomicU64::new(1),
+    }
 }
 
 /// Daemon health as messages, and the list of GPU containers that are none of ours.
