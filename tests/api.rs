@@ -12,7 +12,7 @@ use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tower::ServiceExt;
-use wharf::config::catalog::{ApiKey, AuthSettings, Scope};
+use wharf::config::catalog::{ApiKey, AuthSettings, DockerSpec, RuntimeSpec, Scope};
 use wharf::orchestrator::View;
 use wharf::orchestrator::handle::Message;
 use wharf::scheduler::action::{Answer, Refusal};
@@ -121,8 +121,26 @@ async fn health_is_green_only_if_every_needed_part_works() {
     });
     puppet.handle.publish_for_tests(away);
     let (status, body) = read(&api, "/health").await;
+    assert_eq!(status, StatusCode::OK, "only asked for what an earlier run left: {body}");
+    assert_eq!(body["docker"]["status"], "unused");
+    let before = wharf::config::catalog::Catalog::clone(&puppet.handle.catalog());
+    let mut needed = before.clone();
+    for spec in needed.models.values_mut() {
+        Arc::make_mut(spec).runtime = RuntimeSpec::Docker(DockerSpec::default());
+    }
+    puppet.handle.catalog_for_tests(needed);
+    let (status, body) = read(&api, "/health").await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
     assert!(body["docker"]["detail"].as_str().expect("text").contains("refused"));
+    puppet.handle.catalog_for_tests(before);
+
+    let mut full = view();
+    full.outages = vec!["the journal cannot be written: No space left".to_owned()];
+    puppet.handle.publish_for_tests(full);
+    let (status, body) = read(&api, "/health").await;
+    assert_eq!(status, StatusCode::OK, "it serves");
+    assert_eq!(body["orchestrator"]["status"], "degraded");
+    assert!(body["orchestrator"]["detail"].as_str().expect("text").contains("journal"));
 
     puppet.handle.publish_for_tests(view());
     assert_eq!(read(&api, "/health").await.0, StatusCode::OK);

@@ -142,6 +142,27 @@ async fn a_container_whose_configuration_changed_is_not_adopted() {
 }
 
 #[tokio::test]
+async fn a_reload_may_bring_the_first_model_that_runs_in_docker() {
+    let Some(daemon) = given() else { return };
+    let process = support::standin("eve", "1GiB", "--load 100ms");
+    let scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &process, &[]).await;
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["docker"]["status"], "unused", "{health:#}");
+    let path = scene.world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, yaml + &standin("ada", "14GiB", "--load 100ms")).unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(scene.world.server.pid()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    scene.world.until("ada is there", |status| status["models"]["ada"].is_object()).await;
+    scene.answers("ada").await;
+    scene.answers("eve").await;
+    assert_eq!(scene.containers().len(), 1);
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["docker"]["status"], "ok", "{health:#}");
+    scene.stop().await;
+}
+
+#[tokio::test]
 async fn containers_of_models_that_left_docker_are_reaped_all_the_same() {
     let Some(daemon) = given() else { return };
     let mut scene = scene(&daemon, "stop").await;
@@ -167,7 +188,7 @@ async fn containers_of_models_that_left_docker_are_reaped_all_the_same() {
 /// Docker, behind a socket that breaks off whatever contains `/kill` while it is told to.
 async fn deaf_to_kill(daemon: &Daemon, dir: &Path) -> (Daemon, Arc<AtomicBool>) {
     let path = dir.join("deaf.sock");
-    let listener = UnixListener::bind(&path).unwrap();
+    let listener = UnixListener::bind(&path).expect("a socket");
     let deaf = Arc::new(AtomicBool::new(false));
     let (is_deaf, real) = (Arc::clone(&deaf), daemon.host.trim_start_matches("unix://").to_owned());
     tokio::spawn(async move {

@@ -102,7 +102,8 @@ fn orchestrator(at: &Snapshot<'_>) -> Part {
     let swaps = at.view.scheduler.swaps.len();
     let queued = at.view.scheduler.queued;
     let works = format!("{swaps} swaps under way, {queued} requests waiting");
-    let troubles: Vec<String> = at.view.leftovers.iter().map(leftover).collect();
+    let troubles: Vec<String> =
+        at.view.leftovers.iter().map(leftover).chain(at.view.outages.iter().cloned()).collect();
     if troubles.is_empty() {
         return Part::Ok(works);
     }

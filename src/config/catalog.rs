@@ -80,6 +80,7 @@ pub struct SwapSettings {
     pub vram_timeout: Duration,
     /// Ceiling of one start, fetching excluded.
     pub start_timeout: Duration,
+    /// At the end of Wharf: for requests to end, then once more for engines to end.
     pub shutdown_timeout: Duration,
     pub on_exit: OnExit,
 }

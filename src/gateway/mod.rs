@@ -35,7 +35,7 @@ use crate::telemetry::metrics::Metrics;
 use receive::BodyBudget;
 
 pub use reject::{Reject, Viewer};
-pub use server::serve;
+pub use server::{serve, serve_until};
 
 /// The gateway's paths, to be served by [`serve`].
 pub fn router(handle: Handle, metrics: Arc<Metrics>) -> Router {

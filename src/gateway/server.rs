@@ -41,7 +41,26 @@ pub async fn serve(
     shutdown: CancellationToken,
     grace: Duration,
 ) {
-    serve_within(Bounds::default(), listener, router, shutdown, grace).await;
+    serve_until(listener, router, shutdown, grace, CancellationToken::new()).await;
+}
+
+/// As [`serve`]; `hurry` ends the grace.
+pub async fn serve_until(
+    listener: TcpListener,
+    router: Router,
+    shutdown: CancellationToken,
+    grace: Duration,
+    hurry: CancellationToken,
+) {
+    let end = End { shutdown, grace, hurry };
+    serve_within(Bounds::default(), listener, router, end).await;
+}
+
+/// When serving ends, and how.
+struct End {
+    shutdown: CancellationToken,
+    grace: Duration,
+    hurry: CancellationToken,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -60,8 +79,7 @@ async fn serve_within(
     bounds: Bounds,
     listener: TcpListener,
     router: Router,
-    shutdown: CancellationToken,
-    grace: Duration,
+    End { shutdown, grace, hurry }: End,
 ) {
     let server = Server {
         closing: CancellationToken::new(),
@@ -98,9 +116,14 @@ async fn serve_within(
     let Server { closing, abort, serving, .. } = server;
     closing.cancel();
     let all = u32::try_from(bounds.connections).unwrap_or(u32::MAX);
-    if timeout(grace, serving.acquire_many(all)).await.is_err() {
+    let in_order = tokio::select! {
+        in_order = timeout(grace, serving.acquire_many(all)) => in_order.is_ok(),
+        () = hurry.cancelled() => false,
+    };
+    if !in_order {
         let left = bounds.connections - serving.available_permits();
-        tracing::warn!("cutting {left} connections that did not end within {grace:?}");
+        let why = if hurry.is_cancelled() { "yet" } else { "in time" };
+        tracing::warn!("cutting {left} connections that did not end {why}");
         abort.cancel();
         // They only have to be dropped; a second is plenty.
         let _ = timeout(Duration::from_secs(1), serving.acquire_many(all)).await;
@@ -203,8 +226,9 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let router = Router::new().fallback(|| async { "hello" });
         let shutdown = CancellationToken::new();
-        let grace = Duration::from_secs(1);
-        let server = serve_within(bounds, listener, router, shutdown.clone(), grace);
+        let (grace, hurry) = (Duration::from_secs(1), CancellationToken::new());
+        let end = End { shutdown: shutdown.clone(), grace, hurry };
+        let server = serve_within(bounds, listener, router, end);
         (address, shutdown, tokio::spawn(server))
     }
 

@@ -48,7 +48,7 @@ impl Owner {
         if self.docker.health.is_some() || !uses_docker(catalog) {
             return;
         }
-        self.state.note_docker();
+        self.writer.note_docker();
         let docker = self.effects.runtimes.docker.clone();
         docker.connect();
         let inbox = self.effects.inbox.clone();

@@ -131,7 +131,8 @@ impl Effects {
             if cancelled.is_cancelled() {
                 return;
             }
-            let before = effects.read_memory().await;
+            let before = unpanicked(async { Ok(effects.read_memory().await) });
+            let before = before.await.ok().flatten();
             progress.set("launch", None, "");
             let mut launched = unpanicked(effects.runtimes.start(&launch)).await;
             if let Ok(running) = &mut launched {
@@ -150,15 +151,15 @@ impl Effects {
                     }
                     Err(fault) => Err(fault),
                 };
-                Done::Start(match brought {
+                match brought {
                     Ok(footprint) => Ok(footprint),
                     Err(fault) => Err(effects.clear_failed_start(&slot, fault).await),
-                })
+                }
             };
             tokio::select! {
                 biased;
                 () = cancelled.cancelled() => {}
-                done = rest => effects.done(swap, instance, done),
+                result = unpanicked(rest) => effects.done(swap, instance, Done::Start(result)),
             }
         });
         Task { cancel, join }

@@ -7,10 +7,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
 use super::leftovers::LeftoverNews;
+use super::outage::OutageNews;
 use super::reconcile::Adopted;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
@@ -38,6 +40,8 @@ pub enum Message {
     FoundInDocker(Option<Vec<Adopted>>),
     /// An instance of an earlier run does not go, or went after all.
     Leftover(LeftoverNews),
+    /// The state folder cannot be written, or can again.
+    Outage(OutageNews),
     /// Docker is back: which of its instances still live.
     WhoLives(WhoLives),
     /// A runtime went away or came back.
@@ -50,6 +54,8 @@ pub enum Message {
     /// Refuse what waits and start nothing more; what runs goes on.
     RefuseNew,
     Shutdown {
+        /// Cancelled: engines get no grace any more.
+        hurry: CancellationToken,
         reply: oneshot::Sender<()>,
     },
 }
@@ -213,10 +219,11 @@ impl Handle {
         self.inbox.send(Message::RefuseNew);
     }
 
-    /// Stops taking work, ends what `on_exit` says, and returns when that is done.
-    pub async fn shutdown(&self) {
+    /// Stops taking work, ends what `on_exit` says, and returns when that is done. Engines have
+    /// `swap.shutdown_timeout`, and no time at all once `hurry` is cancelled.
+    pub async fn shutdown(&self, hurry: CancellationToken) {
         let (reply, done) = oneshot::channel();
-        self.inbox.send(Message::Shutdown { reply });
+        self.inbox.send(Message::Shutdown { hurry, reply });
         let _ = done.await;
     }
 

@@ -65,7 +65,7 @@ impl Owner {
             Action::Record(record) => self.record(record),
             Action::Remember { model, learned } => {
                 self.learned.insert(model, learned);
-                self.state.remember_learned(&self.learned);
+                self.writer.learned(&self.learned);
             }
             Action::Notice { model: Some(model), text } => tracing::info!(%model, "{text}"),
             Action::Notice { model: None, text } => tracing::info!("{text}"),
@@ -271,6 +271,7 @@ impl Owner {
                 self.became_ready(instance, &running);
                 if matches!(done, Done::Start(_)) {
                     self.watch_exit(instance, &running);
+                    self.count_start(&running.identity.model);
                 }
             }
             Done::Start(Err(fault)) | Done::Preflight(Err(fault)) | Done::Fetch(Err(fault)) => {
@@ -295,6 +296,15 @@ impl Owner {
         }
     }
 
+    fn count_start(&mut self, model: &ModelName) {
+        let facts = self.facts.entry(model.clone()).or_default();
+        facts.starts += 1;
+        if self.died.remove(model) {
+            facts.restarts += 1;
+            self.metrics.instance_restarted(model);
+        }
+    }
+
     /// Builds the gate, still closed.
     pub(super) fn became_ready(&mut self, instance: InstanceId, running: &Running) {
         let now = self.effects.now();
@@ -310,7 +320,6 @@ impl Owner {
         live.ready_at = Some(now);
         let facts = self.facts.entry(live.spec.name.clone()).or_default();
         facts.loaded_at = Some(now);
-        facts.starts += 1;
         facts.last_fault = None;
         facts.endpoint = Some(running.endpoint.base.clone());
     }
@@ -341,17 +350,13 @@ impl Owner {
         }
         self.count_residency(now, instance);
         let facts = self.facts.entry(spec.name.clone()).or_default();
-        facts.restarts += 1;
         facts.last_fault = Some(fault.clone());
-        // Its children and its container go by the `StopInstance` that the scheduler answers with.
-        self.metrics.instance_restarted(&spec.name);
+        self.died.insert(spec.name.clone());
     }
 
     fn record(&mut self, record: SwapRecord) {
-        if record.id.0 > self.last_swap {
-            self.last_swap = record.id.0;
-            self.state.remember_last_swap(record.id.0);
-        }
+        self.last_ids.swap = self.last_ids.swap.max(record.id.0);
+        self.writer.use_ids(self.last_ids);
         let Some(outcome) = &record.outcome else { return };
         tracing::info!(
             swap = %record.id,
@@ -389,9 +394,7 @@ impl Owner {
     }
 
     fn note_id(&mut self, id: u64) {
-        if id > self.last_id {
-            self.last_id = id;
-            self.state.remember_last_id(id);
-        }
+        self.last_ids.instance = self.last_ids.instance.max(id);
+        self.writer.use_ids(self.last_ids);
     }
 }

@@ -44,6 +44,7 @@ impl Owner {
             gpus,
             gpu_health,
             docker_health: self.docker.health.clone(),
+            outages: self.outages.values().cloned().collect(),
             leftovers: self.leftovers.values().cloned().collect(),
             foreign: self.foreign.borrow().clone(),
             ledger: Arc::clone(&self.ledger),

@@ -58,7 +58,7 @@ pub async fn reconcile(
             Vec::new()
         }
     };
-    if !state.ever_used_docker() {
+    if !uses_docker(catalog) && !state.ever_used_docker() {
         return Reconciled { adopted, docker_missed: false };
     }
     match reconcile_docker(effects, catalog, installation, 0..=u64::MAX, named).await {

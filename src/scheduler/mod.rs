@@ -72,7 +72,7 @@ pub struct GpuInfo {
 }
 
 /// The next id of each kind: larger than any used before by this installation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NextIds {
     pub instance: u64,
     pub swap: u64,

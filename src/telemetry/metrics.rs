@@ -181,7 +181,7 @@ impl Swaps {
             restarts: counter(
                 r,
                 "orchestrator_instance_restarts_total",
-                "Instances started again after one died by itself.",
+                "Starts that ended ready after the instance before had died by itself.",
                 &["model"],
             ),
         }

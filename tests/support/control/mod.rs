@@ -169,6 +169,7 @@ pub fn view() -> View {
         gpus: vec![gpu()],
         gpu_health: PartHealth { ok: true, detail: "simulated".to_owned() },
         docker_health: None,
+        outages: Vec::new(),
         leftovers: Vec::new(),
         foreign: vec![Foreign {
             name: "stranger".to_owned(),
