@@ -295,6 +295,10 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -
             *waited_ms as f64 / 1000.0,
             if waiting_for.is_empty() { "its turn did not come" } else { waiting_for },
         ),
+        Refusal::CannotFit { need, available, .. } if need <= available => format!(
+            "model \"{model}\" has no place: pinned models hold as many as may run at once; unpin \
+             one, or raise `max_concurrent_models`"
+        ),
         Refusal::CannotFit { need, available, gpus } => format!(
             "model \"{model}\" needs {need} on each of {gpus} GPU(s), but at most {available} can \
              ever be free there (total less reserve and pinned models); give it more GPUs, a \

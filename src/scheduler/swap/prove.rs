@@ -86,7 +86,9 @@ impl Scheduler {
         gpus: Vec<GpuId>,
     ) {
         match swap {
-            None => self.begin_load(candidate, Plan { gpus, victims: Vec::new() }),
+            None => {
+                self.begin_load(candidate, &Plan { gpus, victims: Vec::new() });
+            }
             Some(swap) => self.wait_for_memory(swap),
         }
     }
@@ -109,6 +111,12 @@ impl Scheduler {
             return;
         }
         let swap = swap.clone();
+        // What a sleeper keeps beyond its residue may be all that is missing: one that cannot wake
+        // is replaced by a fresh start, once.
+        if self.wakes(id) && self.use_retry(id) {
+            self.forget_memory_wait(id);
+            return self.start_again(id, swap.instance);
+        }
         let holder = self
             .instances
             .values()
@@ -179,7 +187,7 @@ impl Scheduler {
         }
         let free = self.fresh_free(gpu).ok_or(StartBlock::NoSample)?;
         let loading = self.unvouched(gpu);
-        let free = free - self.catalog.settings.gpu.reserve + residue;
+        let free = free - self.catalog.settings.gpu.reserve + self.shown_on(target, gpu);
         let left = free - loading;
         let least = if need.elastic { Bytes(need.bytes.0 / ELASTIC_SHARE) } else { need.bytes };
         if left >= least.max(Bytes(1)) {
@@ -187,6 +195,8 @@ impl Scheduler {
         } else if free >= least && loading > Bytes::ZERO {
             // Whether it fits shows once the neighbour has taken its bytes.
             Err(StartBlock::Moving("another model loads there first".to_owned()))
+        } else if left + self.leaving_held(gpu) >= least {
+            Err(self.why_short(gpu))
         } else {
             Err(StartBlock::Held)
         }

@@ -6,5 +6,6 @@ mod fairness;
 mod faults;
 mod look;
 mod random;
+mod sleepers;
 mod swaps;
 mod world;
