@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::catalog::{
-    ApiKey, AuthSettings, GpuProvider, GpuSettings, OnExit, QueueSettings, Scope, Settings,
+    ApiKey, AuthSettings, GpuProvider, GpuSettings, OnExit, QueueSettings, RamSettings, Scope, Settings,
     SwapMode, SwapSettings, WaitingSettings, WaitingStyle,
 };
 use super::decode::{At, Sink, Spot, Table, Unread};
@@ -67,6 +67,7 @@ pub(super) fn defaults() -> Settings {
             release_lag: Duration::ZERO,
             foreign: Vec::new(),
         },
+        ram: RamSettings::default(),
         engine_ports: (18051, 18999),
         store: PathBuf::from("wharf.db"),
         auth: AuthSettings::default(),
@@ -100,6 +101,9 @@ pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
     }
     if let Some(at) = top.take("gpu") {
         gpu(&at, &mut read, sink);
+    }
+    if let Some(at) = top.take("ram") {
+        ram(&at, &mut read, sink);
     }
     ports(top, &mut read, sink);
     let settings = &mut read.settings;
@@ -234,6 +238,17 @@ fn gpu(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
         }
     }
     table.finish(sink, &[]);
+}
+
+fn ram(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
+    let Some(mut table) = at.table(sink, "`total` and `reserve`") else { return };
+    let ram = &mut read.settings.ram;
+    if let Some(at) = table.take("total") {
+        ram.total = at.size(sink);
+        read.spots.insert("ram.total", at.spot);
+    }
+    set(&mut ram.reserve, table.take("reserve").and_then(|at| at.size(sink)));
+    table.finish(sink, &[("memory", Unread::Hint("did you mean `total`?"))]);
 }
 
 fn sizes(at: &At<'_>, what: &str, sink: &mut Sink) -> Vec<Bytes> {

@@ -81,7 +81,7 @@ impl Scheduler {
                         self.stop_sleeper(sleeper);
                         continue;
                     }
-                    let why = self.holder_text(&gpus, None);
+                    let why = self.memory_text(&candidate.spec.name, &gpus, None);
                     self.blocked.insert(candidate.spec.name.clone(), why);
                     self.held(&candidate, swap, gpus);
                     continue;

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use wharf::config::catalog::{
     AuthSettings, Catalog, DockerSpec, EngineKind, GpuProvider, GpuRequest, GpuSettings, Health,
-    ModelSpec, OnExit, PullPolicy, QueueSettings, RuntimeSpec, Settings, StopSpec, SwapMode,
+    ModelSpec, OnExit, PullPolicy, QueueSettings, RamSettings, RuntimeSpec, Settings, StopSpec, SwapMode,
     SwapSettings, Vram, WaitingSettings, WaitingStyle,
 };
 use wharf::runtime::docker::DockerRuntime;
@@ -220,6 +220,7 @@ pub fn catalog(models: impl IntoIterator<Item = (ModelName, Arc<ModelSpec>)>) ->
                 release_lag: Duration::ZERO,
                 foreign: Vec::new(),
             },
+            ram: RamSettings::default(),
             engine_ports: (18051, 18999),
             store: PathBuf::new(),
             auth: AuthSettings::default(),

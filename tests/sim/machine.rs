@@ -112,7 +112,7 @@ impl Machine {
 
     pub fn sample(&self, now: u64) -> MemorySample {
         let gpus = (0..self.gpus.len()).map(|n| self.gpu_memory(GpuId(n as u16))).collect();
-        MemorySample { taken_at: Time(now), gpus }
+        MemorySample { taken_at: Time(now), gpus, host: None }
     }
 
     fn gpu_memory(&self, gpu: GpuId) -> GpuMemory {

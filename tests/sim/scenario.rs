@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use wharf::config::catalog::{
     AuthSettings, Catalog, EngineKind, GpuProvider, GpuRequest, GpuSettings, Health, ModelSpec,
-    OnExit, ProcessSpec, QueueSettings, RuntimeSpec, Settings, StopSpec, SwapMode, SwapSettings,
+    OnExit, ProcessSpec, QueueSettings, RamSettings, RuntimeSpec, Settings, StopSpec, SwapMode, SwapSettings,
     Vram, WaitingSettings, WaitingStyle,
 };
 use wharf::scheduler::event::{EnsureKind, Learned};
@@ -202,6 +202,7 @@ pub fn settings(gpus: &[Gpu]) -> Settings {
             release_lag: Duration::ZERO,
             foreign: Vec::new(),
         },
+        ram: RamSettings::default(),
         engine_ports: (18051, 18999),
         store: PathBuf::from("sim.db"),
         auth: AuthSettings::default(),

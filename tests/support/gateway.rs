@@ -60,6 +60,7 @@ pub fn settings() -> Settings {
             release_lag: Duration::ZERO,
             foreign: Vec::new(),
         },
+        ram: RamSettings::default(),
         engine_ports: (18051, 18999),
         store: "wharf.db".into(),
         auth: AuthSettings::default(),

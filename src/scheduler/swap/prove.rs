@@ -109,18 +109,21 @@ impl Scheduler {
             return;
         }
         let swap = swap.clone();
+        let shares = |i: &Instance| i.gpus.iter().any(|g| swap.gpus.contains(g));
+        let needs_ram =
+            self.catalog.model(&swap.model).is_some_and(|m| self.ram_need(m) > Bytes::ZERO);
         let holder = self
             .instances
             .values()
-            .find(|i| i.is_stopping() && i.gpus.iter().any(|g| swap.gpus.contains(g)))
+            .find(|i| i.is_stopping() && (shares(i) || (needs_ram && i.ram() > Bytes::ZERO)))
             .map(|i| i.id);
         let stuck = holder.and_then(|id| self.instances.get(&id)).and_then(|i| i.trouble.clone());
         let fault = stuck.unwrap_or_else(|| {
             let message = format!(
-                "GPU memory for {} was not free within {} s: {}",
+                "memory for {} was not free within {} s: {}",
                 swap.model,
                 timeout.as_secs(),
-                self.holder_text(&swap.gpus, holder)
+                self.memory_text(&swap.model, &swap.gpus, holder)
             );
             Fault::new(FaultKind::VramNeverFreed, message)
         });
@@ -139,6 +142,7 @@ impl Scheduler {
             return Err(StartBlock::Process(format!("the earlier {} to be gone", swap.model)));
         }
         self.slot_block(target)?;
+        self.ram_block(target)?;
         if !uses_gpu(&target.spec) {
             return Ok(Bytes::ZERO);
         }
@@ -172,7 +176,7 @@ impl Scheduler {
             promised + need.bytes > self.capacity(gpu)
         };
         if short {
-            return Err(self.why_short(gpu));
+            return Err(self.why_short(|i| i.gpus.contains(&gpu)));
         }
         if !self.world.proof || self.is_blind(gpu) {
             return Ok(need.bytes);
@@ -194,9 +198,9 @@ impl Scheduler {
 
     /// Too much is promised: to somebody whose stop is under way (it has its own deadline), to
     /// somebody who is gone and whose bytes are not proven free, or to somebody who stays.
-    fn why_short(&self, gpu: GpuId) -> StartBlock {
+    pub(in crate::scheduler) fn why_short(&self, holds: impl Fn(&Instance) -> bool) -> StartBlock {
         let mut unproven = false;
-        for instance in self.instances.values().filter(|i| i.gpus.contains(&gpu)) {
+        for instance in self.instances.values().filter(|i| holds(i)) {
             if instance.is_stopping() && instance.may_run() && instance.trouble.is_none() {
                 return StartBlock::Process(format!("{} to stop", instance.model));
             }

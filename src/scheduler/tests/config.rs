@@ -73,6 +73,7 @@ pub fn catalog(models: Vec<ModelSpec>) -> Catalog {
                 release_lag: Duration::ZERO,
                 foreign: Vec::new(),
             },
+            ram: RamSettings::default(),
             engine_ports: (18051, 18999),
             store: PathBuf::from("wharf.db"),
             auth: AuthSettings::default(),
