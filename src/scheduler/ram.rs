@@ -13,7 +13,7 @@ use super::action::Refusal;
 use super::record::RamView;
 use super::residency::{Instance, Residency};
 use super::swap::StartBlock;
-use crate::config::catalog::ModelSpec;
+use crate::config::catalog::{ModelSpec, Vram};
 use crate::units::{Bytes, GpuId, SwapId};
 
 /// Stands for the host's RAM among the places that swaps claim and that the urgent wait for.
@@ -73,8 +73,15 @@ impl Scheduler {
         if instance.can_sleep() != Some(1) {
             return Bytes::ZERO;
         }
-        let learned = self.models.get(&instance.model).and_then(|m| m.learned.asleep);
-        let leaves = instance.held() - learned.unwrap_or_default();
+        let learned = self.models.get(&instance.model).map(|m| &m.learned);
+        let promise = instance.promise.unwrap_or_default();
+        let awake = match instance.spec.vram {
+            Vram::Declared(_) => promise,
+            Vram::Unknown | Vram::Rest => {
+                learned.and_then(|l| l.footprint).map_or(promise, |seen| seen.min(promise))
+            }
+        };
+        let leaves = awake - learned.and_then(|l| l.asleep).unwrap_or_default();
         let all: Bytes = instance.gpus.iter().map(|_| leaves).sum();
         let weights = instance.spec.size_gb.map(|gb| Bytes((gb * 1e9) as u64));
         weights.map_or(all, |weights| weights.min(all))

@@ -215,6 +215,7 @@ impl Checker {
         self.begin_move(Move::Start, swap, instance);
         self.start_is_wanted(instance, model);
         self.start_fits(instance, gpus, footprint, machine);
+        self.start_fits_host(instance);
         self.live.insert(instance);
         if let Some(known) = self.insts.get_mut(&instance) {
             known.footprint = footprint;
@@ -422,7 +423,7 @@ impl Checker {
     fn may_never_fit(&self, spec: Option<&wharf::config::catalog::ModelSpec>) -> bool {
         let Some(spec) = spec else { return false };
         let pinned = self.catalog.models.values().any(|other| other.pinned);
-        pinned || fits(&self.catalog, &self.gpus, spec) != Some(true)
+        pinned || fits(&self.catalog, &self.gpus, self.host_total(), spec) != Some(true)
     }
 }
 

@@ -2,6 +2,7 @@
 //! actions, and looks at the machine as it really is.
 
 mod actions;
+mod host;
 mod memory;
 mod swaps;
 mod waits;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wharf::config::catalog::{Catalog, GpuRequest, ModelSpec, SwapMode};
-use wharf::scheduler::event::{Done, EnsureKind, Event, FaultKind, Request};
+use wharf::scheduler::event::{Done, EnsureKind, Event, FaultKind, HostMemory, Request};
 use wharf::scheduler::record::{ResidencyView, SchedulerView, SwapRecord};
 use wharf::units::{AskId, Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId};
 
@@ -122,6 +123,10 @@ pub struct Checker {
     /// Strangers' bytes in the newest sample that was told, per GPU.
     foreign_seen: Vec<Bytes>,
     sampled_at: u64,
+    /// Host RAM in the newest sample that was told.
+    host_seen: Option<HostMemory>,
+    /// Something was there before the scheduler.
+    adopts: bool,
     no_proof: bool,
     ever_lost: bool,
     shutting_down: bool,
@@ -166,6 +171,8 @@ impl Checker {
             failed_models: BTreeSet::new(),
             foreign_seen: scenario.gpus.iter().map(crate::machine::Gpu::foreign_bytes).collect(),
             sampled_at: 0,
+            host_seen: None,
+            adopts: !scenario.adopted.is_empty(),
             no_proof: false,
             ever_lost: false,
             shutting_down: false,
@@ -415,7 +422,7 @@ impl Checker {
         if self.shutting_down {
             return Some(format!("{request} waits though all is shutting down"));
         }
-        if waiting.at == now && fits(&self.catalog, &self.gpus, spec) == Some(false) {
+        if waiting.at == now && fits(&self.catalog, &self.gpus, self.host_total(), spec) == Some(false) {
             let fitting = self.ready(&waiting.model).is_some();
             return (!fitting)
                 .then(|| format!("{request} waits for {}, which never fits", waiting.model));
@@ -480,6 +487,8 @@ impl Checker {
                 format!("the view says {name} is {state}; told ready: {ready}")
             });
         }
+        let leaked = self.live.is_empty() && view.ram.promised > Bytes::ZERO;
+        self.require(!leaked, || format!("nothing runs, but of host RAM {:?}", view.ram));
         for gpu in &view.gpus {
             let on = self.live.iter().filter(|id| self.insts[id].gpus.contains(&gpu.gpu)).count();
             let leaked = on == 0 && gpu.promised > Bytes::ZERO;
