@@ -292,6 +292,10 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time) -> String {
              there (total less reserve and pinned models); give it a smaller `ram`, add memory, or \
              unpin a model"
         ),
+        Refusal::CannotFit { need, available, .. } if need <= available => format!(
+            "model \"{model}\" has no place: pinned models hold as many as may run at once; unpin \
+             one, or raise `max_concurrent_models`"
+        ),
         Refusal::CannotFit { need, available, gpus, host: false } => format!(
             "model \"{model}\" needs {need} on each of {gpus} GPU(s), but at most {available} can \
              ever be free there (total less reserve and pinned models); give it more GPUs, a \

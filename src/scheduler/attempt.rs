@@ -88,9 +88,8 @@ impl Attempt<'_> {
             .filter(|i| i.model != self.candidate.spec.name)
             .filter_map(|i| may_leave(i).map(|leaves| (i, leaves)))
             .map(|(i, leaves)| {
-                // What a sleeper keeps on a GPU of unknown size cannot be known either.
-                let blind = i.gpus.iter().any(|&g| s.is_blind(g));
-                let sleeps = asleep && i.is_ready() && !blind && i.can_sleep().is_some();
+                let sleeps = asleep && i.is_ready() && i.can_sleep().is_some();
+                let sleeps = sleeps && s.residue_can_be_known(i);
                 (i, leaves, sleeps)
             })
             .collect();
@@ -163,7 +162,7 @@ impl Attempt<'_> {
         let (taken, freed) = self.ram_moved(chosen);
         let others = s.ram_spoken(self.candidate.swap);
         taken == Bytes::ZERO
-            || s.ram_settled().is_none_or(|left| left + s.ram_leaving() + freed >= others + taken)
+            || s.ram_sampled().is_none_or(|left| left + s.ram_leaving() + freed >= others + taken)
     }
 
     /// Sleepers take host RAM before those who stop have given theirs back.
@@ -225,16 +224,14 @@ impl Attempt<'_> {
         }
         // Without a fresh sample, or while a start takes its bytes: by the books, and by what the
         // driver is known to keep.
-        let (Some(free), true) = (s.fresh_free(gpu), s.unvouched(gpu) == Bytes::ZERO) else {
-            return self.fits_into(s.usable(gpu), gpu, chosen);
-        };
+        let fresh = s.fresh_free(gpu);
+        if (fresh.is_none() || s.unvouched(gpu) > Bytes::ZERO)
+            && !self.fits_into(s.usable(gpu), gpu, chosen)
+        {
+            return false;
+        }
+        let Some(free) = fresh else { return true };
         let here = |i: &Instance| i.gpus.contains(&gpu) && i.promise.is_some();
-        let leaving: Bytes = s
-            .instances
-            .values()
-            .filter(|i| i.is_stopping() && i.trouble.is_none() && here(i))
-            .map(|i| i.held())
-            .sum();
         let freed: Bytes = chosen
             .iter()
             .filter(|(i, _, _)| here(i))
@@ -245,7 +242,9 @@ impl Attempt<'_> {
             .sum();
         let need = self.need(gpu);
         let least = if need.elastic { Bytes(need.bytes.0 / ELASTIC_SHARE) } else { need.bytes };
-        free + leaving + freed + self.own_residue(gpu)
+        let own = s.current(&self.candidate.spec.name).filter(|i| i.is_sleeping());
+        let own = own.map_or(Bytes::ZERO, |i| s.shown_on(i, gpu));
+        free + s.leaving_held(gpu) + freed + own
             >= least + s.spoken(gpu, self.candidate.swap) + s.catalog.settings.gpu.reserve
     }
 

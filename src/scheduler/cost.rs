@@ -99,6 +99,14 @@ impl Scheduler {
             .unwrap_or_else(|| MAX_WAIT_FLOOR.max(self.known_move(model).unwrap_or_default() * 3))
     }
 
+    /// What a sleeper keeps is never assumed: it was learned, or a sample will show it.
+    pub(super) fn residue_can_be_known(&self, instance: &Instance) -> bool {
+        let learned =
+            || self.models.get(&instance.model).is_some_and(|m| m.learned.asleep.is_some());
+        let blind = instance.gpus.iter().any(|&gpu| self.is_blind(gpu));
+        !blind && (self.world.proof || learned())
+    }
+
     /// Bytes that `instance` would keep on each GPU while asleep.
     pub(super) fn residue_expected(&self, instance: &Instance) -> Bytes {
         let promise = instance.promise.unwrap_or_default();

@@ -1,6 +1,7 @@
 //! What happens to instances from outside: adoption, a runtime that goes away and comes back,
 //! a new configuration, the end of the orchestrator.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::Scheduler;
@@ -14,7 +15,7 @@ use crate::units::{Bytes, GpuId, InstanceId, ModelName};
 
 /// Whether two entries mean the same engine, run the same way.
 pub(super) fn is_same(a: &ModelSpec, b: &ModelSpec) -> bool {
-    ModelSpec { line: b.line, ..a.clone() } == *b
+    std::ptr::eq(a, b) || ModelSpec { line: b.line, ..a.clone() } == *b
 }
 
 impl Scheduler {
@@ -98,10 +99,10 @@ impl Scheduler {
         let now = self.now;
         // Some became ready meanwhile by an answer that was under way.
         let unknown = lost.iter().map(|(id, _)| id).filter(|id| !alive.contains(id));
-        let gone: Vec<InstanceId> = unknown.chain(dead).copied().collect();
+        let gone: BTreeSet<InstanceId> = unknown.chain(dead).copied().collect();
         for &id in &gone {
             let message = "it was gone when its runtime answered again";
-            self.died(id, Fault::new(FaultKind::Exited, message));
+            self.died(id, Fault::new(FaultKind::RuntimeUnreachable, message));
         }
         for (id, asleep) in lost {
             if gone.contains(&id) {
@@ -134,7 +135,8 @@ impl Scheduler {
                 continue;
             };
             (state.failure, state.failures, state.deaths) = (None, 0, 0);
-            if old.vram != spec.vram || old.runtime != spec.runtime || old.engine != spec.engine {
+            let same_engine = old.runtime == spec.runtime && old.engine == spec.engine;
+            if !same_engine || old.vram != spec.vram || old.gpus != spec.gpus {
                 state.learned.footprint = None;
                 state.learned.asleep = None;
             }

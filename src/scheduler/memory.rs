@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use super::Scheduler;
 use super::action::Action;
 use super::event::{GpuMemory, MemorySample, NoProof};
+use super::lifecycle::is_same;
 use super::proof::own_bytes;
 use super::residency::{Instance, MoveKind};
 use crate::config::catalog::{EngineKind, GpuRequest, ModelSpec, Vram};
@@ -81,6 +82,12 @@ impl Scheduler {
         }
     }
 
+    /// Bytes a sleeper holds on one GPU by the newest sample: its promise may rest on a guess.
+    pub(super) fn shown_on(&self, sleeper: &Instance, gpu: GpuId) -> Bytes {
+        let listed = self.sampled(gpu).map(|m| own_bytes(sleeper, m)).unwrap_or_default();
+        if listed > Bytes::ZERO { listed } else { self.promise_on(sleeper, gpu) }
+    }
+
     /// Footprints of all instances on a GPU, until their release is proven.
     pub(super) fn promised(&self, gpu: GpuId) -> Bytes {
         self.instances.values().map(|i| self.promise_on(i, gpu)).sum()
@@ -92,6 +99,16 @@ impl Scheduler {
             .values()
             .filter(|i| i.is_stopping() && i.trouble.is_none())
             .map(|i| self.promise_on(i, gpu))
+            .sum()
+    }
+
+    /// What those who are certain to leave still hold, as far as known.
+    pub(super) fn leaving_held(&self, gpu: GpuId) -> Bytes {
+        self.instances
+            .values()
+            .filter(|i| i.is_stopping() && i.trouble.is_none())
+            .filter(|i| i.gpus.contains(&gpu) && i.promise.is_some())
+            .map(Instance::held)
             .sum()
     }
 
@@ -121,7 +138,9 @@ impl Scheduler {
         if self.is_blind(gpu) {
             return Some(Need { bytes: Bytes(1), elastic: false });
         }
-        if let Some(sleeper) = self.current(&spec.name).filter(|i| i.awake > Bytes::ZERO) {
+        // (One of an older entry does not wake any more.)
+        let sleeper = self.current(&spec.name).filter(|i| i.awake > Bytes::ZERO);
+        if let Some(sleeper) = sleeper.filter(|i| is_same(spec, &i.spec)) {
             return Some(Need { bytes: sleeper.awake, elastic: false });
         }
         let learned = self.models.get(&spec.name).and_then(|m| m.learned.footprint);
@@ -245,16 +264,20 @@ impl Scheduler {
         }
     }
 
-    /// Learns what is used without a listed holder, on GPUs where nothing moves.
+    /// Learns what is used without a listed holder, on GPUs where nothing moves and the books
+    /// agree: who died unheard of still has a promise, and would make it seem too small for ever.
     fn note_unlisted(&mut self) {
         let Some(sample) = &self.memory.sample else { return };
         let mut quiet = Vec::new();
         for gpu in &sample.gpus {
             let moves = |i: &Instance| {
+                let vanished = !i.pids.is_empty() && own_bytes(i, gpu) == Bytes::ZERO;
                 i.gpus.contains(&gpu.gpu)
                     && (i.moving.is_some_and(|m| m.kind.touches_memory())
                         || i.release.is_some()
-                        || i.is_stopping())
+                        || i.is_stopping()
+                        || i.is_lost()
+                        || vanished)
             };
             if self.instances.values().any(moves) || self.fresh_free(gpu.gpu).is_none() {
                 continue;
@@ -266,7 +289,10 @@ impl Scheduler {
                 .filter(|i| own_bytes(i, gpu) == Bytes::ZERO)
                 .map(|i| self.promise_on(i, gpu.gpu))
                 .sum();
-            quiet.push((gpu.gpu, gpu.total - gpu.free - listed - ours));
+            let used = gpu.total - gpu.free;
+            if used >= listed + ours {
+                quiet.push((gpu.gpu, used - listed - ours));
+            }
         }
         self.memory.unlisted.extend(quiet);
     }

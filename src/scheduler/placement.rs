@@ -86,7 +86,8 @@ impl Scheduler {
         if let Some(refusal) = self.ram_cannot_fit(spec) {
             return Some(refusal);
         }
-        if !uses_gpu(spec) {
+        let pinned_take_places = self.pinned_take_every_place(spec);
+        if !uses_gpu(spec) && !pinned_take_places {
             return None;
         }
         let sets = self.placements(spec);
@@ -106,11 +107,7 @@ impl Scheduler {
             Some(need) => need.bytes.max(Bytes(1)),
             None => Bytes::ZERO,
         };
-        let pinned_holds_slot = self.single_gpu_model()
-            && self.instances.values().any(|i| {
-                i.model != spec.name && self.is_pinned(i) && i.is_ready() && uses_gpu(&i.spec)
-            });
-        if !pinned_holds_slot
+        if !pinned_take_places
             && sets.iter().any(|set| set.iter().all(|&gpu| need(gpu) <= room(gpu)))
         {
             return None;
@@ -124,6 +121,18 @@ impl Scheduler {
         let asked = sets.iter().flatten().map(|&g| need(g)).max().unwrap_or_default();
         let available = best.unwrap_or_default();
         Some(Refusal::CannotFit { need: asked, available, gpus, host: false })
+    }
+
+    /// Pinned models are up in every place that `max_concurrent_models` or single-active leaves.
+    fn pinned_take_every_place(&self, spec: &ModelSpec) -> bool {
+        let pinned = || {
+            let up = |i: &&Instance| self.is_pinned(i) && i.is_ready() && !i.spec.is_external();
+            self.instances.values().filter(up).filter(|i| i.model != spec.name)
+        };
+        let cap = self.catalog.settings.swap.max_concurrent_models as usize;
+        let capped = cap > 0 && !spec.is_external() && pinned().count() >= cap;
+        let single = || self.single_gpu_model() && pinned().any(|i| uses_gpu(&i.spec));
+        capped || (uses_gpu(spec) && single())
     }
 
     /// Declared bytes of pinned models that can only be on this GPU.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::Scheduler;
 use super::action::{Action, Refusal};
 use super::event::{Fault, Learned, Request};
+use super::lifecycle::is_same;
 use super::residency::Instance;
 use crate::units::{InstanceId, ModelName, Priority, RequestId, SwapId, Time};
 
@@ -105,7 +106,9 @@ impl Scheduler {
         {
             return Err(failure.refusal.clone());
         }
-        if self.current(&request.model).is_none()
+        // One that is away, or asleep, and was configured anew meanwhile will not serve again.
+        let serves = |i: &Instance| i.is_ready() || is_same(spec, &i.spec);
+        if !self.current(&request.model).is_some_and(serves)
             && let Some(refusal) = self.cannot_fit(spec)
         {
             return Err(refusal);

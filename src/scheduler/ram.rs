@@ -27,6 +27,14 @@ impl Instance {
         }
         declared(&self.spec) + self.weights
     }
+
+    /// " and 8.0 GiB of host RAM": what it gives back beside its GPUs.
+    pub(super) fn ram_text(&self) -> String {
+        match self.ram() {
+            Bytes::ZERO => String::new(),
+            ram => format!(" and {ram} of host RAM"),
+        }
+    }
 }
 
 /// What runs elsewhere takes nothing here.
@@ -110,16 +118,11 @@ impl Scheduler {
     }
 
     /// Available bytes less the reserve, if they were sampled after the last start, stop or sleep.
-    fn ram_sampled(&self) -> Option<Bytes> {
+    pub(super) fn ram_sampled(&self) -> Option<Bytes> {
         let sample = self.memory.sample.as_ref()?;
         let fresh = self.memory.changed_last.is_none_or(|changed| sample.taken_at > changed);
         let available = sample.host.filter(|_| fresh)?.available;
         Some(available - self.catalog.settings.ram.reserve)
-    }
-
-    /// The same, where it can be planned with: no start or sleep is about to take of it.
-    pub(super) fn ram_settled(&self) -> Option<Bytes> {
-        self.ram_sampled().filter(|_| self.ram_loading() == Bytes::ZERO)
     }
 
     /// Whether so many bytes may be taken at this moment.
@@ -137,7 +140,7 @@ impl Scheduler {
             return Ok(());
         }
         if self.ram_capacity().is_some_and(|capacity| self.ram_promised() + need > capacity) {
-            return Err(self.why_short(|i| i.ram() > Bytes::ZERO));
+            return Err(self.ram_why_short());
         }
         if !self.is_ram_sampled() {
             return Ok(());
@@ -146,10 +149,20 @@ impl Scheduler {
         let loading = self.ram_loading();
         if left >= loading + need {
             Ok(())
-        } else if left >= need && loading > Bytes::ZERO {
+        } else if left >= need {
             Err(StartBlock::Moving("another model takes its host RAM first".to_owned()))
         } else {
-            Err(StartBlock::Held)
+            Err(self.ram_why_short())
+        }
+    }
+
+    /// Somebody is about to end, cannot be made to, or has to be chosen (or waited for).
+    fn ram_why_short(&self) -> StartBlock {
+        let mut ending = self.instances.values().filter(|i| i.is_stopping());
+        match ending.clone().find(|i| i.ram() > Bytes::ZERO && i.trouble.is_none()) {
+            Some(leaves) => StartBlock::Process(format!("{} to stop", leaves.model)),
+            None if ending.any(|i| i.ram() > Bytes::ZERO) => StartBlock::Unproven,
+            None => StartBlock::Stale,
         }
     }
 

@@ -254,6 +254,10 @@ impl Instance {
         matches!(self.residency, Residency::Sleeping { .. })
     }
 
+    pub fn is_lost(&self) -> bool {
+        matches!(self.residency, Residency::Lost { .. })
+    }
+
     /// The process may still be there.
     pub fn may_run(&self) -> bool {
         !(self.is_stopping() && self.release.is_some())
@@ -298,7 +302,12 @@ impl Instance {
     /// Bytes that a release would bring on each GPU, as far as known.
     pub fn held(&self) -> Bytes {
         let promise = self.promise.unwrap_or_default();
-        self.measured.map_or(promise, |measured| measured.min(promise))
+        match self.measured {
+            // The peak was measured awake; it has slept since.
+            Some(measured) if self.awake > Bytes::ZERO => measured.min(promise),
+            Some(measured) => measured,
+            None => promise,
+        }
     }
 }
 

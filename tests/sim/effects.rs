@@ -214,7 +214,9 @@ impl World {
     pub fn allocate(&mut self, id: u64, whole: bool) {
         let Some(effect) = self.effects.get(&id) else { return };
         let instance = effect.instance;
-        let Some(inst) = self.machine.insts.get(&instance) else { return };
+        // What died meanwhile takes nothing more.
+        let loads = |inst: &&Inst| matches!(inst.real, Real::Launching | Real::Waking);
+        let Some(inst) = self.machine.insts.get(&instance).filter(loads) else { return };
         let want = if whole { inst.need } else { Bytes(inst.need.0 / 3) };
         let more = want - inst.held;
         let ram = if whole { inst.ram_need } else { Bytes(inst.ram_need.0 / 3) };

@@ -378,6 +378,13 @@ fn reload(
             let mut models = Models { rng, gpus, settings: &settings, calm: false, proof };
             let (mut spec, real) = models.one(0);
             spec.name = victim.clone();
+            // What takes other memory is run by another command.
+            let size = format!("--size={}", real.awake.0);
+            match &mut spec.runtime {
+                RuntimeSpec::Process(process) => process.argv.push(size),
+                RuntimeSpec::Docker(docker) => docker.args.push(size),
+                RuntimeSpec::External(_) => {}
+            }
             truth.insert(victim.clone(), real);
             next.models.insert(victim, Arc::new(spec));
         }

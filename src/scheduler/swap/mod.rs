@@ -116,8 +116,13 @@ impl Scheduler {
         self.swaps.values().find(|s| s.is_load() && s.model == *model)
     }
 
-    /// A candidate got room (or needs none): its swap begins.
-    pub(in crate::scheduler) fn begin_load(&mut self, candidate: &Candidate, plan: Plan) {
+    /// A candidate got room (or needs none, or waits for memory that nobody accounts for): its
+    /// swap begins. That of a sleeper has nothing to check or fetch and can be placed at once.
+    pub(in crate::scheduler) fn begin_load(
+        &mut self,
+        candidate: &Candidate,
+        plan: &Plan,
+    ) -> SwapId {
         let name = candidate.spec.name.clone();
         let id = SwapId(self.take_id());
         let sleeper = self.current(&name).filter(|i| i.is_sleeping()).map(|i| i.id);
@@ -137,7 +142,7 @@ impl Scheduler {
             model: name,
             kind: SwapKind::Load,
             cause: candidate.cause,
-            decision: self.decision(candidate, &plan),
+            decision: self.decision(candidate, plan),
             instance,
             gpus: plan.gpus.clone(),
             victims: plan.victims.clone(),
@@ -160,11 +165,10 @@ impl Scheduler {
         self.swaps.insert(id, swap);
         self.changed();
         self.record(id);
-        if sleeper.is_some() {
-            self.place(id, candidate, plan);
-        } else {
+        if sleeper.is_none() {
             self.emit_preflight(id);
         }
+        id
     }
 
     /// Why now and why these, in words.

@@ -86,7 +86,9 @@ impl Scheduler {
         gpus: Vec<GpuId>,
     ) {
         match swap {
-            None => self.begin_load(candidate, Plan { gpus, victims: Vec::new() }),
+            None => {
+                self.begin_load(candidate, &Plan { gpus, victims: Vec::new() });
+            }
             Some(swap) => self.wait_for_memory(swap),
         }
     }
@@ -109,6 +111,12 @@ impl Scheduler {
             return;
         }
         let swap = swap.clone();
+        // What a sleeper keeps beyond its residue may be all that is missing: one that cannot wake
+        // is replaced by a fresh start, once.
+        if self.wakes(id) && self.use_retry(id) {
+            self.forget_memory_wait(id);
+            return self.start_again(id, swap.instance);
+        }
         let shares = |i: &Instance| i.gpus.iter().any(|g| swap.gpus.contains(g));
         let needs_ram =
             self.catalog.model(&swap.model).is_some_and(|m| self.ram_need(m) > Bytes::ZERO);
@@ -176,14 +184,14 @@ impl Scheduler {
             promised + need.bytes > self.capacity(gpu)
         };
         if short {
-            return Err(self.why_short(|i| i.gpus.contains(&gpu)));
+            return Err(self.why_short(gpu));
         }
         if !self.world.proof || self.is_blind(gpu) {
             return Ok(need.bytes);
         }
         let free = self.fresh_free(gpu).ok_or(StartBlock::NoSample)?;
         let loading = self.unvouched(gpu);
-        let free = free - self.catalog.settings.gpu.reserve + residue;
+        let free = free - self.catalog.settings.gpu.reserve + self.shown_on(target, gpu);
         let left = free - loading;
         let least = if need.elastic { Bytes(need.bytes.0 / ELASTIC_SHARE) } else { need.bytes };
         if left >= least.max(Bytes(1)) {
@@ -191,6 +199,8 @@ impl Scheduler {
         } else if free >= least && loading > Bytes::ZERO {
             // Whether it fits shows once the neighbour has taken its bytes.
             Err(StartBlock::Moving("another model loads there first".to_owned()))
+        } else if left + self.leaving_held(gpu) >= least {
+            Err(self.why_short(gpu))
         } else {
             Err(StartBlock::Held)
         }
@@ -198,9 +208,9 @@ impl Scheduler {
 
     /// Too much is promised: to somebody whose stop is under way (it has its own deadline), to
     /// somebody who is gone and whose bytes are not proven free, or to somebody who stays.
-    pub(in crate::scheduler) fn why_short(&self, holds: impl Fn(&Instance) -> bool) -> StartBlock {
+    fn why_short(&self, gpu: GpuId) -> StartBlock {
         let mut unproven = false;
-        for instance in self.instances.values().filter(|i| holds(i)) {
+        for instance in self.instances.values().filter(|i| i.gpus.contains(&gpu)) {
             if instance.is_stopping() && instance.may_run() && instance.trouble.is_none() {
                 return StartBlock::Process(format!("{} to stop", instance.model));
             }

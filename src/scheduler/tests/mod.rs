@@ -7,5 +7,6 @@ mod faults;
 mod look;
 mod ram;
 mod random;
+mod sleepers;
 mod swaps;
 mod world;
