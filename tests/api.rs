@@ -431,7 +431,10 @@ async fn gpus_name_who_holds_what() {
     let host = &body["host_memory"];
     assert_eq!(host["total_bytes"], 64u64 << 30);
     assert_eq!(host["available_bytes"], 40u64 << 30);
-    assert_eq!((&host["promised_bytes"], &host["promised_to"]), (&json!(12u64 << 30), &json!([MISTRAL])));
+    assert_eq!(
+        (&host["promised_bytes"], &host["promised_to"]),
+        (&json!(12u64 << 30), &json!([MISTRAL]))
+    );
 }
 
 #[tokio::test]

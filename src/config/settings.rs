@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::catalog::{
-    ApiKey, AuthSettings, GpuProvider, GpuSettings, OnExit, QueueSettings, RamSettings, Scope, Settings,
-    SwapMode, SwapSettings, WaitingSettings, WaitingStyle,
+    ApiKey, AuthSettings, GpuProvider, GpuSettings, OnExit, QueueSettings, RamSettings, Scope,
+    Settings, SwapMode, SwapSettings, WaitingSettings, WaitingStyle,
 };
 use super::decode::{At, Sink, Spot, Table, Unread};
 use super::values;

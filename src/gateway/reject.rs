@@ -367,8 +367,12 @@ mod tests {
     #[test]
     fn what_never_fits_is_not_to_be_retried() {
         use crate::units::Bytes;
-        let refusal =
-            Refusal::CannotFit { need: Bytes::gib(30), available: Bytes::gib(22), gpus: 1, host: false };
+        let refusal = Refusal::CannotFit {
+            need: Bytes::gib(30),
+            available: Bytes::gib(22),
+            gpus: 1,
+            host: false,
+        };
         let response = reject(refusal, false).into_response();
         assert_eq!(response.status(), 507);
         assert!(!response.headers().contains_key("retry-after"));

@@ -170,8 +170,7 @@ impl Attempt<'_> {
         let s = self.scheduler;
         let before = chosen.iter().filter(|(_, _, sleeps)| *sleeps);
         let asleep: Bytes = before.map(|(i, _, _)| s.ram_to_sleep(i)).sum();
-        let with: Vec<_> =
-            chosen.iter().copied().chain([(instance, Leaves::Idle, true)]).collect();
+        let with: Vec<_> = chosen.iter().copied().chain([(instance, Leaves::Idle, true)]).collect();
         let weights = s.ram_to_sleep(instance);
         weights == Bytes::ZERO || (s.has_ram(asleep + weights) && self.ram_fits(&with))
     }

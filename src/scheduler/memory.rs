@@ -222,7 +222,8 @@ impl Scheduler {
                 if self.memory.sample.as_ref().is_some_and(|old| old.taken_at > sample.taken_at) {
                     return;
                 }
-                if let Some(host) = sample.host.filter(|h| self.memory.host_total != Some(h.total)) {
+                if let Some(host) = sample.host.filter(|h| self.memory.host_total != Some(h.total))
+                {
                     self.memory.host_total = Some(host.total);
                     self.note_capacity_cut();
                 }

@@ -16,8 +16,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use wharf::config::catalog::{
     AuthSettings, Catalog, DockerSpec, EngineKind, GpuProvider, GpuRequest, GpuSettings, Health,
-    ModelSpec, OnExit, PullPolicy, QueueSettings, RamSettings, RuntimeSpec, Settings, StopSpec, SwapMode,
-    SwapSettings, Vram, WaitingSettings, WaitingStyle,
+    ModelSpec, OnExit, PullPolicy, QueueSettings, RamSettings, RuntimeSpec, Settings, StopSpec,
+    SwapMode, SwapSettings, Vram, WaitingSettings, WaitingStyle,
 };
 use wharf::runtime::docker::DockerRuntime;
 use wharf::runtime::{Found, Identity, LaunchSpec, Running};

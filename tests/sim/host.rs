@@ -82,8 +82,7 @@ pub fn limit(scenario: &mut Scenario) {
     let total = Bytes::gib(*rng.pick(&[8, 16, 32, 64]));
     let reserve = Bytes::mib(*rng.pick(&[0, 512, 2048]));
     let sampled = rng.chance(700);
-    let others =
-        if sampled { Bytes::mib(rng.below(total.as_mib() / 8)) } else { Bytes::ZERO };
+    let others = if sampled { Bytes::mib(rng.below(total.as_mib() / 8)) } else { Bytes::ZERO };
     let declared = (!sampled || rng.chance(200)).then_some(total);
     let settings = RamSettings { total: declared, reserve };
     let needs = needs(rng, scenario.calm, total - reserve - others);
@@ -92,7 +91,9 @@ pub fn limit(scenario: &mut Scenario) {
         let catalog = Arc::make_mut(catalog);
         catalog.settings.ram = settings;
         for (name, spec) in &mut catalog.models {
-            let (Some(need), Some(truth)) = (needs.get(name), truth.get_mut(name)) else { continue };
+            let (Some(need), Some(truth)) = (needs.get(name), truth.get_mut(name)) else {
+                continue;
+            };
             need.apply(Arc::make_mut(spec), truth);
         }
     };
@@ -103,9 +104,9 @@ pub fn limit(scenario: &mut Scenario) {
         }
     }
     let catalog = Arc::clone(&scenario.catalog);
-    scenario.adopted.retain(|(name, _)| {
-        catalog.models[name].ram.is_none_or(|ram| ram <= total - reserve)
-    });
+    scenario
+        .adopted
+        .retain(|(name, _)| catalog.models[name].ram.is_none_or(|ram| ram <= total - reserve));
     if !scenario.calm && sampled && rng.chance(500) {
         for _ in 0..rng.range(1, 3) {
             let bytes = Bytes::mib(rng.below(total.as_mib()));

@@ -430,8 +430,10 @@ fn probes(scenario: &Scenario) -> Vec<ModelName> {
     let host = scenario.host.map(|host| host.total);
     let on_gpu = |spec: &ModelSpec| spec.gpus != GpuRequest::None;
     let swap = &last.settings.swap;
-    let places =
-        scenario.unseen || host.is_some() || swap.mode == SwapMode::SingleActive || swap.max_concurrent_models > 0;
+    let places = scenario.unseen
+        || host.is_some()
+        || swap.mode == SwapMode::SingleActive
+        || swap.max_concurrent_models > 0;
     let pinned = last.models.values().any(|spec| spec.pinned && (places || on_gpu(spec)));
     let able = |spec: &&Arc<ModelSpec>| {
         !shut

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use wharf::config::catalog::{
     AuthSettings, Catalog, EngineKind, GpuProvider, GpuRequest, GpuSettings, Health, ModelSpec,
-    OnExit, ProcessSpec, QueueSettings, RamSettings, RuntimeSpec, Settings, StopSpec, SwapMode, SwapSettings,
-    Vram, WaitingSettings, WaitingStyle,
+    OnExit, ProcessSpec, QueueSettings, RamSettings, RuntimeSpec, Settings, StopSpec, SwapMode,
+    SwapSettings, Vram, WaitingSettings, WaitingStyle,
 };
 use wharf::scheduler::event::{EnsureKind, Learned};
 use wharf::units::{Bytes, GpuId, ModelName, Priority};
