@@ -34,6 +34,8 @@ pub(super) struct Memory {
     pub changed_last: Option<Time>,
     /// The host's RAM, as last told.
     pub host_total: Option<Bytes>,
+    /// Host bytes that came free since the last sample, and do not show in it.
+    pub host_freed: Bytes,
     /// Used bytes that no listed process holds, learned while nothing moved.
     pub unlisted: BTreeMap<GpuId, Bytes>,
 }
@@ -228,6 +230,7 @@ impl Scheduler {
                     self.note_capacity_cut();
                 }
                 self.memory.sample = Some(sample);
+                self.ram_seen();
                 self.note_holders();
                 self.prove_releases();
                 self.note_unlisted();

@@ -118,11 +118,24 @@ impl Scheduler {
     }
 
     /// Available bytes less the reserve, if they were sampled after the last start, stop or sleep.
-    pub(super) fn ram_sampled(&self) -> Option<Bytes> {
+    fn ram_sampled(&self) -> Option<Bytes> {
         let sample = self.memory.sample.as_ref()?;
         let fresh = self.memory.changed_last.is_none_or(|changed| sample.taken_at > changed);
         let available = sample.host.filter(|_| fresh)?.available;
         Some(available - self.catalog.settings.ram.reserve)
+    }
+
+    /// What plans may count on: the last sample and what came free since, less the reserve. A
+    /// start is stricter: it waits for a sample that shows it.
+    pub(super) fn ram_expected(&self) -> Option<Bytes> {
+        let available = self.memory.sample.as_ref()?.host?.available;
+        Some(available + self.memory.host_freed - self.catalog.settings.ram.reserve)
+    }
+
+    pub(super) fn ram_seen(&mut self) {
+        if self.ram_sampled().is_some() {
+            self.memory.host_freed = Bytes::ZERO;
+        }
     }
 
     /// Whether so many bytes may be taken at this moment.

@@ -28,6 +28,7 @@ impl Scheduler {
         target.enter(Residency::Ready, now);
         target.ready_at = now;
         (target.served, target.unvouched) = (true, false);
+        self.memory.host_freed += target.weights;
         (target.residue, target.awake, target.weights) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
         let mut gate = GateState::default();
         // A woken instance keeps its gate, and with it the counters.
