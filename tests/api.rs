@@ -446,6 +446,13 @@ async fn gpus_name_who_holds_what() {
     assert_eq!((&stranger["pid"], &stranger["mib"]), (&json!(4711), &json!(2048)));
     assert_eq!((&stranger["model"], &stranger["instance"]), (&Value::Null, &Value::Null));
     assert_eq!(body["foreign"][0]["name"], "stranger");
+    let host = &body["host_memory"];
+    assert_eq!(host["total_bytes"], 64u64 << 30);
+    assert_eq!(host["available_bytes"], 40u64 << 30);
+    assert_eq!(
+        (&host["promised_bytes"], &host["promised_to"]),
+        (&json!(12u64 << 30), &json!([MISTRAL]))
+    );
 }
 
 #[tokio::test]

@@ -157,6 +157,8 @@ async fn status_reads_like_a_table() {
     assert!(
         line("GPU 0").ends_with("18.0 of 24.0 GiB used, 20.0 GiB promised (mistral, org/coder:7b)")
     );
+    let ram = line("Host RAM");
+    assert!(ram.ends_with("24.0 of 64.0 GiB used, 12.0 GiB promised (mistral)"), "{ram}");
 }
 
 #[tokio::test]

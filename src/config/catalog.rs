@@ -39,6 +39,8 @@ pub struct Settings {
     pub swap: SwapSettings,
     pub queue: QueueSettings,
     pub gpu: GpuSettings,
+    #[serde(default)]
+    pub ram: RamSettings,
     /// Host ports on which engines listen (loopback).
     pub engine_ports: (u16, u16),
     /// Path of the store; the state folder lies beside it (extension `.d`).
@@ -115,6 +117,21 @@ pub struct GpuSettings {
     pub foreign: Vec<Bytes>,
 }
 
+/// Host RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamSettings {
+    /// `None`: what the kernel says.
+    pub total: Option<Bytes>,
+    /// Left to the system and to other programs.
+    pub reserve: Bytes,
+}
+
+impl Default for RamSettings {
+    fn default() -> RamSettings {
+        RamSettings { total: None, reserve: Bytes::gib(2) }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GpuProvider {
@@ -184,7 +201,9 @@ pub struct ModelSpec {
     pub runtime: RuntimeSpec,
     pub gpus: GpuRequest,
     pub vram: Vram,
+    /// Host RAM that the engine takes, promised to it while it runs; `None`: nothing is.
     pub ram: Option<Bytes>,
+    /// Size of the weights: what sleep level 1 moves to host RAM.
     pub size_gb: Option<f64>,
     pub priority: Priority,
     /// Never evicted.

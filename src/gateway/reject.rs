@@ -295,11 +295,16 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -
             *waited_ms as f64 / 1000.0,
             if waiting_for.is_empty() { "its turn did not come" } else { waiting_for },
         ),
+        Refusal::CannotFit { need, available, host: true, .. } => format!(
+            "model \"{model}\" needs {need} of host RAM, but at most {available} can ever be free \
+             there (total less reserve and pinned models); give it a smaller `ram`, add memory, or \
+             unpin a model"
+        ),
         Refusal::CannotFit { need, available, .. } if need <= available => format!(
             "model \"{model}\" has no place: pinned models hold as many as may run at once; unpin \
              one, or raise `max_concurrent_models`"
         ),
-        Refusal::CannotFit { need, available, gpus } => format!(
+        Refusal::CannotFit { need, available, gpus, host: false } => format!(
             "model \"{model}\" needs {need} on each of {gpus} GPU(s), but at most {available} can \
              ever be free there (total less reserve and pinned models); give it more GPUs, a \
              smaller `vram`, or unpin a model"
@@ -310,7 +315,7 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -
             next(retry_at)
         ),
         Refusal::VramNeverFreed { fault, retry_at, .. } => format!(
-            "model \"{model}\" was not started because GPU memory did not come back: {}; \
+            "model \"{model}\" was not started because memory did not come back: {}; \
              next attempt in {} s",
             viewer.told(fault),
             next(retry_at)
@@ -383,8 +388,12 @@ mod tests {
     #[test]
     fn what_never_fits_is_not_to_be_retried() {
         use crate::units::Bytes;
-        let refusal =
-            Refusal::CannotFit { need: Bytes::gib(30), available: Bytes::gib(22), gpus: 1 };
+        let refusal = Refusal::CannotFit {
+            need: Bytes::gib(30),
+            available: Bytes::gib(22),
+            gpus: 1,
+            host: false,
+        };
         let response = reject(refusal, false).into_response();
         assert_eq!(response.status(), 507);
         assert!(!response.headers().contains_key("retry-after"));

@@ -207,13 +207,14 @@ impl Owner {
         for adopted in adopted {
             self.adopt(adopted);
         }
-        if gpus.kind() != GpuKind::None {
+        let host = gpus.host_memory();
+        if gpus.kind() != GpuKind::None || host.is_some() {
             let taken_at = self.effects.now();
             let mut reading = gpus.sample().await;
             if let Ok(gpus) = &mut reading {
                 self.effects.holders.attribute(gpus);
             }
-            let seen = reading.map(|gpus| MemorySample { taken_at, gpus });
+            let seen = reading.map(|gpus| MemorySample { taken_at, gpus, host });
             self.step(Event::MemorySeen(seen));
         }
         // It may have come up between our look and now: no change of its health would tell.

@@ -50,7 +50,7 @@ pub enum Event {
         swap: SwapId,
         instance: InstanceId,
     },
-    /// A memory reading of every GPU (or why there is none).
+    /// A memory reading of every GPU and of the host (or why there is none).
     MemorySeen(Result<MemorySample, NoProof>),
     /// An instance that was starting, ready or sleeping ended by itself.
     InstanceDied {
@@ -144,6 +144,17 @@ pub enum Done {
 pub struct MemorySample {
     pub taken_at: Time,
     pub gpus: Vec<GpuMemory>,
+    /// `None`: unknown, only promises count.
+    #[serde(default)]
+    pub host: Option<HostMemory>,
+}
+
+/// Host RAM as the kernel tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostMemory {
+    pub total: Bytes,
+    /// What programs can still get: free, and the page cache that gives way.
+    pub available: Bytes,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

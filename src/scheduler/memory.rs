@@ -13,7 +13,7 @@ use super::event::{GpuMemory, Holder, MemorySample, NoProof};
 use super::proof::own_bytes;
 use super::residency::{Instance, MoveKind};
 use crate::config::catalog::{EngineKind, GpuRequest, ModelSpec, Vram};
-use crate::units::{Bytes, GpuId, InstanceId, Time};
+use crate::units::{Bytes, GpuId, InstanceId, ModelName, Time};
 
 /// Stands for the GPUs of a machine that shows none: room for one model.
 pub(super) const UNSEEN: GpuId = GpuId(u16::MAX);
@@ -29,6 +29,12 @@ pub(super) struct Memory {
     pub no_proof: Option<NoProof>,
     /// When a move last changed what a GPU holds: older samples do not count.
     pub changed_at: BTreeMap<GpuId, Time>,
+    /// When a move last changed what any GPU or the host holds.
+    pub changed_last: Option<Time>,
+    /// The host's RAM, as last told.
+    pub host_total: Option<Bytes>,
+    /// Host bytes that came free since the last sample, and do not show in it.
+    pub host_freed: Bytes,
     /// Used bytes that no listed process holds, learned while nothing moved.
     pub unlisted: BTreeMap<GpuId, Bytes>,
 }
@@ -190,6 +196,7 @@ impl Scheduler {
 
     /// Something changed what these GPUs hold: wait for a newer sample.
     pub(super) fn memory_changed(&mut self, gpus: &[GpuId]) {
+        self.memory.changed_last = Some(self.now);
         for &gpu in gpus {
             self.memory.changed_at.insert(gpu, self.now);
         }
@@ -216,7 +223,13 @@ impl Scheduler {
                 if self.memory.sample.as_ref().is_some_and(|old| old.taken_at > sample.taken_at) {
                     return;
                 }
+                if let Some(host) = sample.host.filter(|h| self.memory.host_total != Some(h.total))
+                {
+                    self.memory.host_total = Some(host.total);
+                    self.note_capacity_cut();
+                }
                 self.memory.sample = Some(sample);
+                self.ram_seen();
                 self.note_holders();
                 self.prove_releases();
                 self.note_unlisted();
@@ -285,6 +298,17 @@ impl Scheduler {
             }
         }
         self.memory.unlisted.extend(quiet);
+    }
+
+    /// What a start of this model waits for, or who holds it.
+    pub(super) fn memory_text(
+        &self,
+        model: &ModelName,
+        gpus: &[GpuId],
+        of: Option<InstanceId>,
+    ) -> String {
+        let ram = self.catalog.model(model).and_then(|spec| self.ram_text(spec));
+        ram.unwrap_or_else(|| self.holder_text(gpus, of))
     }
 
     /// Who holds the memory: the instance's own processes if they are listed, else the largest

@@ -7,6 +7,7 @@ use super::action::Refusal;
 use super::attempt::Attempt;
 use super::memory::{UNSEEN, uses_gpu};
 use super::policy::Candidate;
+use super::ram::HOST;
 use super::record::Phase;
 use super::residency::Instance;
 use crate::config::catalog::{GpuRequest, ModelSpec, SwapMode, Vram};
@@ -37,6 +38,7 @@ pub(super) enum Planned {
     Room(Plan),
     /// Not now: somebody there may not leave yet, or another swap has the GPUs.
     Blocked {
+        /// And [`HOST`](super::ram::HOST), if its RAM is short.
         gpus: Vec<GpuId>,
         why: String,
     },
@@ -79,8 +81,11 @@ impl Scheduler {
         combinations(&gpus, count)
     }
 
-    /// Set if no set of GPUs could ever hold the model beside the pinned ones.
+    /// Set if no set of GPUs, or not the host, could ever hold the model beside the pinned ones.
     pub(super) fn cannot_fit(&self, spec: &ModelSpec) -> Option<Refusal> {
+        if let Some(refusal) = self.ram_cannot_fit(spec) {
+            return Some(refusal);
+        }
         let pinned_take_places = self.pinned_take_every_place(spec);
         if !uses_gpu(spec) && !pinned_take_places {
             return None;
@@ -114,7 +119,8 @@ impl Scheduler {
             GpuRequest::Explicit(names) => u16::try_from(names.len()).unwrap_or(u16::MAX),
         };
         let asked = sets.iter().flatten().map(|&g| need(g)).max().unwrap_or_default();
-        Some(Refusal::CannotFit { need: asked, available: best.unwrap_or_default(), gpus })
+        let available = best.unwrap_or_default();
+        Some(Refusal::CannotFit { need: asked, available, gpus, host: false })
     }
 
     /// Pinned models are up in every place that `max_concurrent_models` or single-active leaves.
@@ -248,10 +254,13 @@ impl Scheduler {
             .map(|s| &s.model)
     }
 
-    /// GPUs that a swap has to itself while it makes room: its own and its victims'.
+    /// GPUs that a swap has to itself while it makes room: its own and its victims'; and the
+    /// host, if some of its RAM comes free.
     pub(super) fn claimed(&self, swap: &super::swap::Swap) -> BTreeSet<GpuId> {
         let victims = swap.victims.iter().filter_map(|v| self.instances.get(&v.instance));
-        swap.gpus.iter().copied().chain(victims.flat_map(|i| i.gpus.iter().copied())).collect()
+        let host = victims.clone().any(|i| i.ram() > Bytes::ZERO).then_some(HOST);
+        let on = victims.flat_map(|i| i.gpus.iter().copied());
+        swap.gpus.iter().copied().chain(on).chain(host).collect()
     }
 }
 

@@ -88,7 +88,7 @@ impl Scheduler {
                         self.stop_sleeper(sleeper);
                         continue;
                     }
-                    let why = self.holder_text(&gpus, None);
+                    let why = self.memory_text(&candidate.spec.name, &gpus, None);
                     self.blocked.insert(candidate.spec.name.clone(), why);
                     self.held(&candidate, swap, gpus);
                     continue;
@@ -382,7 +382,8 @@ impl Scheduler {
             [_] => format!("frees {frees}"),
             _ => format!("frees {frees} on each of {} GPUs", instance.gpus.len()),
         };
-        format!("{state}, cheapest to bring back ({back}), {room}{how}")
+        let host = if sleeps { String::new() } else { instance.ram_text() };
+        format!("{state}, cheapest to bring back ({back}), {room}{host}{how}")
     }
 
     /// Old instances of a model whose process may still be there: a new one would meet its name,

@@ -191,6 +191,8 @@ impl ResidencyView {
 pub struct SchedulerView {
     pub models: Vec<ModelView>,
     pub gpus: Vec<GpuView>,
+    #[serde(default)]
+    pub ram: RamView,
     /// Swaps under way, oldest first.
     pub swaps: Vec<SwapRecord>,
     pub queued: u32,
@@ -216,6 +218,17 @@ pub struct ModelView {
     pub ready_in: Option<Duration>,
     /// Why it still waits, in words; empty when nothing waits.
     pub waiting_for: String,
+}
+
+/// Host RAM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RamView {
+    /// Declared, else what the kernel says; `None`: unknown, no limit.
+    pub total: Option<Bytes>,
+    /// As last sampled.
+    pub available: Option<Bytes>,
+    pub promised: Bytes,
+    pub promised_to: Vec<ModelName>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -161,6 +161,8 @@ pub(super) struct Instance {
     pub promise: Option<Bytes>,
     /// Bytes kept while asleep.
     pub residue: Bytes,
+    /// Bytes in host RAM because it sleeps at level 1.
+    pub weights: Bytes,
     pub residency: Residency,
     pub since: Time,
     pub moving: Option<Move>,
@@ -203,6 +205,7 @@ impl Instance {
             gpus: Vec::new(),
             promise: None,
             residue: Bytes::ZERO,
+            weights: Bytes::ZERO,
             residency,
             since: now,
             moving: None,

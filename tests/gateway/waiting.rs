@@ -79,7 +79,12 @@ async fn refusals_before_the_head_keep_their_status() {
             "qwen drains",
         ),
         (
-            Refusal::CannotFit { need: Bytes::gib(30), available: Bytes::gib(20), gpus: 1 },
+            Refusal::CannotFit {
+                need: Bytes::gib(30),
+                available: Bytes::gib(20),
+                gpus: 1,
+                host: false,
+            },
             507,
             "cannot_fit",
             "30.0 GiB",

@@ -394,10 +394,15 @@ impl Scheduler {
 
     pub(super) fn watch(&mut self, id: SwapId) {
         let proof = self.world.proof;
-        let Some(swap) = self.swaps.get_mut(&id).filter(|s| proof && !s.watching) else { return };
+        let Some(swap) = self.swaps.get(&id) else { return };
+        let ram = self.is_ram_sampled()
+            && self.catalog.model(&swap.model).is_some_and(|spec| spec.ram.is_some());
+        let Some(swap) = self.swaps.get_mut(&id).filter(|s| (proof || ram) && !s.watching) else {
+            return;
+        };
         let gpus: Vec<GpuId> =
             swap.gpus.iter().copied().filter(|&g| g != super::memory::UNSEEN).collect();
-        if gpus.is_empty() {
+        if gpus.is_empty() && !ram {
             return;
         }
         swap.watching = true;

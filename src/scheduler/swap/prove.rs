@@ -117,18 +117,21 @@ impl Scheduler {
             self.forget_memory_wait(id);
             return self.start_again(id, swap.instance);
         }
+        let shares = |i: &Instance| i.gpus.iter().any(|g| swap.gpus.contains(g));
+        let needs_ram =
+            self.catalog.model(&swap.model).is_some_and(|m| self.ram_need(m) > Bytes::ZERO);
         let holder = self
             .instances
             .values()
-            .find(|i| i.is_stopping() && i.gpus.iter().any(|g| swap.gpus.contains(g)))
+            .find(|i| i.is_stopping() && (shares(i) || (needs_ram && i.ram() > Bytes::ZERO)))
             .map(|i| i.id);
         let stuck = holder.and_then(|id| self.instances.get(&id)).and_then(|i| i.trouble.clone());
         let fault = stuck.unwrap_or_else(|| {
             let message = format!(
-                "GPU memory for {} was not free within {} s: {}",
+                "memory for {} was not free within {} s: {}",
                 swap.model,
                 timeout.as_secs(),
-                self.holder_text(&swap.gpus, holder)
+                self.memory_text(&swap.model, &swap.gpus, holder)
             );
             Fault::new(FaultKind::VramNeverFreed, message)
         });
@@ -147,6 +150,7 @@ impl Scheduler {
             return Err(StartBlock::Process(format!("the earlier {} to be gone", swap.model)));
         }
         self.slot_block(target)?;
+        self.ram_block(target)?;
         if !uses_gpu(&target.spec) {
             return Ok(Bytes::ZERO);
         }

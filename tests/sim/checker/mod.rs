@@ -3,6 +3,7 @@
 
 mod actions;
 mod asks;
+mod host;
 mod known;
 mod memory;
 mod moves;
@@ -16,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use wharf::config::catalog::Catalog;
-use wharf::scheduler::event::Event;
+use wharf::scheduler::event::{Event, HostMemory};
 use wharf::scheduler::record::SwapRecord;
 use wharf::units::{AskId, Bytes, InstanceId, ModelName, RequestId, SwapId};
 
@@ -53,6 +54,10 @@ pub struct Checker {
     /// Strangers' bytes in the newest sample that was told, per GPU.
     foreign_seen: Vec<Bytes>,
     sampled_at: u64,
+    /// Host RAM in the newest sample that was told.
+    host_seen: Option<HostMemory>,
+    /// Something was there before the scheduler.
+    adopts: bool,
     no_proof: bool,
     ever_lost: bool,
     shutting_down: bool,
@@ -97,6 +102,8 @@ impl Checker {
             failed_models: BTreeSet::new(),
             foreign_seen: scenario.gpus.iter().map(crate::machine::Gpu::foreign_bytes).collect(),
             sampled_at: 0,
+            host_seen: None,
+            adopts: !scenario.adopted.is_empty(),
             no_proof: false,
             ever_lost: false,
             shutting_down: false,

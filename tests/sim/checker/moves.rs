@@ -100,6 +100,7 @@ impl Checker {
         self.begin_move(Move::Start, swap, instance);
         self.start_is_wanted(instance, model);
         self.start_fits(instance, gpus, footprint, machine);
+        self.start_fits_host(instance);
         self.live.insert(instance);
         if let Some(known) = self.insts.get_mut(&instance) {
             known.footprint = footprint;

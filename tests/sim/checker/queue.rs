@@ -83,7 +83,9 @@ impl Checker {
         if self.shutting_down {
             return Some(format!("{request} waits though all is shutting down"));
         }
-        if waiting.at == now && fits(&self.catalog, &self.gpus, spec) == Some(false) {
+        if waiting.at == now
+            && fits(&self.catalog, &self.gpus, self.host_total(), spec) == Some(false)
+        {
             let fitting = self.ready(&waiting.model).is_some();
             return (!fitting)
                 .then(|| format!("{request} waits for {}, which never fits", waiting.model));

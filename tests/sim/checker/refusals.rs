@@ -81,7 +81,7 @@ impl Checker {
     fn may_never_fit(&self, spec: Option<&ModelSpec>) -> bool {
         let Some(spec) = spec else { return false };
         let pinned = self.catalog.models.values().any(|other| other.pinned);
-        pinned || fits(&self.catalog, &self.gpus, spec) != Some(true)
+        pinned || fits(&self.catalog, &self.gpus, self.host_total(), spec) != Some(true)
     }
 }
 

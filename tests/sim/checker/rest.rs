@@ -45,6 +45,8 @@ impl Checker {
                 format!("the view says {name} is {state}; told ready: {ready}")
             });
         }
+        let leaked = self.live.is_empty() && view.ram.promised > Bytes::ZERO;
+        self.require(!leaked, || format!("nothing runs, but of host RAM {:?}", view.ram));
         for gpu in &view.gpus {
             let on = self.live.iter().filter(|id| self.insts[id].gpus.contains(&gpu.gpu)).count();
             let leaked = on == 0 && gpu.promised > Bytes::ZERO;

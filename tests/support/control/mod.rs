@@ -153,6 +153,12 @@ pub fn view() -> View {
                 promised: Bytes::gib(20),
                 free: Some(Bytes::gib(6)),
             }],
+            ram: RamView {
+                total: Some(Bytes::gib(64)),
+                available: Some(Bytes::gib(40)),
+                promised: Bytes::gib(12),
+                promised_to: vec![ModelName::new(MISTRAL)],
+            },
             swaps: vec![under_way],
             queued: 2,
             no_proof: None,
