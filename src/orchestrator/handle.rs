@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
 use super::leftovers::LeftoverNews;
-use super::reconcile::Adopted;
+use super::reconcile::InDocker;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
@@ -35,7 +35,7 @@ pub enum Message {
     /// An effect reports.
     Effect(Event),
     /// Docker answers for the first time: what an earlier run left there; `None`: it did not say.
-    FoundInDocker(Option<Vec<Adopted>>),
+    FoundInDocker(Option<InDocker>),
     /// An instance of an earlier run does not go, or went after all.
     Leftover(LeftoverNews),
     /// Docker is back: which of its instances still live.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 /// History kept per instance, in bytes.
 const HISTORY_BYTES_MAX: usize = 100 * 1024;
@@ -21,6 +21,7 @@ pub struct LogTail {
 struct Shared {
     history: Mutex<History>,
     live: broadcast::Sender<Arc<str>>,
+    unfinished: watch::Sender<Arc<str>>,
 }
 
 #[derive(Debug, Default)]
@@ -38,7 +39,8 @@ impl Default for LogTail {
 impl LogTail {
     pub fn new() -> LogTail {
         let (live, _) = broadcast::channel(LIVE_LINES_MAX);
-        LogTail { shared: Arc::new(Shared { history: Mutex::default(), live }) }
+        let (unfinished, _) = watch::channel(Arc::from(""));
+        LogTail { shared: Arc::new(Shared { history: Mutex::default(), live, unfinished }) }
     }
 
     /// Adds one line (without its newline).
@@ -57,6 +59,17 @@ impl LogTail {
         }
         // Sent under the lock, so that `follow` misses and repeats nothing. No receiver is fine.
         let _ = self.shared.live.send(line);
+    }
+
+    /// The line that is being written, so far. It may hold a secret of which half is written: it
+    /// is for reading progress from, not for showing.
+    pub fn grow(&self, unfinished: &str) {
+        self.shared.unfinished.send_replace(Arc::from(unfinished));
+    }
+
+    /// Changes each time that a line without an end has grown.
+    pub fn unfinished(&self) -> watch::Receiver<Arc<str>> {
+        self.shared.unfinished.subscribe()
     }
 
     /// The last `n` lines, oldest first.

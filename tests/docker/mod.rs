@@ -20,7 +20,7 @@ use wharf::config::catalog::{
     SwapSettings, Vram, WaitingSettings, WaitingStyle,
 };
 use wharf::runtime::docker::DockerRuntime;
-use wharf::runtime::{Found, Identity, LaunchSpec, Running};
+use wharf::runtime::{Found, Identity, LaunchSpec, Running, RuntimeHandle};
 use wharf::units::{Bytes, InstanceId, ModelName, Priority};
 
 pub const BUSYBOX: &str = "wharf-test/busybox:1";
@@ -132,7 +132,15 @@ impl Yard {
     }
 
     pub async fn found(&self) -> Vec<Found> {
-        self.runtime.find(&self.installation).await.expect("the containers")
+        let all = self.runtime.find(&self.installation).await.expect("the containers");
+        assert!(all.silent.is_empty(), "{all:?}");
+        all.found
+    }
+
+    pub async fn is_alive(&self, running: &Running) -> bool {
+        let RuntimeHandle::Docker { id, .. } = &running.handle else { panic!("no container") };
+        let ids = [id.clone()];
+        self.runtime.running_of(&ids).await.expect("an answer").contains(id)
     }
 
     pub async fn clean(&self) {
