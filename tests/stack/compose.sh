@@ -91,9 +91,14 @@ echo "Wharf runs as user $user"
 
 # An orphan in a session of its own falls to the container's first process, which must bury it.
 docker exec "$WHARF_NAME" sh -c '(i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done) >/dev/null 2>&1 &'
-orphans() { docker top "$WHARF_NAME" -eo stat,comm | awk 'NR > 1 && $2 != "wharf" && $2 != "docker-init"'; }
-for _ in $(seq 100); do [ -n "$(orphans)" ] || break; sleep 0.1; done
-[ -z "$(orphans)" ] || fail "not buried: $(orphans)"
+first=$(docker inspect --format '{{.State.Pid}}' "$WHARF_NAME")
+orphans() { ps --ppid "$first" -o stat=,comm= | awk '$2 != "wharf"' || true; }
+for _ in $(seq 100); do
+    left=$(orphans)
+    [ -n "$left" ] || break
+    sleep 0.1
+done
+[ -z "$left" ] || fail "not buried: $left"
 echo "no zombie is left"
 
 # 4. One request per model, with the key that was made at first start.
