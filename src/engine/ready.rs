@@ -30,6 +30,7 @@ pub async fn wait_ready(
     deadline: Instant,
 ) -> Result<(), Fault> {
     let (history, mut live) = running.log.follow();
+    let mut unfinished = running.log.unfinished();
     let mut start = Start::new(spec, running, progress);
     for line in &history {
         start.line(line);
@@ -67,6 +68,10 @@ pub async fn wait_ready(
                 Err(RecvError::Lagged(_)) => start.changed(),
                 Err(RecvError::Closed) => log_open = false,
             },
+            Ok(()) = unfinished.changed() => {
+                let line = Arc::clone(&unfinished.borrow_and_update());
+                start.unfinished(&line);
+            }
             () = sleep_until(start.stalled_at()) => {
                 return Err(start.too_slow(FaultKind::Stalled));
             }
@@ -193,6 +198,16 @@ impl<'a> Start<'a> {
             }
         }
         false
+    }
+
+    /// A line that grows is a sign of life, and may tell how far it is (a dot for each percent).
+    /// For anything else its end is awaited.
+    fn unfinished(&mut self, line: &str) {
+        self.changed();
+        if let Some(Meaning::Phase(stage, fraction)) = meaning(self.spec.engine, line) {
+            self.phase = Some(stage);
+            self.progress.set(stage, fraction, "");
+        }
     }
 
     async fn rest_of_log(&mut self, live: &mut broadcast::Receiver<Arc<str>>) {

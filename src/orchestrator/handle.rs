@@ -13,7 +13,7 @@ use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
 use super::leftovers::LeftoverNews;
 use super::outage::OutageNews;
-use super::reconcile::Adopted;
+use super::reconcile::InDocker;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
@@ -37,7 +37,7 @@ pub enum Message {
     /// An effect reports.
     Effect(Event),
     /// Docker answers for the first time: what an earlier run left there; `None`: it did not say.
-    FoundInDocker(Option<Vec<Adopted>>),
+    FoundInDocker(Option<InDocker>),
     /// An instance of an earlier run does not go, or went after all.
     Leftover(LeftoverNews),
     /// The state folder cannot be written, or can again.

@@ -23,9 +23,7 @@ impl Owner {
             Action::OpenGate { instance, permits } => self.open_gate(instance, permits),
             Action::CloseGate { instance } => self.close_gate(instance),
             Action::WatchGate { instance, every_release } => {
-                if let Some(gate) = self.gate(instance) {
-                    gate.watch(every_release);
-                }
+                self.watch_gate(instance, every_release);
             }
             Action::CancelLeases { instance, why } => {
                 if let Some(gate) = self.gate(instance) {
@@ -111,6 +109,21 @@ impl Owner {
         let count = gate.read();
         live.told = Some(count);
         self.follow_up.push_back(Event::GateSeen { instance, gate: count });
+    }
+
+    /// What ended since the scheduler was told last sent no ping yet: it is told now.
+    fn watch_gate(&mut self, instance: InstanceId, every_release: bool) {
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        let Some(gate) = &live.gate else { return };
+        gate.watch(every_release);
+        if !every_release {
+            return;
+        }
+        let count = gate.read();
+        if live.told != Some(count) {
+            live.told = Some(count);
+            self.follow_up.push_back(Event::GateSeen { instance, gate: count });
+        }
     }
 
     fn unpublish_gate(&mut self, instance: InstanceId) {
@@ -329,7 +342,7 @@ impl Owner {
         let (mut exit, inbox) = (running.exit.clone(), self.effects.inbox.clone());
         let (log, model) = (running.log.clone(), running.identity.model.clone());
         tokio::spawn(async move {
-            let report = ended(&mut exit).await;
+            let Some(report) = ended(&mut exit).await else { return };
             let kind = if report.oom_killed { FaultKind::OutOfMemory } else { FaultKind::Exited };
             let fault =
                 Fault::new(kind, format!("{model}: the engine {report} while it was ready"))

@@ -1,7 +1,7 @@
 //! At start-up: what of an earlier run still lives is adopted if it is healthy and unchanged;
 //! the rest is reaped. What we did not start is never touched.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use super::state_dir::StateDir;
 use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec};
 use crate::engine;
 use crate::gpu::Gpus;
+use crate::runtime::docker::FoundAll;
 use crate::runtime::{Found, Identity, Progress, Running};
 use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName};
@@ -35,11 +36,13 @@ pub struct InDocker {
     pub adopted: Vec<Adopted>,
     /// Containers of an earlier run were there when it looked.
     pub any_left: bool,
+    /// Some of them could not be looked at: look again.
+    pub any_missed: bool,
 }
 
 pub struct Reconciled {
     pub adopted: Vec<Adopted>,
-    /// Docker did not answer: what runs there is looked up when it does.
+    /// Docker did not answer, or not for all: what runs there is looked up when it does.
     pub docker_missed: bool,
 }
 
@@ -61,13 +64,14 @@ pub async fn reconcile(
     if !uses_docker(catalog) && !state.ever_used_docker() {
         return Reconciled { adopted, docker_missed: false };
     }
-    match reconcile_docker(effects, catalog, installation, 0..=u64::MAX, named).await {
+    let none_known = BTreeSet::new();
+    match reconcile_docker(effects, catalog, installation, 0..=u64::MAX, &none_known, named).await {
         Some(in_docker) => {
             if !in_docker.any_left && !uses_docker(catalog) {
                 state.forget_docker();
             }
             adopted.extend(in_docker.adopted);
-            Reconciled { adopted, docker_missed: false }
+            Reconciled { adopted, docker_missed: in_docker.any_missed }
         }
         None => Reconciled { adopted, docker_missed: true },
     }
@@ -91,19 +95,26 @@ fn named_container(spec: &ModelSpec) -> Option<&str> {
 }
 
 /// Containers by label, then those that the configuration names; `None`: Docker does not answer.
-/// `earlier`: ids of earlier runs, so that what this run is just starting is left alone.
+/// `earlier`: ids of earlier runs, so that what this run is just starting is left alone. `known`:
+/// what was adopted or is being reaped already.
 pub async fn reconcile_docker(
     effects: &Effects,
     catalog: &Catalog,
     installation: &str,
     earlier: RangeInclusive<u64>,
+    known: &BTreeSet<InstanceId>,
     named: &BTreeMap<ModelName, InstanceId>,
 ) -> Option<InDocker> {
-    let (mut adopted, any_left) = match effects.runtimes.docker.find(installation).await {
-        Ok(mut found) => {
-            found.retain(|found| earlier.contains(&found.running.identity.instance.0));
-            let any_left = !found.is_empty();
-            (adopt_or_reap_all(effects, catalog, found).await, any_left)
+    let is_sought = |id: InstanceId| earlier.contains(&id.0) && !known.contains(&id);
+    let (mut adopted, any_left, any_missed) = match effects.runtimes.docker.find(installation).await
+    {
+        Ok(FoundAll { mut found, silent }) => {
+            found.retain(|found| is_sought(found.running.identity.instance));
+            for (container, fault) in &silent {
+                tracing::warn!(%container, "of an earlier run, is looked at again: {}", fault.message);
+            }
+            let any_left = !(found.is_empty() && silent.is_empty());
+            (adopt_or_reap_all(effects, catalog, found).await, any_left, !silent.is_empty())
         }
         Err(fault) => {
             // Whoever follows the daemon has said that it does not answer.
@@ -118,9 +129,12 @@ pub async fn reconcile_docker(
         let (Some(name), Some(&id)) = (named_container(spec), named.get(&spec.name)) else {
             continue;
         };
+        if known.contains(&id) {
+            continue;
+        }
         adopted.extend(adopt_named(effects, spec, name, installation, id).await);
     }
-    Some(InDocker { adopted, any_left })
+    Some(InDocker { adopted, any_left, any_missed })
 }
 
 /// At most one instance per model: the newest that is fit.

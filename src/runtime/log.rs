@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use super::redact::Secrets;
 
@@ -24,6 +24,7 @@ struct Shared {
     secrets: Secrets,
     history: Mutex<History>,
     live: broadcast::Sender<Arc<str>>,
+    unfinished: watch::Sender<Arc<str>>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -52,7 +53,9 @@ impl LogTail {
     /// Of an engine whose secrets are known.
     pub fn hiding(secrets: Secrets) -> LogTail {
         let (live, _) = broadcast::channel(LIVE_LINES_MAX);
-        LogTail { shared: Arc::new(Shared { secrets, history: Mutex::default(), live }) }
+        let (unfinished, _) = watch::channel(Arc::from(""));
+        let history = Mutex::default();
+        LogTail { shared: Arc::new(Shared { secrets, history, live, unfinished }) }
     }
 
     /// Adds one line (without its newline).
@@ -73,6 +76,18 @@ impl LogTail {
         }
         // Sent under the lock, so that `follow` misses and repeats nothing. No receiver is fine.
         let _ = self.shared.live.send(line);
+    }
+
+    /// The line that is being written, so far. It may hold a secret of which half is written: it
+    /// is for reading progress from, not for showing.
+    pub fn grow(&self, unfinished: &str) {
+        let unfinished = self.shared.secrets.redact(unfinished);
+        self.shared.unfinished.send_replace(Arc::from(&*unfinished));
+    }
+
+    /// Changes each time that a line without an end has grown.
+    pub fn unfinished(&self) -> watch::Receiver<Arc<str>> {
+        self.shared.unfinished.subscribe()
     }
 
     /// The last `n` lines, oldest first.

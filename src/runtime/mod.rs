@@ -12,6 +12,8 @@ pub mod redact;
 mod tls;
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::future::pending;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -218,6 +220,17 @@ impl Runtimes {
             RuntimeSpec::Process(_) => self.process.start(spec).await,
             RuntimeSpec::Docker(_) => self.docker.start(spec).await,
             RuntimeSpec::External(_) => self.external.start(spec).await,
+        }
+    }
+
+    /// While an engine loads: has its log told of lines that grow before they end, where that does
+    /// not come by itself. For as long as it is polled.
+    pub async fn follow_unfinished(&self, running: &Running) -> Infallible {
+        match &running.handle {
+            RuntimeHandle::Docker { id, .. } => {
+                self.docker.follow_unfinished(id, &running.log).await
+            }
+            RuntimeHandle::Process { .. } | RuntimeHandle::External => pending().await,
         }
     }
 

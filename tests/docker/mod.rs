@@ -18,7 +18,7 @@ use wharf::config::catalog::{
     Catalog, DockerSpec, GpuRequest, Health, ModelSpec, PullPolicy, RuntimeSpec, Settings, StopSpec,
 };
 use wharf::runtime::docker::DockerRuntime;
-use wharf::runtime::{Found, Identity, LaunchKey, LaunchSpec, Running};
+use wharf::runtime::{Found, Identity, LaunchKey, LaunchSpec, Running, RuntimeHandle};
 use wharf::units::{InstanceId, ModelName};
 
 pub const BUSYBOX: &str = "wharf-test/busybox:1";
@@ -131,7 +131,15 @@ impl Yard {
     }
 
     pub async fn found(&self) -> Vec<Found> {
-        self.runtime.find(&self.installation).await.expect("the containers")
+        let all = self.runtime.find(&self.installation).await.expect("the containers");
+        assert!(all.silent.is_empty(), "{all:?}");
+        all.found
+    }
+
+    pub async fn is_alive(&self, running: &Running) -> bool {
+        let RuntimeHandle::Docker { id, .. } = &running.handle else { panic!("no container") };
+        let ids = [id.clone()];
+        self.runtime.running_of(&ids).await.expect("an answer").contains(id)
     }
 
     pub async fn clean(&self) {

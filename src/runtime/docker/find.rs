@@ -4,11 +4,12 @@ use std::collections::HashMap;
 
 use bollard::models::{ContainerInspectResponse, HostConfig};
 use bollard::query_parameters::ListContainersOptionsBuilder;
+use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::client::{Client, PROMPT};
-use super::{DockerRuntime, errors, labels, place, start, stop, watched};
+use super::{DockerRuntime, errors, labels, place, start, watched};
 use crate::runtime::redact::Secrets;
 use crate::runtime::{Endpoint, Foreign, Found, Given, Identity, LogTail, Running, RuntimeHandle};
 use crate::scheduler::event::Fault;
@@ -21,16 +22,24 @@ pub struct NamedContainer {
     pub alive: bool,
 }
 
+/// What a look through all containers brought.
+#[derive(Debug)]
+pub struct FoundAll {
+    pub found: Vec<Found>,
+    /// Containers of ours that Docker lists but could not say more of, each with the reason.
+    pub silent: Vec<(String, Fault)>,
+}
+
 /// Every container with this installation's label, running or not. A fetch of weights that an
 /// earlier run left behind is removed; so this is for the start of Wharf only.
-pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<Vec<Found>, Fault> {
+pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<FoundAll, Fault> {
     let client = &runtime.client;
     let docker = client.docker().await?;
     let label = format!("{}={installation}", labels::INSTALLATION);
     let filters = HashMap::from([("label", vec![label])]);
     let options = ListContainersOptionsBuilder::new().all(true).filters(&filters).build();
     let ours = client.within(PROMPT, docker.list_containers(Some(options))).await?;
-    let mut found = Vec::new();
+    let mut ids = Vec::new();
     for summary in ours {
         let Some(id) = summary.id else { continue };
         if summary.labels.as_ref().is_some_and(labels::is_errand) {
@@ -40,15 +49,31 @@ pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<Vec<Fou
             }
             continue;
         }
-        match timeout(PROMPT, docker.inspect_container(&id, None)).await {
-            Ok(Ok(container)) => found.extend(adopt(runtime, container).await?),
-            Ok(Err(error)) if errors::is_missing(&error) => {}
-            Ok(Err(error)) => return Err(errors::fault(client.host(), "inspect", &error)),
-            Err(_) => return Err(errors::silent(client.host(), PROMPT)),
+        ids.push(id);
+    }
+    // At once, and each for itself: one that Docker holds locked must not delay or hide the others.
+    let looks = join_all(ids.iter().map(|id| look(runtime, id))).await;
+    let (mut found, mut silent) = (Vec::new(), Vec::new());
+    for (id, look) in ids.into_iter().zip(looks) {
+        match look {
+            Ok(one) => found.extend(one),
+            Err(fault) => silent.push((id, fault)),
         }
     }
     found.sort_by_key(|found: &Found| found.running.identity.instance);
-    Ok(found)
+    Ok(FoundAll { found, silent })
+}
+
+/// `None`: gone meanwhile, or not really ours.
+async fn look(runtime: &DockerRuntime, id: &str) -> Result<Option<Found>, Fault> {
+    let client = &runtime.client;
+    let docker = client.docker().await?;
+    match timeout(PROMPT, docker.inspect_container(id, None)).await {
+        Ok(Ok(container)) => adopt(runtime, container).await,
+        Ok(Err(error)) if errors::is_missing(&error) => Ok(None),
+        Ok(Err(error)) => Err(errors::fault(client.host(), "inspect", &error)),
+        Err(_) => Err(errors::silent(client.host(), PROMPT)),
+    }
 }
 
 async fn adopt(
@@ -127,12 +152,6 @@ pub async fn adopt_named(
         log,
         exit,
     }))
-}
-
-pub async fn is_alive(client: &Client, running: &Running) -> Result<bool, Fault> {
-    let RuntimeHandle::Docker { id, .. } = &running.handle else { return Ok(false) };
-    let docker = client.docker().await?;
-    stop::running(client, &docker, id).await
 }
 
 /// What of a container's environment its log must not show.
