@@ -6,5 +6,6 @@ mod fairness;
 mod faults;
 mod look;
 mod random;
+mod reload;
 mod swaps;
 mod world;
