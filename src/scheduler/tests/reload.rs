@@ -168,9 +168,8 @@ fn an_engine_of_an_earlier_configuration_teaches_nothing() {
     sim.run_secs(3);
     sim.request("a");
     sim.run_secs(6);
-    let starts = sim.log.iter().filter_map(|(_, action)| match action {
-        Action::StartInstance { footprint, .. } => Some(*footprint),
-        _ => None,
+    let starts = sim.log.iter().filter_map(|(_, action)| {
+        if let Action::StartInstance { footprint, .. } = action { Some(*footprint) } else { None }
     });
     assert_eq!(starts.collect::<Vec<_>>(), [None, None], "the second is measured afresh");
 }
