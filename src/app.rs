@@ -9,8 +9,8 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::catalog::{Catalog, Settings};
-use crate::config::diff::changes;
+use crate::config::catalog::Catalog;
+use crate::config::diff::{changes, keep_what_needs_a_restart};
 use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
 use crate::telemetry::metrics::Metrics;
@@ -25,7 +25,8 @@ const DRAIN_TOLD_EVERY: Duration = Duration::from_secs(5);
 /// Control answers are short; inference streams get `drain_timeout`.
 const CONTROL_GRACE: Duration = Duration::from_secs(2);
 
-/// Serves until SIGTERM or SIGINT; a second one ends at once.
+/// Serves until SIGTERM or SIGINT. A second one hurries: requests are cut and engines told to end
+/// at once. A third ends at once; what still runs is adopted or reaped at the next start.
 /// `reload` reads the configuration again, flags applied.
 pub async fn run(
     catalog: Catalog,
@@ -45,24 +46,27 @@ pub async fn run(
     let (handle, mut owner) =
         orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics)).await?;
 
-    let stop = CancellationToken::new();
+    let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
     let control = api::router(handle.clone(), Arc::clone(&metrics));
     let inference = gateway::router(handle.clone(), metrics);
     let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
     let mut serving = Vec::new();
     let control = match gateway_listener {
         Some(listener) => {
-            serving.push(tokio::spawn(gateway::serve(listener, inference, stop.clone(), drain)));
+            let (stop, hurry) = (stop.clone(), hurry.clone());
+            let serve = gateway::serve_until(listener, inference, stop, drain, hurry);
+            serving.push(tokio::spawn(serve));
             control
         }
         // One address for both: the orchestrator's routes win, the rest is inference.
         None => control.fallback_service(inference),
     };
-    serving.push(tokio::spawn(gateway::serve(
+    serving.push(tokio::spawn(gateway::serve_until(
         orchestrator_listener,
         control,
         stop.clone(),
         CONTROL_GRACE.max(if gateway_at == orchestrator_at { drain } else { CONTROL_GRACE }),
+        hurry.clone(),
     )));
     tracing::info!(gateway = %gateway_at, orchestrator = %orchestrator_at, "serving");
 
@@ -72,7 +76,7 @@ pub async fn run(
         // Only after a panic. The engines live on: whoever starts us again adopts them.
         _ = &mut owner => bail!("the orchestrator ended by itself: report the last log lines"),
     };
-    tracing::info!("{signal_name}: draining, at most {} s", drain.as_secs());
+    tracing::info!("{signal_name}: draining, at most {} s; once more to hurry", drain.as_secs());
     reloads.abort();
     // Whoever waits in the queue hears it now, not when the drain is over and connections are cut.
     handle.refuse_new();
@@ -84,12 +88,20 @@ pub async fn run(
             let _ = task.await;
         }
         progress.abort();
-        handle.shutdown().await;
+        handle.shutdown(hurry.clone()).await;
         let _ = owner.await;
     };
+    tokio::pin!(drained);
+    tokio::select! {
+        () = &mut drained => return Ok(()),
+        again = next_stop() => {
+            tracing::warn!("{}: cutting requests and ending engines; once more to leave at once", again?);
+            hurry.cancel();
+        }
+    }
     tokio::select! {
         () = drained => Ok(()),
-        again = second_stop() => bail!("stopped at once by a second {}", again?),
+        again = next_stop() => bail!("left at once by a third {}", again?),
     }
 }
 
@@ -127,8 +139,8 @@ fn drain_text<'a>(busy: impl Iterator<Item = (&'a str, u32)>, left: Duration) ->
     })
 }
 
-/// Wrappers pass a signal on that the whole group also gets: that is still the first one.
-async fn second_stop() -> anyhow::Result<&'static str> {
+/// Wrappers pass a signal on that the whole group also gets: that is still the same one.
+async fn next_stop() -> anyhow::Result<&'static str> {
     tokio::time::sleep(SAME_SIGNAL_WITHIN).await;
     wait_for_stop().await
 }
@@ -202,19 +214,11 @@ async fn reload_on_sighup(
             Ok(catalog)
         });
         match checked {
-            Ok(catalog) => {
-                let (old, new) = (handle.catalog(), &catalog.settings);
-                let old = &old.settings;
-                let at_start = |s: &Settings| {
-                    let listen = (s.gateway, s.orchestrator);
-                    let rest = (s.store.clone(), s.gpu.clone(), s.docker_host.clone());
-                    (listen, rest, s.engine_ports)
-                };
-                if at_start(new) != at_start(old) {
-                    tracing::warn!(
-                        "listen, store, gpu, engine_ports and the Docker host need a restart; the \
-                         rest is reloaded"
-                    );
+            Ok(mut catalog) => {
+                let kept =
+                    keep_what_needs_a_restart(&mut catalog.settings, &handle.catalog().settings);
+                if !kept.is_empty() {
+                    tracing::warn!("{} need a restart; the rest is reloaded", kept.join(", "));
                 }
                 let changes = changes(&handle.catalog(), &catalog);
                 handle.reload(Arc::new(catalog)).await;

@@ -228,6 +228,35 @@ async fn docker_may_stop_and_come_back() {
 }
 
 #[tokio::test]
+async fn a_named_container_whose_docker_is_away_at_the_start_is_adopted_when_it_is_back() {
+    let Some(own) = OwnDaemon::start("named", &["--live-restore"]) else { return };
+    let daemon = Daemon { host: own.host.clone() };
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let publish = format!("127.0.0.1:{port}:8000");
+    let mut args = vec!["run", "-d", "--init", "--name", "coder", "-p", &publish, STANDIN];
+    let engine = standin_args("ada", "");
+    args.extend(engine.iter().map(String::as_str));
+    daemon.with_standin().docker(&args);
+    let began = || daemon.docker(&["inspect", "--format", "{{.State.StartedAt}}", "coder"]);
+    let before = began();
+    own.crash();
+    let docker = json!({ "container": "coder", "port": 8000 });
+    let models = model("ada", &json!({ "engine": "openai", "vram": "1GiB", "docker": docker }))
+        + &support::standin("pro", "5GiB", "--load 100ms");
+    let scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &models, &[]).await;
+    scene.fails("ada", "runtime_unreachable", &["Docker", &daemon.host]).await;
+    scene.answers("pro").await;
+    own.up();
+    docker_is(&scene, "ok").await;
+    scene.until_answers("ada").await;
+    assert_eq!(began(), before, "as it ran: {}", scene.world.log());
+    scene.world.server.stop().await.unwrap();
+    assert_eq!(daemon.docker(&["inspect", "--format", "{{.State.Running}}", "coder"]), "false");
+}
+
+#[tokio::test]
 async fn containers_that_outlive_a_crash_of_docker_serve_on() {
     let Some(own) = OwnDaemon::start("crash", &["--live-restore"]) else { return };
     let daemon = Daemon { host: own.host.clone() };

@@ -142,6 +142,27 @@ async fn a_container_whose_configuration_changed_is_not_adopted() {
 }
 
 #[tokio::test]
+async fn a_reload_may_bring_the_first_model_that_runs_in_docker() {
+    let Some(daemon) = given() else { return };
+    let process = support::standin("eve", "1GiB", "--load 100ms");
+    let scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &process, &[]).await;
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["docker"]["status"], "unused", "{health:#}");
+    let path = scene.world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, yaml + &standin("ada", "14GiB", "--load 100ms")).unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(scene.world.server.pid()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    scene.world.until("ada is there", |status| status["models"]["ada"].is_object()).await;
+    scene.answers("ada").await;
+    scene.answers("eve").await;
+    assert_eq!(scene.containers().len(), 1);
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["docker"]["status"], "ok", "{health:#}");
+    scene.stop().await;
+}
+
+#[tokio::test]
 async fn containers_of_models_that_left_docker_are_reaped_all_the_same() {
     let Some(daemon) = given() else { return };
     let mut scene = scene(&daemon, "stop").await;
@@ -167,7 +188,7 @@ async fn containers_of_models_that_left_docker_are_reaped_all_the_same() {
 /// Docker, behind a socket that breaks off whatever contains `/kill` while it is told to.
 async fn deaf_to_kill(daemon: &Daemon, dir: &Path) -> (Daemon, Arc<AtomicBool>) {
     let path = dir.join("deaf.sock");
-    let listener = UnixListener::bind(&path).unwrap();
+    let listener = UnixListener::bind(&path).expect("a socket");
     let deaf = Arc::new(AtomicBool::new(false));
     let (is_deaf, real) = (Arc::clone(&deaf), daemon.host.trim_start_matches("unix://").to_owned());
     tokio::spawn(async move {
@@ -250,6 +271,41 @@ async fn on_exit_keep_leaves_containers_to_be_adopted() {
     // What is kept here goes with the scene.
 }
 
+/// As a stand-in for vLLM: it is given a key.
+fn keyed(name: &str) -> String {
+    let args = standin_args(name, "--load 300ms --style vllm");
+    let docker = json!({ "image": STANDIN, "pull": "never", "args": args, "port": 8000 });
+    model(name, &json!({ "engine": "vllm", "vram": "14GiB", "docker": docker }))
+}
+
+#[tokio::test]
+async fn the_key_of_an_engine_is_read_back_from_its_container() {
+    let Some(daemon) = given() else { return };
+    let settings = settings(&daemon, "on_exit: stop");
+    let mut scene = Scene::open(&daemon, &settings, &keyed("ada"), &[]).await;
+    scene.answers("ada").await;
+    let id = scene.containers().remove(0);
+    let inspect = |what: &str| daemon.docker(&["inspect", "--format", what, &id]);
+    let env = inspect("{{range .Config.Env}}{{println .}}{{end}}");
+    let key = env.lines().find_map(|entry| entry.strip_prefix("VLLM_API_KEY=")).unwrap();
+    assert_eq!(key.len(), 48, "{env}");
+    assert!(!inspect("{{.Args}} {{.Config.Labels}}").contains(key));
+    assert_eq!(straight(&scene, None).await, 401);
+    assert_eq!(straight(&scene, Some(key)).await, 200);
+    scene.world.server.kill_and_restart().await.unwrap();
+    scene.answers("ada").await;
+    assert_eq!(scene.containers(), [id.as_str()], "adopted");
+    assert!(!scene.world.log().contains(key));
+    scene.stop().await;
+}
+
+/// Asks the engine of ada itself, past Wharf.
+async fn straight(scene: &Scene, key: Option<&str>) -> u16 {
+    let model = scene.world.server.talk.get("/models/ada").await.expect("a row");
+    let endpoint = model["endpoint"].as_str().expect("an endpoint");
+    support::status_of(endpoint, "/v1/models", key).await
+}
+
 #[tokio::test]
 async fn on_exit_stop_leaves_none() {
     let Some(daemon) = given() else { return };
@@ -266,13 +322,15 @@ struct Named<'a> {
 }
 
 impl<'a> Named<'a> {
-    fn create(daemon: &'a Daemon, name: &str) -> Named<'a> {
+    fn create(daemon: &'a Daemon, name: &str, more: &[&str]) -> Named<'a> {
         let name = format!("wharf-{name}-{}", std::process::id());
         let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = free.local_addr().expect("its number").port();
         drop(free);
         let publish = format!("127.0.0.1:{port}:8000");
-        let mut args = vec!["create", "--init", "--name", &name, "-p", &publish, STANDIN];
+        let mut args = vec!["create", "--init", "--name", &name, "-p", &publish];
+        args.extend(more);
+        args.push(STANDIN);
         let engine = standin_args("ada", "--load 300ms");
         args.extend(engine.iter().map(String::as_str));
         daemon.docker(&args);
@@ -297,9 +355,9 @@ impl Drop for Named<'_> {
 #[tokio::test]
 async fn a_container_that_compose_made_is_started_stopped_and_adopted_but_never_removed() {
     let Some(daemon) = given() else { return };
-    let named = Named::create(&daemon, "named");
+    let named = Named::create(&daemon, "named", &["-e", "VLLM_API_KEY=from-compose"]);
     let docker = json!({ "container": named.name, "port": 8000 });
-    let models = model("ada", &json!({ "engine": "openai", "vram": "14GiB", "docker": docker }))
+    let models = model("ada", &json!({ "engine": "vllm", "vram": "14GiB", "docker": docker }))
         + &standin("bob", "14GiB", "--load 200ms");
     let mut scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &models, &[]).await;
     assert!(!named.runs());
@@ -322,7 +380,7 @@ async fn a_container_that_compose_made_is_started_stopped_and_adopted_but_never_
 #[tokio::test]
 async fn a_named_container_that_runs_and_does_not_answer_is_stopped_and_serves_when_asked_for() {
     let Some(daemon) = given() else { return };
-    let named = Named::create(&daemon, "loading");
+    let named = Named::create(&daemon, "loading", &[]);
     // As good as an engine that loads for long.
     let start_by_hand = || {
         daemon.docker(&["start", &named.name]);

@@ -3,7 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use http::StatusCode;
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use http::{StatusCode, header};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
@@ -14,6 +16,9 @@ use crate::orchestrator::view::Leftover;
 
 /// A listener on this machine accepts at once, or does not accept.
 const GATEWAY_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Failed parts are tried again every second or two.
+const RETRY_AFTER_S: &str = "5";
 
 /// State of one part of Wharf.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,7 +48,7 @@ impl Part {
 }
 
 /// `GET /health` of both listeners: 200 only if every part that a configured model needs works.
-pub async fn answer(handle: &Handle) -> (StatusCode, Value) {
+pub async fn answer(handle: &Handle) -> Response {
     let at = Snapshot::of(handle);
     let parts = [
         ("gateway", gateway(&at).await),
@@ -54,8 +59,11 @@ pub async fn answer(handle: &Handle) -> (StatusCode, Value) {
     let healthy = parts.iter().all(|(_, part)| part.serves());
     let mut body = render::health(&at, healthy);
     body.extend(parts.iter().map(|(name, part)| ((*name).to_owned(), part.json())));
-    let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Value::Object(body))
+    if healthy {
+        return Json(body).into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, RETRY_AFTER_S)], Json(body))
+        .into_response()
 }
 
 /// As [`answer`], without the gateway's listener: for the word in `/status`.
@@ -94,7 +102,8 @@ fn orchestrator(at: &Snapshot<'_>) -> Part {
     let swaps = at.view.scheduler.swaps.len();
     let queued = at.view.scheduler.queued;
     let works = format!("{swaps} swaps under way, {queued} requests waiting");
-    let troubles: Vec<String> = at.view.leftovers.iter().map(leftover).collect();
+    let troubles: Vec<String> =
+        at.view.leftovers.iter().map(leftover).chain(at.view.outages.iter().cloned()).collect();
     if troubles.is_empty() {
         return Part::Ok(works);
     }

@@ -14,7 +14,7 @@ pub fn row(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
 /// One swap with everything that is known of it.
 pub fn detail(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
     let mut fields = fields(at, swap);
-    if let Some(SwapOutcome::Failed(fault) | SwapOutcome::Died(fault)) = &swap.outcome {
+    if let Some(fault) = swap.outcome.as_ref().and_then(SwapOutcome::fault) {
         fields.insert("log".to_owned(), json!(fault.log_tail));
     }
     Value::Object(fields)

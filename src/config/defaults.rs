@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::catalog::{
     AuthSettings, EngineKind, GpuProvider, GpuRequest, GpuSettings, Health, ModelSpec, OnExit,
-    ProcessSpec, QueueSettings, RuntimeSpec, Settings, StopSpec, SwapMode, SwapSettings, Vram,
-    WaitingSettings, WaitingStyle,
+    ProcessSpec, QueueSettings, RamSettings, RuntimeSpec, Settings, StopSpec, SwapMode,
+    SwapSettings, Vram, WaitingSettings, WaitingStyle,
 };
 use crate::units::{Bytes, ModelName, Priority};
 
@@ -42,6 +42,7 @@ impl Default for Settings {
                 release_lag: Duration::ZERO,
                 foreign: Vec::new(),
             },
+            ram: RamSettings::default(),
             engine_ports: (18051, 18999),
             store: PathBuf::from("wharf.db"),
             auth: AuthSettings::default(),
@@ -82,6 +83,7 @@ impl ModelSpec {
             start_timeout: None,
             stop: StopSpec { signal: "SIGTERM".to_owned(), grace: Duration::from_secs(10) },
             canary: false,
+            include_usage: true,
             upstream_name: None,
             port: None,
             waiting: None,

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde_json::Value;
 
-use super::catalog::{Catalog, Settings};
+use super::catalog::{Catalog, GpuSettings, Settings};
 
 /// Names listed of each kind; the rest are counted.
 const NAMES_MAX: usize = 10;
@@ -39,6 +39,19 @@ pub fn changes(old: &Catalog, new: &Catalog) -> Changes {
         adjusted: edited(true),
         settings: settings(&old.settings, &new.settings),
     }
+}
+
+/// What only a start reads stays as it is in force; answers with the keys that the file changes in
+/// vain until then.
+pub fn keep_what_needs_a_restart(new: &mut Settings, running: &Settings) -> Vec<String> {
+    let asked = new.clone();
+    new.gateway = running.gateway;
+    new.orchestrator = running.orchestrator;
+    new.store.clone_from(&running.store);
+    new.engine_ports = running.engine_ports;
+    new.docker_host.clone_from(&running.docker_host);
+    new.gpu = GpuSettings { reserve: new.gpu.reserve, ..running.gpu.clone() };
+    settings(&asked, new)
 }
 
 /// Keys as they are written in models.yaml.
@@ -106,6 +119,7 @@ impl fmt::Display for Changes {
 mod tests {
     use super::*;
     use crate::config::parse;
+    use crate::units::Bytes;
 
     fn catalog(text: &str) -> Catalog {
         parse(text, "models.yaml", &|_| None).unwrap().catalog
@@ -145,5 +159,24 @@ mod tests {
         let added = (0..13).map(|n| format!("m{n}")).collect();
         let text = Changes { added, ..Changes::default() }.to_string();
         assert!(text.ends_with("m8, m9 and 3 more"), "{text}");
+    }
+    #[test]
+    fn what_only_a_start_reads_stays_in_force() {
+        let running = Settings::default();
+        let mut asked = Settings {
+            gateway: "127.0.0.1:9090".parse().unwrap(),
+            store: "other.db".into(),
+            ..Settings::default()
+        };
+        asked.gpu.memory = vec![Bytes::gib(8)];
+        asked.gpu.reserve = Bytes::gib(2);
+        asked.queue.limit = 7;
+        let kept = keep_what_needs_a_restart(&mut asked, &running);
+        assert_eq!(kept, ["listen.gateway", "gpu.memory", "store"]);
+        let live = (asked.gpu.reserve, asked.queue.limit);
+        assert_eq!(live, (Bytes::gib(2), 7));
+        asked.gpu.reserve = running.gpu.reserve;
+        asked.queue.limit = running.queue.limit;
+        assert_eq!(asked, running);
     }
 }

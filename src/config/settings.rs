@@ -59,6 +59,9 @@ pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
     if let Some(at) = top.take("gpu") {
         gpu(&at, &mut read, sink);
     }
+    if let Some(at) = top.take("ram") {
+        ram(&at, &mut read, sink);
+    }
     ports(top, &mut read, sink);
     let settings = &mut read.settings;
     if let Some(store) = top.take("store").and_then(|at| at.string(sink, "a file name")) {
@@ -192,6 +195,17 @@ fn gpu(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
         }
     }
     table.finish(sink, &[]);
+}
+
+fn ram(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
+    let Some(mut table) = at.table(sink, "`total` and `reserve`") else { return };
+    let ram = &mut read.settings.ram;
+    if let Some(at) = table.take("total") {
+        ram.total = at.size(sink);
+        read.spots.insert("ram.total", at.spot);
+    }
+    set(&mut ram.reserve, table.take("reserve").and_then(|at| at.size(sink)));
+    table.finish(sink, &[("memory", Unread::Hint("did you mean `total`?"))]);
 }
 
 fn sizes(at: &At<'_>, what: &str, sink: &mut Sink) -> Vec<Bytes> {

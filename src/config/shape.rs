@@ -54,6 +54,7 @@ impl ModelSpec {
             ttl: _,
             concurrency: _,
             waiting: _,
+            include_usage: _,
             ram: _,
             stop: _,
             // How a start is judged (see `starts_like`).

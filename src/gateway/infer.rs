@@ -101,7 +101,7 @@ impl Admitted<'_> {
         let stream = asked.stream;
         let mut edits = Vec::new();
         edits.extend(asked.rename(&received.bytes, spec.served_name()));
-        let usage = (stream && gateway.limits.inject_usage && may_inject(inference, &spec))
+        let usage = (stream && may_inject(inference, &spec))
             .then(|| asked.include_usage(&received.bytes))
             .flatten();
         let remove_usage = usage.is_some();
@@ -129,6 +129,7 @@ impl Admitted<'_> {
                 model: spec.name.clone(),
                 priority: wishes.priority(&spec, key),
                 max_wait: wishes.max_wait,
+                may_hurry: admit::is_unbound(key),
                 never_start: wishes.never_start,
                 retry_of: None,
             },
@@ -146,7 +147,9 @@ impl Admitted<'_> {
 
 /// llama.cpp tells its figures in every stream by itself.
 fn may_inject(inference: &Inference, spec: &ModelSpec) -> bool {
-    matches!(inference.api, Api::Chat | Api::Completions) && spec.engine != EngineKind::Llamacpp
+    spec.include_usage
+        && matches!(inference.api, Api::Chat | Api::Completions)
+        && spec.engine != EngineKind::Llamacpp
 }
 
 /// Where a request is, for those who tell its client.

@@ -1,13 +1,13 @@
 //! What the owner does when Docker goes away and comes back: its instances are lost until it says
 //! which of them still live, and what an earlier run left there is looked up as soon as it answers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::handle::Message;
 use super::leftovers::reap;
-use super::reconcile::{Adopted, reconcile_docker, uses_docker};
-use super::run::Owner;
+use super::reconcile::{InDocker, reconcile_docker, uses_docker};
+use super::run::{Live, Owner};
 use super::start::follow_docker;
 use super::view::Health;
 use crate::config::catalog::Catalog;
@@ -47,7 +47,7 @@ impl Owner {
         if self.docker.health.is_some() || !uses_docker(catalog) {
             return;
         }
-        self.state.note_docker();
+        self.writer.note_docker();
         let docker = self.effects.runtimes.docker.clone();
         docker.connect();
         let inbox = self.effects.inbox.clone();
@@ -67,7 +67,8 @@ impl Owner {
             if is_ok {
                 self.ask_who_lives();
             } else if !ours.is_empty() {
-                self.step(Event::RuntimeLost { instances: ours, why });
+                let instances = ours.into_iter().map(|(instance, _)| instance).collect();
+                self.step(Event::RuntimeLost { instances, why });
             }
         }
         self.look_for_missed();
@@ -77,38 +78,35 @@ impl Owner {
         self.docker.health.as_ref().is_some_and(|health| health.ok)
     }
 
-    fn in_docker(&self) -> Vec<InstanceId> {
-        let is_docker = |handle: &RuntimeHandle| matches!(handle, RuntimeHandle::Docker { .. });
-        self.instances
-            .iter()
-            .filter(|(_, live)| live.slot.peek().is_some_and(|running| is_docker(&running.handle)))
-            .map(|(instance, _)| *instance)
-            .collect()
+    /// Our instances that are containers, with the containers' ids.
+    fn in_docker(&self) -> Vec<(InstanceId, String)> {
+        let container = |(instance, live): (&InstanceId, &Live)| match live.slot.peek()?.handle {
+            RuntimeHandle::Docker { id, .. } => Some((*instance, id)),
+            RuntimeHandle::Process { .. } | RuntimeHandle::External => None,
+        };
+        self.instances.iter().filter_map(container).collect()
     }
 
     fn ask_who_lives(&self) {
-        let (effects, docker) = (self.effects.clone(), self.effects.runtimes.docker.clone());
-        let flips = self.docker.flips;
-        let running: Vec<_> = self
-            .in_docker()
-            .into_iter()
-            .filter_map(|instance| Some((instance, self.instances.get(&instance)?.slot.peek()?)))
-            .collect();
+        let (inbox, docker) = (self.effects.inbox.clone(), self.effects.runtimes.docker.clone());
+        let (flips, ours) = (self.docker.flips, self.in_docker());
         tokio::spawn(async move {
-            let (mut alive, mut dead) = (Vec::new(), Vec::new());
-            for (instance, running) in running {
-                match docker.is_alive(&running).await {
-                    Ok(true) => alive.push(instance),
-                    Ok(false) => dead.push(instance),
-                    Err(_) => {
-                        tokio::time::sleep(ASK_AGAIN).await;
-                        effects.inbox.send(Message::WhoLives(WhoLives { flips, found: None }));
-                        return;
-                    }
+            let ids: Vec<String> = ours.iter().map(|(_, id)| id.clone()).collect();
+            let found = match docker.running_of(&ids).await {
+                Ok(running) => {
+                    let (alive, dead): (Vec<_>, Vec<_>) =
+                        ours.into_iter().partition(|(_, id)| running.contains(id));
+                    let instances = |those: Vec<(InstanceId, String)>| {
+                        those.into_iter().map(|(id, _)| id).collect()
+                    };
+                    Some((instances(alive), instances(dead)))
                 }
-            }
-            let found = Some((alive, dead));
-            effects.inbox.send(Message::WhoLives(WhoLives { flips, found }));
+                Err(_) => {
+                    tokio::time::sleep(ASK_AGAIN).await;
+                    None
+                }
+            };
+            inbox.send(Message::WhoLives(WhoLives { flips, found }));
         });
     }
 
@@ -130,24 +128,28 @@ impl Owner {
         }
         let (effects, catalog) = (self.effects.clone(), self.shared.catalog.load_full());
         let (installation, named) = (self.state.installation.clone(), self.docker.named.clone());
-        let earlier = 0..=self.docker.last_id;
+        let (earlier, known) = (0..=self.docker.last_id, self.known_of_earlier());
         tokio::spawn(async move {
-            let found = reconcile_docker(&effects, &catalog, &installation, earlier, &named).await;
-            if found.is_none() {
+            let found =
+                reconcile_docker(&effects, &catalog, &installation, earlier, &known, &named).await;
+            if found.as_ref().is_none_or(|found| found.any_missed) {
                 tokio::time::sleep(ASK_AGAIN).await;
             }
-            let adopted = found.map(|found| found.adopted);
-            effects.inbox.send(Message::FoundInDocker(adopted));
+            effects.inbox.send(Message::FoundInDocker(found));
         });
     }
 
+    /// What an earlier look brought, and containers by name whose model runs.
+    fn known_of_earlier(&self) -> BTreeSet<InstanceId> {
+        let runs = |model: &ModelName| self.instances.values().any(|live| live.spec.name == *model);
+        let named = self.docker.named.iter().filter(|(model, _)| runs(model)).map(|(_, id)| *id);
+        self.instances.keys().chain(self.leftovers.keys()).copied().chain(named).collect()
+    }
+
     /// Their models may have been started anew meanwhile, or changed by a reload.
-    pub(super) fn found_in_docker(&mut self, found: Option<Vec<Adopted>>) {
-        let Some(found) = found else {
-            self.docker.missed = true;
-            return self.look_for_missed();
-        };
-        for each in found {
+    pub(super) fn found_in_docker(&mut self, found: Option<InDocker>) {
+        let any_missed = found.as_ref().is_none_or(|found| found.any_missed);
+        for each in found.map(|found| found.adopted).unwrap_or_default() {
             let identity = &each.running.identity;
             let catalog = self.shared.catalog.load();
             let spec = catalog.model(&identity.model);
@@ -170,6 +172,10 @@ impl Owner {
                     reap(&effects, &each.running, why).await;
                 });
             }
+        }
+        if any_missed {
+            self.docker.missed = true;
+            self.look_for_missed();
         }
     }
 }

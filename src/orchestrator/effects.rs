@@ -131,10 +131,12 @@ impl Effects {
             if cancelled.is_cancelled() {
                 return;
             }
-            let before = effects.read_memory().await;
+            let before = unpanicked(async { Ok(effects.read_memory().await) });
+            let before = before.await.ok().flatten();
             progress.set("launch", None, "");
-            let launched = unpanicked(effects.runtimes.start(&launch)).await;
-            if let Ok(running) = &launched {
+            let mut launched = unpanicked(effects.runtimes.start(&launch)).await;
+            if let Ok(running) = &mut launched {
+                effects.learn_key(&launch.model, running).await;
                 effects.holders.register(running);
                 slot.put(Some(running.clone()));
             }
@@ -149,15 +151,15 @@ impl Effects {
                     }
                     Err(fault) => Err(fault),
                 };
-                Done::Start(match brought {
+                match brought {
                     Ok(footprint) => Ok(footprint),
                     Err(fault) => Err(effects.clear_failed_start(&slot, fault).await),
-                })
+                }
             };
             tokio::select! {
                 biased;
                 () = cancelled.cancelled() => {}
-                done = rest => effects.done(swap, instance, done),
+                result = unpanicked(rest) => effects.done(swap, instance, Done::Start(result)),
             }
         });
         Task { cancel, join }
@@ -173,7 +175,10 @@ impl Effects {
         deadline: Instant,
     ) -> Result<Option<Bytes>, Fault> {
         let (spec, instance) = (&launch.model, launch.identity.instance);
-        engine::wait_ready(spec, running, progress, deadline.into()).await?;
+        tokio::select! {
+            ready = engine::wait_ready(spec, running, progress, deadline.into()) => ready?,
+            never = self.runtimes.follow_unfinished(running) => match never {},
+        }
         self.inbox.send(Message::Effect(Event::Vouching { swap, instance }));
         let mut exit = running.exit.clone();
         let gpus = &launch.identity.gpus;
@@ -186,7 +191,7 @@ impl Effects {
         };
         tokio::select! {
             vouched = vouch => vouched,
-            report = ended(&mut exit) => Err(Fault::new(
+            Some(report) = ended(&mut exit) => Err(Fault::new(
                 FaultKind::Exited,
                 format!("{}: the engine {report} right after it became ready", spec.name),
             )
@@ -406,28 +411,48 @@ fn fell_by(before: &[GpuMemory], now: &[GpuMemory], gpus: &[GpuId]) -> Bytes {
     free(before) - free(now)
 }
 
-/// Resolves when the engine ended.
+/// Resolves when the engine ended. `None`: nobody watches it (external), its end is never seen.
 pub async fn ended(
     exit: &mut tokio::sync::watch::Receiver<Option<crate::runtime::ExitReport>>,
-) -> crate::runtime::ExitReport {
-    let report = match exit.wait_for(Option::is_some).await {
-        Ok(report) => report.clone(),
-        Err(_) => None,
-    };
-    match report {
-        Some(report) => report,
-        // Nobody watches this engine (external): its end is never seen.
-        None => std::future::pending().await,
-    }
+) -> Option<crate::runtime::ExitReport> {
+    exit.wait_for(Option::is_some).await.ok()?.clone()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config;
+    use crate::runtime::LaunchKey;
     use crate::runtime::docker::DockerRuntime;
     use crate::runtime::external::ExternalRuntime;
     use crate::runtime::process::ProcessRuntime;
+
+    #[tokio::test]
+    async fn nobody_waits_for_the_end_of_what_runs_elsewhere() {
+        let yaml = "models: { a: { engine: openai, external: { url: 'http://127.0.0.1:9' } } }";
+        let catalog = config::parse(yaml, "models.yaml", &|_| None).unwrap().catalog;
+        let launch = LaunchSpec {
+            identity: crate::runtime::Identity {
+                installation: "here".into(),
+                instance: InstanceId(4),
+                model: crate::units::ModelName::new("a"),
+                spec_hash: String::new(),
+                gpus: Vec::new(),
+                port: 0,
+            },
+            model: Arc::clone(catalog.models.values().next().unwrap()),
+            gpus: Vec::new(),
+            port: 0,
+            container_port: 0,
+            args: Vec::new(),
+            env: Default::default(),
+            log_dir: Default::default(),
+            api_key: LaunchKey::None,
+        };
+        let mut running = ExternalRuntime.start(&launch).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(60), ended(&mut running.exit)).await;
+        assert_eq!(ended, Ok(None));
+    }
 
     #[tokio::test]
     async fn an_effect_that_panics_ends_as_an_internal_fault_of_its_swap() {

@@ -11,12 +11,15 @@ mod journal;
 mod launch;
 mod leftovers;
 mod memory_watch;
+mod outage;
 mod perform;
 mod publish;
 mod reconcile;
 mod run;
 mod start;
 mod state_dir;
+mod state_writer;
+mod upstream;
 pub mod view;
 
 pub use gate::{Gate, Lease, StartKind};

@@ -1,4 +1,5 @@
-//! The state folder: lock, installation id, last used id, learned figures, journal, engine logs.
+//! The state folder: lock, installation id, reserved ids, learned figures, journal, engine logs.
+//! What changes in it while Wharf runs is written by `state_writer` and `journal`.
 //!
 //! Everything here is small and may be lost without losing correctness, except the lock (two
 //! Wharfs would fight over the same GPUs) and the installation id (without it, instances of an
@@ -17,6 +18,18 @@ use serde::{Deserialize, Serialize};
 use crate::config::catalog::{Catalog, ModelSpec};
 use crate::scheduler::event::Learned;
 use crate::units::ModelName;
+
+/// Says that containers were started.
+pub const DOCKER: &str = "docker";
+pub const LAST_INSTANCE: &str = "last_id";
+pub const LAST_SWAP: &str = "last_swap";
+
+/// Of instances and of swaps, which count apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastIds {
+    pub instance: u64,
+    pub swap: u64,
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -96,44 +109,30 @@ impl StateDir {
         self.path.join("vram")
     }
 
-    /// The largest id of an instance that was ever used here.
-    pub fn last_id(&self) -> u64 {
-        self.number("last_id").unwrap_or(0)
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// The largest id of a swap; instances and swaps once shared one count.
-    pub fn last_swap(&self) -> u64 {
-        self.number("last_swap").unwrap_or_else(|| self.last_id())
+    /// No id that was ever used here is larger.
+    pub fn last_ids(&self) -> LastIds {
+        let instance = self.number(LAST_INSTANCE).unwrap_or(0);
+        // Instances and swaps once shared one count.
+        LastIds { instance, swap: self.number(LAST_SWAP).unwrap_or(instance) }
     }
 
     fn number(&self, name: &str) -> Option<u64> {
         fs::read_to_string(self.path.join(name)).ok()?.trim().parse().ok()
     }
 
-    pub fn remember_last_id(&self, id: u64) {
-        self.write("last_id", id.to_string().as_bytes());
-    }
-
-    pub fn remember_last_swap(&self, id: u64) {
-        self.write("last_swap", id.to_string().as_bytes());
-    }
-
     /// Containers of this installation may be there, whatever the configuration says now.
     pub fn ever_used_docker(&self) -> bool {
-        self.path.join("docker").exists()
-    }
-
-    /// Before the first container is made.
-    pub fn note_docker(&self) {
-        if !self.ever_used_docker() {
-            self.write("docker", b"containers were started by this installation\n");
-        }
+        self.path.join(DOCKER).exists()
     }
 
     /// Docker was looked through and holds nothing of ours, and no model uses it.
     pub fn forget_docker(&self) {
         // Left, it costs one more look.
-        let _ = fs::remove_file(self.path.join("docker"));
+        let _ = fs::remove_file(self.path.join(DOCKER));
     }
 
     /// Less what was learned of engines that are configured differently now.
@@ -148,22 +147,6 @@ impl StateDir {
             None => figures,
         };
         read.into_iter().map(|(model, figures)| (model.clone(), fit(&model, figures))).collect()
-    }
-
-    pub fn remember_learned(&self, learned: &BTreeMap<ModelName, Figures>) {
-        match serde_json::to_vec_pretty(learned) {
-            Ok(bytes) => self.write("learned.json", &bytes),
-            Err(error) => tracing::warn!(%error, "failed to write learned figures"),
-        }
-    }
-
-    /// Whole or not at all; a full disk costs the figure, not the service.
-    fn write(&self, name: &str, bytes: &[u8]) {
-        let (target, temporary) = (self.path.join(name), self.path.join(format!("{name}.new")));
-        let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &target));
-        if let Err(error) = written {
-            tracing::warn!(file = %target.display(), %error, "failed to write state");
-        }
     }
 }
 
@@ -195,14 +178,15 @@ mod tests {
         let path = dir.path().join("wharf.d");
         let first = StateDir::open(&path).unwrap();
         assert!(matches!(StateDir::open(&path), Err(StateError::Locked { .. })));
-        first.remember_last_id(41);
+        fs::write(path.join(LAST_INSTANCE), "41").unwrap();
         let installation = first.installation.clone();
         drop(first);
         let again = StateDir::open(&path).unwrap();
-        assert_eq!((again.installation.as_str(), again.last_id()), (installation.as_str(), 41));
-        assert_eq!(again.last_swap(), 41, "none of its own yet: above all that was used");
-        again.remember_last_swap(7);
-        assert_eq!((again.last_swap(), again.last_id()), (7, 41));
+        assert_eq!(again.installation, installation);
+        let none_of_its_own = LastIds { instance: 41, swap: 41 };
+        assert_eq!(again.last_ids(), none_of_its_own);
+        fs::write(path.join(LAST_SWAP), "7").unwrap();
+        assert_eq!(again.last_ids(), LastIds { instance: 41, swap: 7 });
     }
 
     #[test]

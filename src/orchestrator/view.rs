@@ -28,6 +28,8 @@ pub struct View {
     /// `None`: no model runs in Docker.
     pub docker_health: Option<Health>,
     pub foreign: Vec<Foreign>,
+    /// Files of the state folder that cannot be written, and what that costs.
+    pub outages: Vec<String>,
     /// Instances of an earlier run that could not be stopped yet.
     pub leftovers: Vec<Leftover>,
     /// Ended swaps, oldest first.
@@ -42,8 +44,9 @@ pub struct ModelFacts {
     pub uptime_before: Duration,
     /// Requests granted before the current instance; add the gate's count.
     pub requests_before: u64,
+    /// Starts that ended ready; adoptions and wake-ups are none.
     pub starts: u64,
-    /// Starts after an instance died by itself.
+    /// Those of them that came after an instance died by itself.
     pub restarts: u64,
     pub last_fault: Option<Fault>,
     /// `http://127.0.0.1:18051` while an instance exists.

@@ -50,7 +50,7 @@ pub enum Event {
         swap: SwapId,
         instance: InstanceId,
     },
-    /// A memory reading of every GPU (or why there is none).
+    /// A memory reading of every GPU and of the host (or why there is none).
     MemorySeen(Result<MemorySample, NoProof>),
     /// An instance that was starting, ready or sleeping ended by itself.
     InstanceDied {
@@ -102,6 +102,8 @@ pub struct Request {
     pub priority: Priority,
     /// Asked for by the caller (bounded by its key); `None`: the configured one.
     pub max_wait: Option<Duration>,
+    /// `max_wait` may also be shorter than the configured one.
+    pub may_hurry: bool,
     /// `X-Wharf-Start: never`: serve only if ready, else refuse at once, leaving no trace.
     pub never_start: bool,
     /// 1, or 2 for the one safe retry.
@@ -150,6 +152,17 @@ pub enum Done {
 pub struct MemorySample {
     pub taken_at: Time,
     pub gpus: Vec<GpuMemory>,
+    /// `None`: unknown, only promises count.
+    #[serde(default)]
+    pub host: Option<HostMemory>,
+}
+
+/// Host RAM as the kernel tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostMemory {
+    pub total: Bytes,
+    /// What programs can still get: free, and the page cache that gives way.
+    pub available: Bytes,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -178,18 +191,32 @@ pub struct NoProof {
     pub message: String,
 }
 
-/// Why an effect failed. `message` names the thing and the fix and is fit for clients.
+/// Why an effect failed. `message` names the thing and the fix.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fault {
     pub kind: FaultKind,
     pub message: String,
+    /// `message` for those who may see neither log lines nor arguments; `None`: it holds neither.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public: Option<String>,
     /// The engine's last log lines.
     pub log_tail: Vec<String>,
 }
 
 impl Fault {
     pub fn new(kind: FaultKind, message: impl Into<String>) -> Fault {
-        Fault { kind, message: message.into(), log_tail: Vec::new() }
+        Fault { kind, message: message.into(), public: None, log_tail: Vec::new() }
+    }
+
+    /// What everyone may be told instead of `message`.
+    pub fn or_publicly(mut self, message: impl Into<String>) -> Fault {
+        self.public = Some(message.into());
+        self
+    }
+
+    /// Fit for every client.
+    pub fn public_message(&self) -> &str {
+        self.public.as_deref().unwrap_or(&self.message)
     }
 
     pub fn with_log(mut self, log_tail: Vec<String>) -> Fault {
@@ -280,4 +307,16 @@ pub struct Learned {
     pub wake: Option<Duration>,
     /// Typical duration of each phase of a start, for progress estimates.
     pub phases: BTreeMap<String, Duration>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::FaultKind;
+
+    #[test]
+    fn kinds_are_spelled_alike_in_answers_and_logs() {
+        for kind in [FaultKind::RuntimeUnreachable, FaultKind::RunsOnCpu, FaultKind::NoVramProof] {
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.as_str());
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! What happens to instances from outside: adoption, a runtime that goes away and comes back,
 //! a new configuration, the end of the orchestrator.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::Scheduler;
@@ -111,10 +112,10 @@ impl Scheduler {
         let now = self.now;
         // Some became ready meanwhile by an answer that was under way.
         let unknown = lost.iter().map(|(id, _)| id).filter(|id| !alive.contains(id));
-        let gone: Vec<InstanceId> = unknown.chain(dead).copied().collect();
+        let gone: BTreeSet<InstanceId> = unknown.chain(dead).copied().collect();
         for &id in &gone {
             let message = "it was gone when its runtime answered again";
-            self.died(id, Fault::new(FaultKind::Exited, message));
+            self.died(id, Fault::new(FaultKind::RuntimeUnreachable, message));
         }
         for (id, asleep) in lost {
             if gone.contains(&id) {

@@ -12,6 +12,7 @@
 //! | `policy` | whose turn it is; who may be asked to leave |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `memory`, `proof` | promises, samples; when a release counts as proven |
+//! | `ram` | the same for host RAM, where the end of a process is the proof |
 //! | `swap/` | the way of a swap, phase by phase |
 //! | `gates` | when the gateway may serve by itself |
 #![deny(clippy::wildcard_enum_match_arm)]
@@ -29,6 +30,7 @@ mod placement;
 mod policy;
 mod proof;
 mod queue;
+mod ram;
 pub mod record;
 mod residency;
 mod swap;
@@ -72,7 +74,7 @@ pub struct GpuInfo {
 }
 
 /// The next id of each kind: larger than any used before by this installation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NextIds {
     pub instance: u64,
     pub swap: u64,
@@ -114,7 +116,7 @@ pub struct Scheduler {
     shutting_down: bool,
     /// Why the runtime of lost instances does not answer, as told last.
     runtime_fault: String,
-    /// A reload left less to promise than was promised already.
+    /// A reload (or the host) left less to promise than was promised already.
     capacity_cut: bool,
     /// Counts changes of state, so that settling knows when it is done.
     changes: u64,
@@ -245,7 +247,8 @@ impl Scheduler {
 
     fn note_capacity_cut(&mut self) {
         let over = |g: &GpuInfo| self.promised(g.id) > self.capacity(g.id);
-        self.capacity_cut |= self.world.gpus.iter().any(over);
+        self.capacity_cut |= self.world.gpus.iter().any(over)
+            || self.ram_capacity().is_some_and(|capacity| self.ram_promised() > capacity);
     }
 
     fn take_instance_id(&mut self) -> InstanceId {

@@ -118,6 +118,9 @@ impl Scheduler {
         };
         let keep = keep.min(instance.promise.unwrap_or_default());
         let gpus = instance.gpus.clone();
+        if instance.is_stopping() {
+            self.memory.host_freed += instance.ram();
+        }
         let free_before = gpus
             .iter()
             .filter_map(|&gpu| Some((gpu, self.sampled(gpu)?.free)))

@@ -65,7 +65,9 @@ pub(super) struct Failure {
 
 impl Scheduler {
     pub(super) fn arrived(&mut self, request: Request) {
-        self.last_demand = self.now;
+        if !request.never_start {
+            self.last_demand = self.now;
+        }
         let model = request.model.clone();
         if let Err(refusal) = self.admit(&request) {
             self.emit(Action::Refuse { request: request.id, refusal });
@@ -110,7 +112,9 @@ impl Scheduler {
         if let Some(refusal) = self.runtime_gone(&request.model) {
             return Err(refusal);
         }
-        if self.current(&request.model).is_none()
+        // One that is away, or asleep, and was configured anew meanwhile will not serve again.
+        let serves = |i: &Instance| i.is_ready() || spec.is_same(&i.spec);
+        if !self.current(&request.model).is_some_and(serves)
             && let Some(refusal) = self.cannot_fit(spec)
         {
             return Err(refusal);

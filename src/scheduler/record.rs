@@ -132,6 +132,14 @@ pub enum SwapOutcome {
 }
 
 impl SwapOutcome {
+    /// What went wrong, if something did.
+    pub const fn fault(&self) -> Option<&Fault> {
+        match self {
+            SwapOutcome::Failed(fault) | SwapOutcome::Died(fault) => Some(fault),
+            SwapOutcome::Ready | SwapOutcome::Unloaded | SwapOutcome::Cancelled { .. } => None,
+        }
+    }
+
     /// Value of the `result` label.
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -183,6 +191,8 @@ impl ResidencyView {
 pub struct SchedulerView {
     pub models: Vec<ModelView>,
     pub gpus: Vec<GpuView>,
+    #[serde(default)]
+    pub ram: RamView,
     /// Swaps under way, oldest first.
     pub swaps: Vec<SwapRecord>,
     pub queued: u32,
@@ -208,6 +218,17 @@ pub struct ModelView {
     pub ready_in: Option<Duration>,
     /// Why it still waits, in words; empty when nothing waits.
     pub waiting_for: String,
+}
+
+/// Host RAM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RamView {
+    /// Declared, else what the kernel says; `None`: unknown, no limit.
+    pub total: Option<Bytes>,
+    /// As last sampled.
+    pub available: Option<Bytes>,
+    pub promised: Bytes,
+    pub promised_to: Vec<ModelName>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -29,6 +29,7 @@ impl Scheduler {
                     free: self.sampled(g.id).map(|m| m.free),
                 })
                 .collect(),
+            ram: self.ram_view(),
             swaps: self.swaps.values().map(|s| s.record(self.now, None)).collect(),
             queued: u32::try_from(self.queued()).unwrap_or(u32::MAX),
             no_proof: self.memory.no_proof.as_ref().map(|n| n.message.clone()),
@@ -169,7 +170,7 @@ impl Scheduler {
 
     fn leaving_text(&self, leaving: &Instance) -> String {
         match &leaving.trouble {
-            Some(fault) => fault.message.clone(),
+            Some(fault) => fault.public_message().to_owned(),
             None => format!("the earlier {} to be gone", leaving.model),
         }
     }
@@ -229,7 +230,7 @@ impl Scheduler {
                     (None, None) => "a reading of the GPU memory".to_owned(),
                 }
             }
-            Err(StartBlock::Held) => self.holder_text(&swap.gpus, None),
+            Err(StartBlock::Held) => self.memory_text(&swap.model, &swap.gpus, None),
             Err(StartBlock::Moving(why) | StartBlock::Process(why)) => why,
             Err(StartBlock::NoProof) => "a reading of the GPU memory".to_owned(),
             Err(StartBlock::Stale) | Ok(_) => "start".to_owned(),

@@ -98,9 +98,13 @@ async fn streams_stay_untouched_where_usage_is_not_wanted() {
             std::sync::Arc::make_mut(spec).engine = EngineKind::Llamacpp;
         }
     };
-    let off = Limits { inject_usage: false, ..Limits::default() };
+    let off = |catalog: &mut Catalog| {
+        for spec in catalog.models.values_mut() {
+            std::sync::Arc::make_mut(spec).include_usage = false;
+        }
+    };
     for mut world in
-        [World::with(llamacpp, Limits::default()).await, World::with(|_| {}, off).await]
+        [World::with(llamacpp, Limits::default()).await, World::with(off, Limits::default()).await]
     {
         world.ready();
         let (reply, mut exchange) = forwarded(&mut world, STREAM).await;
@@ -150,6 +154,28 @@ async fn an_engine_that_breaks_off_a_stream_is_told_to_the_client() {
     assert!(last.contains("\"code\":\"upstream_error\""), "{last}");
     assert_eq!(reply.part().await, None);
     assert!(world.engine.has_none(), "never again after a head");
+}
+
+#[tokio::test]
+async fn a_whole_answer_is_counted_with_its_tokens() {
+    let mut world = World::new().await;
+    world.ready();
+    let reply = world.spawn(world.post(CHAT, r#"{"model":"mistral"}"#));
+    let usage = r#"{"usage":{"prompt_tokens":3,"completion_tokens":2}}"#;
+    world.engine.request().await.answer_json(usage).await;
+    assert_eq!(reply.await.unwrap().text().await, usage);
+    let counted = async {
+        let ok = "orchestrator_requests_total{model=\"mistral\",outcome=\"ok\"} 1\n";
+        let tokens = "orchestrator_tokens_total{kind=\"completion\",model=\"mistral\"} 2\n";
+        loop {
+            let text = world.get("/metrics").await.text().await;
+            if text.contains(ok) && text.contains(tokens) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timely(counted).await;
 }
 
 #[tokio::test]
@@ -281,4 +307,24 @@ async fn many_clients_that_leave_at_any_point_leak_nothing() {
     assert_eq!(whole, CLIENTS / 4);
     until("every lease ended", || gate.in_flight() == 0).await;
     serving.abort();
+}
+
+#[tokio::test]
+async fn a_whole_answer_counts_as_such_with_its_tokens() {
+    let mut world = World::new().await;
+    let gate = world.ready();
+    let usage = r#"{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}"#;
+    for body in [usage, usage, ""] {
+        let reply = world.spawn(world.post(CHAT, r#"{"model":"mistral"}"#));
+        let exchange = world.engine.request().await;
+        assert_eq!(exchange.connection, 1, "the connection is used again");
+        exchange.answer_json(body).await;
+        assert_eq!(reply.await.unwrap().text().await, body);
+    }
+    until("the leases ended", || gate.in_flight() == 0).await;
+    let metrics = world.get("/metrics").await.text().await;
+    let ok = "orchestrator_requests_total{model=\"mistral\",outcome=\"ok\"} 3";
+    assert!(metrics.contains(ok) && !metrics.contains("outcome=\"client_gone\""), "{metrics}");
+    let tokens = "orchestrator_tokens_total{kind=\"prompt\",model=\"mistral\"} 6";
+    assert!(metrics.contains(tokens), "{metrics}");
 }

@@ -10,6 +10,7 @@ use wharf::config::catalog::{
 use wharf::scheduler::event::{EnsureKind, Learned};
 use wharf::units::{Bytes, GpuId, ModelName, Priority};
 
+use crate::host::Host;
 use crate::machine::Gpu;
 
 /// How an engine really behaves. Times in milliseconds, (least, most).
@@ -29,6 +30,8 @@ pub struct Truth {
     pub broken: bool,
     /// Its memory is not released before the faults stop.
     pub never_frees: bool,
+    /// Host RAM that it takes while its process lives.
+    pub ram: Bytes,
 }
 
 impl Truth {
@@ -44,6 +47,7 @@ impl Truth {
             wake_ms: (200, 200),
             broken: false,
             never_frees: false,
+            ram: Bytes::ZERO,
         }
     }
 }
@@ -131,6 +135,10 @@ pub enum Step {
         bytes: Bytes,
         for_ms: u64,
     },
+    HostForeign {
+        bytes: Bytes,
+        for_ms: u64,
+    },
     NoProof {
         for_ms: u64,
     },
@@ -148,6 +156,8 @@ pub enum Step {
 pub struct Scenario {
     pub seed: u64,
     pub gpus: Vec<Gpu>,
+    /// `None`: host RAM is no matter.
+    pub host: Option<Host>,
     pub proof: bool,
     /// The scheduler is told of no GPU at all: room for one model at a time.
     pub unseen: bool,
@@ -205,7 +215,16 @@ impl Scenario {
 }
 
 /// Whether the model could ever run here, pinned models left aside. `None`: cannot be said.
-pub fn fits(catalog: &Catalog, gpus: &[Gpu], spec: &ModelSpec) -> Option<bool> {
+pub fn fits(
+    catalog: &Catalog,
+    gpus: &[Gpu],
+    host: Option<Bytes>,
+    spec: &ModelSpec,
+) -> Option<bool> {
+    let ram = spec.ram.filter(|_| !spec.is_external()).unwrap_or_default();
+    if host.is_some_and(|total| ram > total - catalog.settings.ram.reserve) {
+        return Some(false);
+    }
     if gpus.is_empty() {
         return Some(true);
     }

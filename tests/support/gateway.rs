@@ -79,11 +79,13 @@ impl World {
 
     pub async fn with(change: impl FnOnce(&mut Catalog), limits: Limits) -> World {
         let models = vec![model("mistral", &["gpt-4o"]), model("org/qwen:7b", &[])];
-        let mut catalog = catalog(models, settings());
-        change(&mut catalog);
-        let (handle, messages) = Handle::for_tests(Arc::new(catalog));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let mut catalog = catalog(models, settings());
+        // `/health` knocks there: it must be this gateway, whatever else runs on the machine.
+        catalog.settings.gateway = address;
+        change(&mut catalog);
+        let (handle, messages) = Handle::for_tests(Arc::new(catalog));
         let shutdown = CancellationToken::new();
         let router = gateway::router_with(handle.clone(), Arc::new(Metrics::new()), limits);
         let grace = Duration::from_millis(300);
@@ -238,7 +240,7 @@ impl Engine {
     }
 
     pub fn endpoint(&self) -> Endpoint {
-        Endpoint { base: format!("http://{}", self.address), api_key: None }
+        Endpoint::new(format!("http://{}", self.address), None)
     }
 
     /// Stops listening: connects are refused from now on.

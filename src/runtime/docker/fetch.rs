@@ -167,7 +167,8 @@ struct Layer {
     done: u64,
     total: u64,
     extracted: Option<i64>,
-    unpacked: bool,
+    /// How much of the download may be unpacked by now.
+    unpacked: u64,
 }
 
 impl Layers {
@@ -187,13 +188,16 @@ impl Layers {
             "Extracting" | "Download complete" | "Verifying Checksum" => layer.done = layer.total,
             "Pull complete" | "Already exists" => {
                 layer.done = layer.total;
-                layer.unpacked = true;
+                layer.unpacked = layer.total;
             }
             _ => {}
         }
         if status == "Extracting" {
             // Units differ (bytes, or seconds of a containerd store): any change will do.
             layer.extracted = detail.current;
+            let is_bytes = bytes(detail.total) == Some(layer.total);
+            let unpacked = bytes(detail.current).filter(|_| is_bytes);
+            layer.unpacked = unpacked.unwrap_or(layer.total);
         }
         let moved = is_new || *layer != before;
         self.unpacking = status == "Extracting";
@@ -211,8 +215,10 @@ impl Layers {
 
     /// Bytes that will certainly still be written: unpacked layers are at least as large.
     fn to_come(&self) -> Bytes {
-        let waiting = self.by_id.values().filter(|layer| !layer.unpacked);
-        Bytes(waiting.map(|layer| layer.total + layer.total - layer.done).sum())
+        let to_come = |layer: &Layer| {
+            layer.total.saturating_sub(layer.done) + layer.total.saturating_sub(layer.unpacked)
+        };
+        Bytes(self.by_id.values().map(to_come).sum())
     }
 
     fn fraction(&self) -> Option<f32> {
@@ -279,8 +285,24 @@ mod tests {
         assert_eq!(layers.fraction(), Some(0.25));
         assert_eq!(layers.detail(), "100.0 MiB of 400.0 MiB, 50.0 MiB/s");
         assert_eq!(layers.to_come(), Bytes::mib(200 + 500));
+        layers.note(report("a", "Download complete", 0, 0), later);
+        assert_eq!(layers.to_come(), Bytes::mib(100 + 500));
+        layers.note(report("a", "Extracting", 80 * mib, 100 * mib), later);
+        assert_eq!(layers.to_come(), Bytes::mib(20 + 500), "most of it is on the disk already");
         layers.note(report("a", "Pull complete", 0, 0), later);
         assert_eq!(layers.fraction(), Some(0.5));
         assert_eq!(layers.to_come(), Bytes::mib(500));
+    }
+
+    #[test]
+    fn a_layer_that_is_unpacked_at_an_unknown_rate_asks_for_no_room() {
+        let (now, mut layers) = (Instant::now(), Layers::default());
+        layers.note(report("a", "Downloading", 50, 100), now);
+        assert_eq!(layers.to_come(), Bytes(50 + 100));
+        layers.note(report("a", "Download complete", 0, 0), now);
+        assert_eq!(layers.to_come(), Bytes(100));
+        // Seconds, without a total.
+        layers.note(report("a", "Extracting", 3, 0), now);
+        assert_eq!(layers.to_come(), Bytes(0));
     }
 }

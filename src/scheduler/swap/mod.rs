@@ -118,8 +118,13 @@ impl Scheduler {
         self.swaps.values().find(|s| s.is_load() && s.model == *model)
     }
 
-    /// A candidate got room (or needs none): its swap begins.
-    pub(in crate::scheduler) fn begin_load(&mut self, candidate: &Candidate, plan: Plan) {
+    /// A candidate got room (or needs none, or waits for memory that nobody accounts for): its
+    /// swap begins. That of a sleeper has nothing to check or fetch and can be placed at once.
+    pub(in crate::scheduler) fn begin_load(
+        &mut self,
+        candidate: &Candidate,
+        plan: &Plan,
+    ) -> SwapId {
         let name = candidate.spec.name.clone();
         let id = self.take_swap_id();
         let sleeper = self.current(&name).filter(|i| i.is_sleeping()).map(|i| i.id);
@@ -139,7 +144,7 @@ impl Scheduler {
             model: name,
             kind: SwapKind::Load,
             cause: candidate.cause,
-            decision: self.decision(candidate, &plan),
+            decision: self.decision(candidate, plan),
             instance,
             gpus: plan.gpus.clone(),
             victims: plan.victims.clone(),
@@ -163,11 +168,10 @@ impl Scheduler {
         self.swaps.insert(id, swap);
         self.changed();
         self.record(id);
-        if sleeper.is_some() {
-            self.place(id, candidate, plan);
-        } else {
+        if sleeper.is_none() {
             self.emit_preflight(id);
         }
+        id
     }
 
     /// Why now and why these, in words.
@@ -390,10 +394,15 @@ impl Scheduler {
 
     pub(super) fn watch(&mut self, id: SwapId) {
         let proof = self.world.proof;
-        let Some(swap) = self.swaps.get_mut(&id).filter(|s| proof && !s.watching) else { return };
+        let Some(swap) = self.swaps.get(&id) else { return };
+        let ram = self.is_ram_sampled()
+            && self.catalog.model(&swap.model).is_some_and(|spec| spec.ram.is_some());
+        let Some(swap) = self.swaps.get_mut(&id).filter(|s| (proof || ram) && !s.watching) else {
+            return;
+        };
         let gpus: Vec<GpuId> =
             swap.gpus.iter().copied().filter(|&g| g != super::memory::UNSEEN).collect();
-        if gpus.is_empty() {
+        if gpus.is_empty() && !ram {
             return;
         }
         swap.watching = true;

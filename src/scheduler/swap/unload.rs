@@ -74,7 +74,10 @@ impl Scheduler {
             .instances
             .values()
             .filter(|i| i.is_ready() || (i.is_sleeping() && i.release.is_none()))
-            .filter(|i| !self.swaps.values().any(|s| s.instance == i.id || s.has_victim(i.id)))
+            .filter(|i| {
+                let takes = |s: &Swap| s.instance == i.id || (!s.started && s.has_victim(i.id));
+                !self.swaps.values().any(takes)
+            })
             .filter_map(|i| self.unload_due(i).map(|(cause, why)| (i.id, cause, why)))
             .collect();
         for (id, cause, why) in due {
@@ -90,7 +93,10 @@ impl Scheduler {
         }
     }
 
-    fn unload_due(&self, instance: &Instance) -> Option<(SwapCause, String)> {
+    pub(in crate::scheduler) fn unload_due(
+        &self,
+        instance: &Instance,
+    ) -> Option<(SwapCause, String)> {
         if instance.unload.is_some() {
             return Some((SwapCause::Unload, "asked for by an operator".to_owned()));
         }

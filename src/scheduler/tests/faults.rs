@@ -1,5 +1,6 @@
 //! What happens when things go wrong: each failure has its own cause, and others are served.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::config::*;
@@ -225,6 +226,76 @@ fn a_lost_runtime_is_waited_for_briefly_then_named() {
     let again = sim.request("a");
     sim.run_secs(1);
     assert_eq!(sim.served_by(again), Some("a"));
+}
+
+#[test]
+fn a_start_that_went_down_with_its_runtime_is_tried_once_more() {
+    let mut sim = Sim::new(catalog(vec![spec("a", 20)]), &[24]);
+    let request = sim.request("a");
+    for round in 1..=2 {
+        sim.run_secs(3);
+        assert_eq!((sim.state("a"), sim.starts("a")), ("starting", round));
+        let dead: Vec<InstanceId> = sim.running.keys().copied().collect();
+        sim.send(Event::RuntimeLost { instances: dead.clone(), why: "Docker is away".into() });
+        sim.send(Event::RuntimeBack { alive: Vec::new(), dead });
+    }
+    let Some(Refusal::StartFailed { fault, .. }) = sim.refused.get(&request) else {
+        panic!("{:?}", sim.refused.get(&request));
+    };
+    assert_eq!(fault.kind, FaultKind::RuntimeUnreachable, "{}", fault.message);
+}
+
+#[test]
+fn an_entry_that_can_never_fit_is_refused_though_an_older_instance_of_it_is_lost() {
+    let mut sim = Sim::new(catalog(vec![spec("a", 20)]), &[24]);
+    let first = sim.request("a");
+    sim.run_secs(5);
+    sim.end(first);
+    let instances: Vec<InstanceId> = sim.running.keys().copied().collect();
+    sim.send(Event::RuntimeLost { instances, why: "Docker is away".into() });
+    sim.send(Event::CatalogChanged(Arc::new(catalog(vec![spec("a", 100)]))));
+    let request = sim.request("a");
+    assert!(matches!(sim.refused.get(&request), Some(Refusal::CannotFit { .. })));
+}
+
+#[test]
+fn nobody_waits_for_a_place_that_pinned_models_hold() {
+    let mut pinned = spec("pinned", 4);
+    pinned.pinned = true;
+    let mut config = catalog(vec![pinned, spec("b", 4)]);
+    config.settings.swap.max_concurrent_models = 1;
+    let mut sim = Sim::new(config, &[24]);
+    let waits = sim.ensure("pinned", EnsureKind::Load, Duration::from_secs(30));
+    let early = sim.request("b");
+    sim.run_secs(10);
+    assert!(sim.answers.contains_key(&waits));
+    assert!(matches!(sim.refused.get(&early), Some(Refusal::CannotFit { .. })));
+    let late = sim.request("b");
+    assert!(matches!(sim.refused.get(&late), Some(Refusal::CannotFit { .. })));
+}
+
+#[test]
+fn bytes_taken_beyond_the_promise_are_counted_on_when_their_holder_leaves() {
+    let mut greedy = spec("greedy", 0);
+    greedy.vram = Vram::Unknown;
+    let mut sim = Sim::new(catalog(vec![greedy, spec("b", 20)]), &[24]);
+    for _ in 0..2 {
+        let request = sim.request("greedy");
+        sim.run_secs(8);
+        sim.end(request);
+        sim.unload("greedy", false);
+        sim.run_secs(3);
+    }
+    let request = sim.request("greedy");
+    sim.run_secs(8);
+    sim.end(request);
+    for running in sim.running.values_mut() {
+        running.bytes = Bytes::gib(15);
+    }
+    sim.run_secs(2);
+    let request = sim.request("b");
+    sim.run_secs(15);
+    assert_eq!(sim.served_by(request), Some("b"));
 }
 
 #[test]

@@ -47,6 +47,8 @@ pub struct Sim {
     /// Memory still held after the end of its process, and until when.
     pub ghosts: Vec<(InstanceId, Vec<GpuId>, Bytes, Time)>,
     pub strangers: BTreeMap<GpuId, Bytes>,
+    /// What samples say of host RAM.
+    pub host: Option<HostMemory>,
     pub faults: Faults,
     pub start_takes: Duration,
     pub lag: Duration,
@@ -89,6 +91,7 @@ impl Sim {
             running: BTreeMap::new(),
             ghosts: Vec::new(),
             strangers: BTreeMap::new(),
+            host: None,
             faults: Faults::default(),
             start_takes: Duration::from_secs(4),
             lag: Duration::from_millis(700),
@@ -119,6 +122,7 @@ impl Sim {
             model: model.into(),
             priority: Priority::Normal,
             max_wait: None,
+            may_hurry: true,
             never_start: false,
             attempt: 1,
             arrived: self.now,

@@ -153,6 +153,12 @@ pub fn view() -> View {
                 promised: Bytes::gib(20),
                 free: Some(Bytes::gib(6)),
             }],
+            ram: RamView {
+                total: Some(Bytes::gib(64)),
+                available: Some(Bytes::gib(40)),
+                promised: Bytes::gib(12),
+                promised_to: vec![ModelName::new(MISTRAL)],
+            },
             swaps: vec![under_way],
             queued: 2,
             no_proof: None,
@@ -169,6 +175,7 @@ pub fn view() -> View {
         gpus: vec![gpu()],
         gpu_health: PartHealth { ok: true, detail: "simulated".to_owned() },
         docker_health: None,
+        outages: Vec::new(),
         leftovers: Vec::new(),
         foreign: vec![Foreign {
             name: "stranger".to_owned(),
@@ -245,7 +252,7 @@ impl Puppet {
 pub fn world() -> (Puppet, Vec<wharf::orchestrator::Lease>) {
     let puppet = Puppet::new(three_models());
     puppet.handle.publish_for_tests(view());
-    let endpoint = Endpoint { base: "http://127.0.0.1:18051".to_owned(), api_key: None };
+    let endpoint = Endpoint::new("http://127.0.0.1:18051", None);
     let gate = puppet.handle.gate_for_tests(InstanceId(7), &ModelName::new(MISTRAL), endpoint, 8);
     let leases = (0..2).map(|_| gate.try_lease().expect("an open gate")).collect();
     (puppet, leases)
