@@ -273,6 +273,17 @@ fn two_models_share_a_port_only_when_one_runs_at_a_time() {
 }
 
 #[test]
+fn a_container_belongs_to_one_model() {
+    let two =
+        "models:\n  a: &a { engine: vllm, docker: { container: coder }, vram: 1GiB }\n  b: *a\n";
+    assert!(
+        problem(two).contains("`b` and `a` name the same container `coder`"),
+        "{}",
+        problem(two)
+    );
+}
+
+#[test]
 fn no_secret_is_ever_shown() {
     let text = std::fs::read_to_string("tests/config/10-secrets.yaml").expect("fixture");
     for text in [text.clone(), text.replace('[', "[["), text.replace("    - ", "\t- ")] {

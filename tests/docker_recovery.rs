@@ -376,3 +376,32 @@ async fn a_container_that_compose_made_is_started_stopped_and_adopted_but_never_
     scene.stop().await;
     assert!(!named.runs(), "stopped with Wharf, never removed");
 }
+
+#[tokio::test]
+async fn a_named_container_that_runs_and_does_not_answer_is_stopped_and_serves_when_asked_for() {
+    let Some(daemon) = given() else { return };
+    let named = Named::create(&daemon, "loading", &[]);
+    // As good as an engine that loads for long.
+    let start_by_hand = || {
+        daemon.docker(&["start", &named.name]);
+        daemon.docker(&["pause", &named.name]);
+    };
+    start_by_hand();
+    let docker = json!({ "container": named.name, "port": 8000 });
+    let models = model("ada", &json!({ "engine": "openai", "vram": "14GiB", "docker": docker }))
+        + &standin("bob", "14GiB", "--load 200ms");
+    let scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &models, &[]).await;
+    scene.until("what was found is stopped", |_| !named.runs()).await;
+    // Its place is free for others, and it comes back when it is asked for.
+    scene.answers("bob").await;
+    scene.answers("ada").await;
+    scene.answers("bob").await;
+    assert!(!named.runs());
+    // Started by somebody else while Wharf runs: started anew.
+    start_by_hand();
+    scene.answers("ada").await;
+    let swaps = scene.world.swaps().await;
+    assert!(swaps.iter().all(|swap| swap["result"] != "failed"), "{swaps:#?}");
+    scene.stop().await;
+    assert!(!named.runs());
+}

@@ -283,6 +283,55 @@ async fn a_bad_reload_changes_nothing_and_a_good_one_only_what_changed() {
     world.stop().await;
 }
 
+#[tokio::test]
+async fn a_reload_of_words_and_policy_keeps_the_engine_and_so_does_the_next_start() {
+    let mut world = world().await;
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    let before = world.engine_pids();
+    let path = world.dir.path().join("models.yaml");
+    let edited = std::fs::read_to_string(&path).unwrap().replace(
+        "  ada:\n",
+        "  ada:\n    description: new words\n    ttl: 10m\n    priority: high\n    concurrency: 2\n",
+    );
+    std::fs::write(&path, edited).unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(world.server.pid()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    wait_for(&world, "adjusted ada (goes on)").await;
+    let ada = world.server.talk.get("/models/ada").await.unwrap();
+    assert_eq!(ada["description"], "new words", "{ada:#}");
+    assert_eq!(ada["residency"], "ready", "{ada:#}");
+    assert!(world.server.talk.chat("ada", true, &[]).await.unwrap().is_from("ada"));
+    assert_eq!(world.engine_pids(), before, "{}", world.log());
+    assert_eq!(world.swaps().await.len(), 1, "its first load");
+    world.server.kill_and_restart().await.unwrap();
+    assert_eq!(world.engine_pids(), before, "adopted under the new entry: {}", world.log());
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn bytes_that_another_engine_taught_are_forgotten_at_the_next_start() {
+    let models = standin("ada", "4GiB", "--load 100ms").replace("    vram: 4GiB\n", "");
+    let mut world = serve(&gpu("24GiB", "100ms"), &models, &[]).await;
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    let learned = world.state_dir().join("learned.json");
+    let knows = |learned: &std::path::Path| {
+        let text = std::fs::read_to_string(learned).unwrap_or_default();
+        let figures: Value = serde_json::from_str(&text).unwrap_or_default();
+        figures["ada"]["footprint"].is_u64()
+    };
+    world.until("4 GiB are learned", |_| knows(&learned)).await;
+    world.server.kill().unwrap();
+    let path = world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap().replace("--vram 4GiB", "--vram 18GiB");
+    std::fs::write(&path, yaml).unwrap();
+    world.server.restart().await.unwrap();
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    let ada = world.server.talk.get("/models/ada").await.unwrap();
+    let promised = ada["vram_bytes_per_gpu"].as_u64().unwrap();
+    assert!(promised >= 18 << 30, "{ada:#}");
+    world.stop().await;
+}
+
 async fn wait_for(world: &World, text: &str) {
     for _ in 0..500 {
         if world.log().contains(text) {

@@ -238,7 +238,7 @@ impl ModelSpec {
         self.upstream_name.as_deref().unwrap_or(self.name.as_str())
     }
 
-    /// Whether two entries mean the same engine, run the same way.
+    /// Whether two entries say the same. (For what runs: `runs_like`.)
     pub fn is_same(&self, other: &ModelSpec) -> bool {
         ModelSpec { line: other.line, ..self.clone() } == *other
     }

@@ -9,12 +9,14 @@ use super::catalog::{Catalog, GpuSettings, Settings};
 /// Names listed of each kind; the rest are counted.
 const NAMES_MAX: usize = 10;
 
-/// `added coder; changed llava (drained first); settings changed: swap.max_wait`
+/// `added coder; changed llava (drained first); adjusted phi (goes on); settings changed: swap.max_wait`
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
     pub added: Vec<String>,
     pub removed: Vec<String>,
     pub changed: Vec<String>,
+    /// What runs goes on under the new entry.
+    pub adjusted: Vec<String>,
     pub settings: Vec<String>,
 }
 
@@ -24,14 +26,17 @@ pub fn changes(old: &Catalog, new: &Catalog) -> Changes {
         let names = here.models.keys().filter(|name| !there.models.contains_key(*name));
         names.map(ToString::to_string).collect::<Vec<_>>()
     };
-    let differs = |(name, spec): (&crate::units::ModelName, _)| {
-        let before = old.model(name)?;
-        (!before.is_same(spec)).then(|| name.to_string())
+    let both = || new.models.values().filter_map(|spec| Some((old.model(&spec.name)?, spec)));
+    let edited = |runs_on: bool| {
+        let edited =
+            both().filter(|(before, now)| !now.is_same(before) && now.runs_like(before) == runs_on);
+        edited.map(|(_, now)| now.name.to_string()).collect()
     };
     Changes {
         added: missing_in(old, new),
         removed: missing_in(new, old),
-        changed: new.models.iter().map(|(n, spec)| (n, &**spec)).filter_map(differs).collect(),
+        changed: edited(false),
+        adjusted: edited(true),
         settings: settings(&old.settings, &new.settings),
     }
 }
@@ -89,6 +94,7 @@ impl fmt::Display for Changes {
             ("added", &self.added, ""),
             ("removed", &self.removed, " (drained first)"),
             ("changed", &self.changed, " (drained first)"),
+            ("adjusted", &self.adjusted, " (goes on)"),
             ("settings changed:", &self.settings, ""),
         ];
         let parts: Vec<String> = kinds
@@ -126,22 +132,24 @@ mod tests {
                 "  {name}: {{ engine: openai, process: {{ cmd: x }}, port: 9{gib:03}, gpus: 1, vram: {gib}GiB }}\n"
             )
         };
+        let words = |model: String| model.replace("gpus: 1", "gpus: 1, ttl: 5m");
         let key = |key: &str| format!("auth: {{ keys: [{{ name: a, key: {key} }}] }}\n");
         let (first, second) = ("s3cret-s3cret-s3cret", "0ther-0ther-0ther-0ther");
         let old =
-            format!("{}models:\n{}{}{}", key(first), model("a", 1), model("b", 2), model("c", 3));
+            format!("{}models:\n{}{}{}", key(first), model("a", 1), model("b", 2), model("c", 3))
+                + &model("e", 5);
         let new = format!(
             "swap: {{ max_wait: 1m }}\nqueue: {{ limit: 9, per_model: 9 }}\n{}models:\n{}{}{}",
             key(second),
             model("b", 2),
             model("c", 4),
             model("d", 1)
-        );
+        ) + &words(model("e", 5));
         let (old, new) = (catalog(&old), catalog(&new));
         assert_eq!(
             changes(&old, &new).to_string(),
-            "added d; removed a (drained first); changed c (drained first); settings changed: \
-             swap.max_wait, queue.limit, queue.per_model, auth.keys"
+            "added d; removed a (drained first); changed c (drained first); adjusted e \
+             (goes on); settings changed: swap.max_wait, queue.limit, queue.per_model, auth.keys"
         );
         assert_eq!(changes(&new, &new.clone()).to_string(), "nothing changed");
     }

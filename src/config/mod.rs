@@ -16,6 +16,7 @@ mod problem;
 mod rules;
 mod secrets;
 mod settings;
+mod shape;
 mod subst;
 mod tree;
 mod values;

@@ -21,6 +21,7 @@ pub(super) fn check(
     check_settings(settings, sink);
     let aliases = aliases(models, sink);
     ports(models, settings, sink);
+    containers(models, sink);
     keys(models, &aliases, settings, sink);
     for model in models {
         check_model(model, settings, sink);
@@ -132,6 +133,21 @@ fn aliases(models: &[ReadModel], sink: &mut Sink) -> BTreeMap<String, ModelName>
         }
     }
     owners
+}
+
+/// Each would stop the other's.
+fn containers(models: &[ReadModel], sink: &mut Sink) {
+    let mut owners: BTreeMap<&str, &ModelName> = BTreeMap::new();
+    for model in models {
+        let RuntimeSpec::Docker(docker) = &model.spec.runtime else { continue };
+        let Some(container) = docker.container.as_deref() else { continue };
+        let name = &model.spec.name;
+        if let Some(other) = owners.insert(container, name) {
+            let message = format!("`{name}` and `{other}` name the same container `{container}`");
+            sink.error(model.spot_of("docker"), message, "expected one model per container")
+                .help("other names for one model are its `aliases`");
+        }
+    }
 }
 
 fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {

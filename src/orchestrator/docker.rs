@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::handle::Message;
-use super::launch::spec_hash;
 use super::leftovers::reap;
 use super::reconcile::{InDocker, reconcile_docker, uses_docker};
 use super::run::{Live, Owner};
@@ -154,7 +153,7 @@ impl Owner {
             let identity = &each.running.identity;
             let catalog = self.shared.catalog.load();
             let spec = catalog.model(&identity.model);
-            let is_current = spec.is_some_and(|spec| spec_hash(spec) == identity.spec_hash);
+            let is_current = spec.is_some_and(|spec| spec.shape_hash() == identity.spec_hash);
             let is_replaced = self.instances.contains_key(&identity.instance)
                 || self.instances.values().any(|live| live.spec.name == identity.model);
             let why = match (is_current, is_replaced) {

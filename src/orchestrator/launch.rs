@@ -5,49 +5,12 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde::Serialize;
-
-use crate::config::catalog::{EngineKind, GpuRequest, ModelSpec, RuntimeSpec, Vram};
+use crate::config::catalog::{ModelSpec, RuntimeSpec};
 use crate::engine;
 use crate::gpu::{Gpu, Gpus};
 use crate::runtime::{GpuDevice, Identity, LaunchSpec};
 use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::{Bytes, GpuId, InstanceId};
-
-/// Raise when Wharf starts engines differently for the same model entry.
-const LAUNCH_VERSION: u32 = 1;
-
-/// What shapes a running engine. Policy (priority, ttl, aliases, …) may change under it.
-#[derive(Serialize)]
-struct Shape<'a> {
-    version: u32,
-    engine: EngineKind,
-    runtime: &'a RuntimeSpec,
-    gpus: &'a GpuRequest,
-    vram: Vram,
-    served_name: &'a str,
-    port: Option<u16>,
-    sleep: Option<u8>,
-}
-
-/// Hash of everything that shapes the running engine (FNV-1a: stable over builds and machines).
-pub fn spec_hash(spec: &ModelSpec) -> String {
-    let shape = Shape {
-        version: LAUNCH_VERSION,
-        engine: spec.engine,
-        runtime: &spec.runtime,
-        gpus: &spec.gpus,
-        vram: spec.vram,
-        served_name: spec.served_name(),
-        port: spec.port,
-        sleep: spec.sleep,
-    };
-    let bytes = serde_json::to_vec(&shape).unwrap_or_default();
-    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{hash:016x}")
-}
 
 /// Loopback ports for engines: each instance its own, never one that a stranger listens on.
 #[derive(Debug)]
@@ -138,7 +101,7 @@ impl Launcher<'_> {
                 installation: self.installation.to_owned(),
                 instance,
                 model: model.name.clone(),
-                spec_hash: spec_hash(model),
+                spec_hash: model.shape_hash(),
                 gpus: gpus.to_vec(),
                 port,
             },

@@ -7,6 +7,7 @@ use super::gate::{Gate, StartKind};
 use super::handle::Message;
 use super::launch::Launcher;
 use super::run::{Live, Owner, Reply};
+use super::state_dir::Figures;
 use super::view::LEDGER_ROWS_MAX;
 use crate::config::catalog::RuntimeSpec;
 use crate::runtime::{LaunchSpec, Running};
@@ -62,7 +63,10 @@ impl Owner {
             }
             Action::Record(record) => self.record(record),
             Action::Remember { model, learned } => {
-                self.learned.insert(model, learned);
+                // The scheduler learns of engines as they are configured now only.
+                let catalog = self.shared.catalog.load();
+                let spec = catalog.model(&model).map(|spec| spec.shape_hash()).unwrap_or_default();
+                self.learned.insert(model, Figures { spec, learned });
                 self.writer.learned(&self.learned);
             }
             Action::Notice { model: Some(model), text } => tracing::info!(%model, "{text}"),

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 
 use super::effects::Effects;
-use super::launch::spec_hash;
 use super::leftovers::reap;
 use super::state_dir::StateDir;
 use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec};
@@ -28,6 +27,8 @@ pub struct Adopted {
     pub spec: Arc<ModelSpec>,
     pub running: Running,
     pub footprint: Bytes,
+    /// It is ours and cannot be left to somebody else, but has to be stopped, and why.
+    pub unfit: Option<String>,
 }
 
 /// What a look through Docker brought.
@@ -157,8 +158,8 @@ async fn adopt_or_reap_all(
     kept
 }
 
-/// A container that compose (say) made and that runs already. If it does not answer it is left as
-/// it is: starting the model will restart it.
+/// A container that compose (say) made and that runs already. One that does not answer (it may
+/// still load) is stopped like any other of ours: nothing else can wait for its memory.
 async fn adopt_named(
     effects: &Effects,
     spec: &Arc<ModelSpec>,
@@ -170,7 +171,7 @@ async fn adopt_named(
         installation: installation.to_owned(),
         instance,
         model: spec.name.clone(),
-        spec_hash: spec_hash(spec),
+        spec_hash: spec.shape_hash(),
         gpus: all_wanted(spec, &effects.gpus),
         port: 0,
     };
@@ -184,10 +185,7 @@ async fn adopt_named(
         }
     };
     effects.learn_key(spec, &mut running).await;
-    if let Err(fault) = answers(spec, &running).await {
-        tracing::warn!(model = %spec.name, container = name, "runs, but is not adopted: {}", fault.message);
-        return None;
-    }
+    let unfit = answers(spec, &running).await.err().map(|fault| fault.message);
     effects.holders.register(&running);
     let held = effects.gpus_held_by(instance).await;
     if !held.is_empty() {
@@ -195,8 +193,16 @@ async fn adopt_named(
     }
     running.identity.gpus.clone_from(&identity.gpus);
     let footprint = effects.held_by(instance, &identity.gpus).await;
-    tracing::info!(model = %spec.name, container = name, "adopted a named container");
-    Some(Adopted { spec: Arc::clone(spec), running, footprint: footprint.unwrap_or(Bytes::ZERO) })
+    match &unfit {
+        None => tracing::info!(model = %spec.name, container = name, "adopted a named container"),
+        Some(why) => tracing::warn!(
+            model = %spec.name,
+            container = name,
+            "runs and is not adopted, so it is stopped: {why}"
+        ),
+    }
+    let footprint = footprint.unwrap_or(Bytes::ZERO);
+    Some(Adopted { spec: Arc::clone(spec), running, footprint, unfit })
 }
 
 /// The GPUs that the model would take if all were free: what is known before memory was read.
@@ -226,7 +232,7 @@ async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, mut found: Found) -
     let why_not = match catalog.model(model) {
         _ if !found.alive => "it does not run any more".to_owned(),
         None => "its model is not configured any more".to_owned(),
-        Some(spec) if spec_hash(spec) != identity.spec_hash => {
+        Some(spec) if spec.shape_hash() != identity.spec_hash => {
             "its configuration changed since".to_owned()
         }
         Some(spec) => match answers(spec, &found.running).await {
@@ -239,6 +245,7 @@ async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, mut found: Found) -
                     spec: Arc::clone(spec),
                     footprint: footprint.unwrap_or(Bytes::ZERO),
                     running: found.running,
+                    unfit: None,
                 });
             }
         },

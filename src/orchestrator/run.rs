@@ -15,14 +15,14 @@ use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
 use super::outage::OutageNews;
-use super::state_dir::{LastIds, StateDir};
+use super::state_dir::{Figures, LastIds, StateDir};
 use super::state_writer::StateWriter;
 use super::view::{Leftover, ModelFacts};
 use crate::config::catalog::ModelSpec;
 use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow};
 use crate::scheduler::Scheduler;
 use crate::scheduler::action::{Answer, Refusal};
-use crate::scheduler::event::{Event, GateCount, Learned};
+use crate::scheduler::event::{Event, GateCount};
 use crate::scheduler::record::SwapRecord;
 use crate::telemetry::metrics::Metrics;
 use crate::units::{AskId, GpuId, InstanceId, ModelName, RequestId, Time};
@@ -47,7 +47,7 @@ pub(super) struct Owner {
     pub facts: BTreeMap<ModelName, ModelFacts>,
     /// Models whose last instance ended by itself: their next start is a restart.
     pub died: BTreeSet<ModelName>,
-    pub learned: BTreeMap<ModelName, Learned>,
+    pub learned: BTreeMap<ModelName, Figures>,
     pub ledger: Arc<VecDeque<Arc<SwapRecord>>>,
     /// Events that an action produced at once; handled before anything else.
     pub follow_up: VecDeque<Event>,
@@ -200,6 +200,12 @@ impl Owner {
                     self.facts.entry(name.clone()).or_default();
                 }
                 self.follow_docker_if_used(&catalog);
+                for live in self.instances.values_mut() {
+                    let spec = catalog.model(&live.spec.name);
+                    if let Some(spec) = spec.filter(|spec| spec.runs_like(&live.spec)) {
+                        live.spec = Arc::clone(spec);
+                    }
+                }
                 self.step(Event::CatalogChanged(catalog));
                 self.replies.push(Reply::Reloaded(reply));
             }

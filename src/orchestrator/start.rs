@@ -20,7 +20,7 @@ use super::memory_watch::{Holders, MemoryWatch};
 use super::outage::Outage;
 use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
-use super::state_dir::{LastIds, StateDir, StateError};
+use super::state_dir::{Figures, LastIds, StateDir, StateError};
 use super::state_writer::StateWriter;
 use super::view::View;
 use crate::config::catalog::{Catalog, OnExit, StopSpec};
@@ -28,7 +28,7 @@ use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::external::ExternalRuntime;
 use crate::runtime::process::ProcessRuntime;
-use crate::runtime::{Foreign, RuntimeHandle, Runtimes};
+use crate::runtime::{Foreign, Identity, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
 use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
 use crate::telemetry::metrics::Metrics;
@@ -124,7 +124,7 @@ pub async fn start(
         asks: BTreeMap::new(),
         facts: catalog.models.keys().map(|name| (name.clone(), Default::default())).collect(),
         died: BTreeSet::new(),
-        learned: state.learned(),
+        learned: state.learned(&catalog),
         state,
         ledger: Arc::new(VecDeque::new()),
         follow_up: VecDeque::new(),
@@ -201,7 +201,7 @@ impl Owner {
     /// What the scheduler must know before the first request.
     async fn begin(&mut self, gpus: &Gpus, adopted: Vec<Adopted>) {
         let remembered = self.learned.clone();
-        for (model, learned) in remembered {
+        for (model, Figures { learned, .. }) in remembered {
             self.step(Event::Remembered { model, learned });
         }
         for adopted in adopted {
@@ -221,20 +221,19 @@ impl Owner {
         self.look_for_missed();
     }
 
-    pub(super) fn adopt(&mut self, Adopted { spec, running, footprint }: Adopted) {
+    pub(super) fn adopt(&mut self, Adopted { spec, running, footprint, unfit }: Adopted) {
         let identity = running.identity.clone();
         let mut live = Live::new(spec, identity.gpus.clone());
         live.slot = Slot::holding(running.clone());
         self.instances.insert(identity.instance, live);
         self.ports.reserve(identity.instance, identity.port);
-        self.became_ready(identity.instance, &running);
-        self.watch_exit(identity.instance, &running);
-        self.step(Event::Adopted {
-            instance: identity.instance,
-            model: identity.model,
-            gpus: identity.gpus,
-            footprint,
-        });
+        let Identity { instance, model, gpus, .. } = identity;
+        if let Some(why) = unfit {
+            return self.step(Event::Stray { instance, model, gpus, footprint, why });
+        }
+        self.became_ready(instance, &running);
+        self.watch_exit(instance, &running);
+        self.step(Event::Adopted { instance, model, gpus, footprint });
     }
 
     /// After `ShuttingDown`: ends what shall not outlive us, within `shutdown_timeout` and the time

@@ -14,8 +14,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::outage::Outage;
-use super::state_dir::{LAST_INSTANCE, LAST_SWAP, LastIds};
-use crate::scheduler::event::Learned;
+use super::state_dir::{Figures, LAST_INSTANCE, LAST_SWAP, LastIds};
 use crate::units::ModelName;
 
 /// Reserved at once; a crash skips what is left of them.
@@ -43,7 +42,7 @@ struct Work {
 #[derive(Debug, Default)]
 struct Pending {
     last_ids: Option<LastIds>,
-    learned: Option<BTreeMap<ModelName, Learned>>,
+    learned: Option<BTreeMap<ModelName, Figures>>,
     docker: bool,
     closing: bool,
 }
@@ -103,7 +102,7 @@ impl StateWriter {
         }
     }
 
-    pub fn learned(&self, learned: &BTreeMap<ModelName, Learned>) {
+    pub fn learned(&self, learned: &BTreeMap<ModelName, Figures>) {
         let learned = learned.clone();
         self.work.put(|pending| pending.learned = Some(learned));
     }
@@ -197,6 +196,7 @@ mod tests {
 
     use super::*;
     use crate::orchestrator::handle::{Inbox, Message};
+    use crate::scheduler::event::Learned;
 
     fn last(dir: &Path) -> LastIds {
         let number = |name| fs::read_to_string(dir.join(name)).unwrap().trim().parse().unwrap();
@@ -239,7 +239,8 @@ mod tests {
         let writer = StateWriter::with(&path, ids(1, 1), outage, Duration::from_millis(1));
         let footprint = Some(crate::units::Bytes::gib(3));
         let learned = Learned { footprint, ..Learned::default() };
-        writer.learned(&BTreeMap::from([("ada".into(), learned)]));
+        let figures = Figures { learned, ..Figures::default() };
+        writer.learned(&BTreeMap::from([("ada".into(), figures)]));
         let Some(Message::Outage(told)) = news.recv().await else { panic!("the outage") };
         assert!(told.why.unwrap().contains("No such file"));
         fs::create_dir(&path).unwrap();

@@ -6,7 +6,7 @@ use super::Scheduler;
 use super::action::Action;
 use super::event::Request;
 use super::residency::{Instance, MoveKind};
-use crate::units::{Bytes, ModelName};
+use crate::units::{Bytes, InstanceId, ModelName};
 
 /// Assumed for a start that was never seen.
 const START_UNKNOWN: Duration = Duration::from_secs(10);
@@ -37,8 +37,11 @@ impl Scheduler {
         self.remember(model);
     }
 
-    /// Notes the largest footprint seen; says so only when it grew.
-    pub(super) fn learn_footprint(&mut self, model: &ModelName, bytes: Bytes) {
+    /// Notes the largest footprint seen; says so only when it grew. What a reload has changed
+    /// since teaches nothing about its model.
+    pub(super) fn learn_footprint(&mut self, id: InstanceId, bytes: Bytes) {
+        let Some(instance) = self.instances.get(&id).filter(|i| self.is_current(i)) else { return };
+        let model = &instance.model.clone();
         let Some(state) = self.models.get_mut(model) else { return };
         if bytes == Bytes::ZERO || state.learned.footprint.is_some_and(|known| known >= bytes) {
             return;
@@ -47,7 +50,9 @@ impl Scheduler {
         self.remember(model);
     }
 
-    pub(super) fn learn_residue(&mut self, model: &ModelName, bytes: Bytes) {
+    pub(super) fn learn_residue(&mut self, id: InstanceId, bytes: Bytes) {
+        let Some(instance) = self.instances.get(&id).filter(|i| self.is_current(i)) else { return };
+        let model = &instance.model.clone();
         let Some(state) = self.models.get_mut(model) else { return };
         if state.learned.asleep == Some(bytes) {
             return;

@@ -64,6 +64,14 @@ pub enum Event {
         gpus: Vec<GpuId>,
         footprint: Bytes,
     },
+    /// An engine that is ours and runs, but is not fit to be adopted, and why: it is stopped.
+    Stray {
+        instance: InstanceId,
+        model: ModelName,
+        gpus: Vec<GpuId>,
+        footprint: Bytes,
+        why: String,
+    },
     /// Figures of earlier runs, read from the store at start-up.
     Remembered {
         model: ModelName,

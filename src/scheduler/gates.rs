@@ -38,15 +38,16 @@ impl Scheduler {
         let watched = self.is_watched(instance, queued, watch_victims);
         let (was_open, was_watched) = (instance.gate.open, instance.gate.watched);
         let permits = instance.permits();
+        let is_as_wide = instance.gate.permits == permits;
         if watched != was_watched {
             if let Some(instance) = self.instances.get_mut(&id) {
                 instance.gate.watched = watched;
             }
             self.emit(Action::WatchGate { instance: id, every_release: watched });
         }
-        if open && !was_open {
+        if open && !(was_open && is_as_wide) {
             if let Some(instance) = self.instances.get_mut(&id) {
-                instance.gate.open = true;
+                (instance.gate.open, instance.gate.permits) = (true, permits);
                 instance.gate.unconfirmed = false;
             }
             self.emit(Action::OpenGate { instance: id, permits });

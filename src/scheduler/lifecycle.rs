@@ -11,7 +11,7 @@ use super::memory::{UNSEEN, uses_gpu};
 use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
 use crate::config::catalog::Catalog;
-use crate::units::{Bytes, GpuId, InstanceId, ModelName};
+use crate::units::{Bytes, GpuId, InstanceId, ModelName, SwapId};
 
 impl Scheduler {
     /// A healthy instance found at start-up is ready at once.
@@ -45,6 +45,23 @@ impl Scheduler {
         if twin {
             let decision = "a second instance of this model".to_owned();
             let swap = self.begin_unload(id, SwapCause::Cleanup, decision, Phase::Vacate);
+            self.emit_stop(swap, id);
+        }
+    }
+
+    /// As [`Scheduler::adopted`], and stopped at once: its memory is promised until it is proven
+    /// free, and its model is not started beside it.
+    pub(super) fn stray(
+        &mut self,
+        id: InstanceId,
+        model: &ModelName,
+        gpus: Vec<GpuId>,
+        footprint: Bytes,
+        why: String,
+    ) {
+        self.adopted(id, model, gpus, footprint);
+        if self.instances.get(&id).is_some_and(Instance::is_ready) {
+            let swap = self.begin_unload(id, SwapCause::Cleanup, why, Phase::Vacate);
             self.emit_stop(swap, id);
         }
     }
@@ -131,14 +148,84 @@ impl Scheduler {
                 continue;
             };
             (state.failure, state.failures, state.deaths) = (None, 0, 0);
-            let same_engine = old.runtime == spec.runtime && old.engine == spec.engine;
-            if !same_engine || old.vram != spec.vram || old.gpus != spec.gpus {
+            if !spec.runs_like(old) {
                 state.learned.footprint = None;
                 state.learned.asleep = None;
             }
-            self.abandon_starts(name, "its configuration changed");
+            if !spec.starts_like(old) {
+                self.abandon_starts(name, "its configuration changed");
+            }
         }
+        self.apply_policy();
         self.changed();
+    }
+
+    /// What runs as it would be started now goes on, under the new entry from here on.
+    fn apply_policy(&mut self) {
+        let mut resized = Vec::new();
+        for instance in self.instances.values_mut() {
+            let spec = self.catalog.model(&instance.model);
+            let Some(spec) = spec.filter(|spec| spec.runs_like(&instance.spec)) else { continue };
+            if spec.vram != instance.spec.vram {
+                resized.push(instance.id);
+            }
+            instance.spec = Arc::clone(spec);
+        }
+        // Twice: those that shrink make room for those that grow.
+        for id in resized.repeat(2) {
+            self.promise_anew(id);
+        }
+        let spared: Vec<SwapId> = self
+            .swaps
+            .values()
+            .filter(|s| s.is_load() && s.placed && s.phase == Phase::Drain)
+            .filter(|s| s.victims.iter().any(|v| self.is_spared(v.instance)))
+            .map(|s| s.id)
+            .collect();
+        for swap in spared {
+            self.unplace(swap, "a model that was to leave is pinned now");
+        }
+    }
+
+    fn is_spared(&self, victim: InstanceId) -> bool {
+        let draining = |i: &&Instance| i.residency == Residency::Draining && self.is_current(i);
+        self.instances.get(&victim).filter(draining).is_some_and(|i| self.is_pinned(i))
+    }
+
+    /// It runs as it is configured now: `apply_policy` gave it the very entry.
+    pub(super) fn is_current(&self, instance: &Instance) -> bool {
+        self.catalog.model(&instance.model).is_some_and(|spec| Arc::ptr_eq(spec, &instance.spec))
+    }
+
+    /// The declared footprint of a running engine changed, which it knows nothing of: more is
+    /// promised as far as there is room, less only down to what it was seen to hold.
+    fn promise_anew(&mut self, id: InstanceId) {
+        let Some(instance) = self.instances.get(&id) else { return };
+        let runs = match instance.residency {
+            Residency::Ready | Residency::Draining | Residency::Lost { asleep: false } => true,
+            Residency::Starting { .. }
+            | Residency::Stopping
+            | Residency::FallingAsleep
+            | Residency::Sleeping { .. }
+            | Residency::Waking
+            | Residency::Lost { asleep: true } => false,
+        };
+        let (true, Some(promise), Some(&gpu)) = (runs, instance.promise, instance.gpus.first())
+        else {
+            return;
+        };
+        let Some(need) = self.need(&instance.spec, gpu).filter(|need| !need.elastic) else {
+            return;
+        };
+        let learned = self.models.get(&instance.model).and_then(|m| m.learned.footprint);
+        let least = instance.measured.max(learned).unwrap_or(promise);
+        let others = |gpu: &GpuId| self.promised(*gpu) - self.promise_on(instance, *gpu);
+        let room = instance.gpus.iter().map(|gpu| self.capacity(*gpu) - others(gpu)).min();
+        let most = room.unwrap_or_default().max(promise);
+        let bytes = need.bytes.max(least).min(most);
+        if let Some(instance) = self.instances.get_mut(&id) {
+            instance.promise = Some(bytes);
+        }
     }
 
     fn abandon_starts(&mut self, name: &ModelName, why: &str) {

@@ -261,8 +261,7 @@ impl Scheduler {
                 && (instance.is_ready() || instance.drain.is_some())
             {
                 instance.measured = Some(bytes);
-                let model = instance.model.clone();
-                self.learn_footprint(&model, bytes);
+                self.learn_footprint(id, bytes);
             }
         }
     }

@@ -177,6 +177,9 @@ impl Scheduler {
             Event::Adopted { instance, model, gpus, footprint } => {
                 self.adopted(instance, &model, gpus, footprint);
             }
+            Event::Stray { instance, model, gpus, footprint, why } => {
+                self.stray(instance, &model, gpus, footprint, why);
+            }
             Event::Remembered { model, learned } => {
                 if let Some(state) = self.models.get_mut(&model) {
                     state.learned = learned;

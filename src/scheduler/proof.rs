@@ -39,11 +39,10 @@ impl Scheduler {
         let listed = |gpu| self.sampled(gpu).map(|m| own_bytes(instance, m));
         let residue = instance.gpus.iter().filter_map(|&gpu| listed(gpu)).max();
         let Some(residue) = residue.filter(|&r| r > Bytes::ZERO) else { return };
-        let model = instance.model.clone();
         if let Some(release) = self.instances.get_mut(&id).and_then(|i| i.release.as_mut()) {
             (release.keep, release.keep_guessed) = (residue, false);
         }
-        self.learn_residue(&model, residue);
+        self.learn_residue(id, residue);
     }
 
     fn is_release_proven(&self, id: InstanceId) -> bool {

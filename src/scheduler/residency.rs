@@ -112,6 +112,8 @@ impl MoveKind {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct GateState {
     pub open: bool,
+    /// As it was opened with.
+    pub permits: u32,
     /// A `CloseGate` was emitted and its `GateSeen` has not come yet.
     pub unconfirmed: bool,
     pub watched: bool,
@@ -154,7 +156,7 @@ pub(super) struct Hold {
 pub(super) struct Instance {
     pub id: InstanceId,
     pub model: ModelName,
-    /// As it was started; a reload may have changed the catalog since.
+    /// As it is configured now, or, if a reload changed what shapes the engine, as it was started.
     pub spec: Arc<ModelSpec>,
     pub gpus: Vec<GpuId>,
     /// Bytes promised on each of `gpus`; `None` until the start is emitted.

@@ -80,8 +80,12 @@ impl DockerRuntime {
     }
 
     /// Makes the image present, as the pull policy says, and the weights of a model from the hub.
+    /// A named container that somebody else started is stopped: its memory is nobody's otherwise.
     /// Cancel by dropping the future.
     pub async fn fetch(&self, spec: &LaunchSpec, progress: &Progress) -> Result<(), Fault> {
+        if let Some(name) = &docker_spec(&spec.model)?.container {
+            return stop::stop_named(self, name, &spec.model.stop).await;
+        }
         fetch::fetch(self, &spec.model, progress).await?;
         let installation = Some(spec.identity.installation.as_str());
         weights::fetch(self, &spec.model, installation, progress).await.map(drop)
@@ -101,7 +105,7 @@ impl DockerRuntime {
         weights::fetch(self, model, None, progress).await
     }
 
-    /// Creates and starts the container, or starts the named one (one that runs is left as it is).
+    /// Creates and starts the container, or starts the named one (its `fetch` stopped it if it ran).
     pub async fn start(&self, spec: &LaunchSpec) -> Result<Running, Fault> {
         self.connect();
         start::start(self, spec).await

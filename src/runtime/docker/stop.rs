@@ -11,7 +11,7 @@ use futures_util::StreamExt as _;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::client::{Client, PROMPT};
-use super::{DockerRuntime, errors, start, watched};
+use super::{DockerRuntime, errors, find, start, watched};
 use crate::config::catalog::StopSpec;
 use crate::scheduler::event::{Fault, FaultKind};
 
@@ -52,6 +52,19 @@ pub async fn stop(
         tracing::warn!(container = id, reason = fault.message, "stopped but not removed");
     }
     Ok(())
+}
+
+/// Stops a named container that runs without being an instance of ours.
+pub async fn stop_named(runtime: &DockerRuntime, name: &str, how: &StopSpec) -> Result<(), Fault> {
+    let Some(found) = find::find_named(&runtime.client, name).await? else { return Ok(()) };
+    if !found.alive {
+        return Ok(());
+    }
+    tracing::warn!(
+        container = name,
+        "runs though Wharf did not start it: stopped, to start it anew"
+    );
+    stop(runtime, &found.id, true, how).await
 }
 
 pub fn short(id: &str) -> &str {

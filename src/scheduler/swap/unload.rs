@@ -100,14 +100,11 @@ impl Scheduler {
         if instance.unload.is_some() {
             return Some((SwapCause::Unload, "asked for by an operator".to_owned()));
         }
-        match self.catalog.model(&instance.model) {
-            None => {
-                return Some((SwapCause::Reload, "removed from the configuration".to_owned()));
-            }
-            Some(spec) if !spec.is_same(&instance.spec) => {
-                return Some((SwapCause::Reload, "its configuration changed".to_owned()));
-            }
-            Some(_) => {}
+        if self.catalog.model(&instance.model).is_none() {
+            return Some((SwapCause::Reload, "removed from the configuration".to_owned()));
+        }
+        if !self.is_current(instance) {
+            return Some((SwapCause::Reload, "its configuration changed".to_owned()));
         }
         let due = self.ttl_due(instance)?;
         (due <= self.now).then(|| {

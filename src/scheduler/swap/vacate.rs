@@ -218,10 +218,8 @@ impl Scheduler {
         let now = self.now;
         match result {
             Ok(residue) => {
-                let Some(instance) = self.instances.get(&id) else { return };
-                let model = instance.model.clone();
                 if let Some(residue) = residue {
-                    self.learn_residue(&model, residue);
+                    self.learn_residue(id, residue);
                 }
                 if let Some(instance) = self.instances.get_mut(&id) {
                     let level = instance.can_sleep().unwrap_or(1);

@@ -42,7 +42,7 @@ impl Scheduler {
         self.memory_changed(&gpus);
         self.learn_move(&model, under_way.kind, now.since(under_way.since));
         if let Some(bytes) = measured {
-            self.learn_footprint(&model, bytes);
+            self.learn_footprint(instance, bytes);
         }
         if let Some(state) = self.models.get_mut(&model) {
             (state.failure, state.failures, state.since) = (None, 0, now);

@@ -132,7 +132,9 @@ fn a_reload_touches_only_what_changed() {
     sim.run_secs(5);
     let mut same = spec("same", 4);
     same.line = 99;
-    let mut sim_config = catalog(vec![same, spec("changed", 5)]);
+    let mut changed = spec("changed", 4);
+    changed.upstream_name = Some("other".to_owned());
+    let mut sim_config = catalog(vec![same, changed]);
     sim_config.settings.queue.limit = 7;
     sim.send(Event::CatalogChanged(Arc::new(sim_config)));
     assert_eq!(sim.state("same"), "ready");

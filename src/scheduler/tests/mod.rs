@@ -7,6 +7,7 @@ mod faults;
 mod look;
 mod ram;
 mod random;
+mod reload;
 mod sleepers;
 mod swaps;
 mod world;

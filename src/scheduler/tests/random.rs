@@ -100,7 +100,13 @@ fn mishap(sim: &mut Sim, dice: &mut Dice, model: &str, base: &Catalog) {
             if dice.one_in(3) {
                 changed.models.remove(&name);
             } else if let Some(spec) = changed.models.get_mut(&name) {
-                Arc::make_mut(spec).description = Some(format!("{}", dice.roll(99)));
+                let spec = Arc::make_mut(spec);
+                match dice.roll(4) {
+                    0 => spec.concurrency = Some(1 + u32::from(dice.one_in(2))),
+                    1 => spec.vram = Vram::Declared(Bytes::gib(1 + dice.roll(20))),
+                    2 => spec.pinned = !spec.pinned,
+                    _ => spec.upstream_name = Some(format!("{}", dice.roll(99))),
+                }
             }
             sim.send(Event::CatalogChanged(Arc::new(changed)));
         }

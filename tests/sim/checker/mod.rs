@@ -166,9 +166,17 @@ impl Checker {
             Event::Adopted { instance, model, gpus, footprint } => {
                 self.adopted(*instance, model, gpus, *footprint);
             }
+            Event::Stray { .. } => {}
             Event::CatalogChanged(catalog) => {
                 self.catalog = Arc::clone(catalog);
                 self.queue_changed = true;
+                for known in self.insts.values_mut() {
+                    let spec = catalog.model(&known.model);
+                    if let Some(spec) = spec.filter(|spec| spec.runs_like(&known.spec)) {
+                        // In force at once on what goes on running.
+                        Arc::make_mut(&mut known.spec).concurrency = spec.concurrency;
+                    }
+                }
             }
             Event::RuntimeLost { instances, .. } => {
                 self.ever_lost = true;
