@@ -162,7 +162,7 @@ impl Attempt<'_> {
         let (taken, freed) = self.ram_moved(chosen);
         let others = s.ram_spoken(self.candidate.swap);
         taken == Bytes::ZERO
-            || s.ram_expected().is_none_or(|left| left + s.ram_leaving() + freed >= others + taken)
+            || s.ram_expected(s.ram_leaving() + freed).is_none_or(|left| left >= others + taken)
     }
 
     /// Sleepers take host RAM before those who stop have given theirs back.

@@ -35,6 +35,8 @@ pub(super) struct Memory {
     pub host_total: Option<Bytes>,
     /// Host bytes that came free since the last sample, and do not show in it.
     pub host_freed: Bytes,
+    /// Host bytes that others hold, as far as samples prove it.
+    pub host_others: Bytes,
     /// Used bytes that no listed process holds, learned while nothing moved.
     pub unlisted: BTreeMap<GpuId, Bytes>,
 }

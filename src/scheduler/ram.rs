@@ -125,17 +125,28 @@ impl Scheduler {
         Some(available - self.catalog.settings.ram.reserve)
     }
 
-    /// What plans may count on: the last sample and what came free since, less the reserve. A
-    /// start is stricter: it waits for a sample that shows it.
-    pub(super) fn ram_expected(&self) -> Option<Bytes> {
-        let available = self.memory.sample.as_ref()?.host?.available;
-        Some(available + self.memory.host_freed - self.catalog.settings.ram.reserve)
+    /// What plans may count on once `leaving` of what is promised has ended: the last sample and
+    /// what came free since, less the reserve. A start is stricter: it waits for a sample that
+    /// shows it. Who leaves gives back what it really took, at most its promise: beside what
+    /// others are known to hold, only what nobody is promised any more is certain to be free.
+    pub(super) fn ram_expected(&self, leaving: Bytes) -> Option<Bytes> {
+        let host = self.memory.sample.as_ref()?.host?;
+        let reserve = self.catalog.settings.ram.reserve;
+        let now = host.available + self.memory.host_freed - reserve;
+        let stays = self.ram_promised() - leaving;
+        let certain = host.total - reserve - self.memory.host_others - stays;
+        Some(if leaving == Bytes::ZERO { now } else { now.max(certain.min(now + leaving)) })
     }
 
+    /// A new sample: others hold at least what all our promises do not explain, and at most all
+    /// that is in use.
     pub(super) fn ram_seen(&mut self) {
-        if self.ram_sampled().is_some() {
-            self.memory.host_freed = Bytes::ZERO;
-        }
+        let host = self.memory.sample.as_ref().and_then(|sample| sample.host);
+        let (Some(host), Some(_)) = (host, self.ram_sampled()) else { return };
+        self.memory.host_freed = Bytes::ZERO;
+        let used = host.total - host.available;
+        let least = used - self.ram_promised();
+        self.memory.host_others = self.memory.host_others.max(least).min(used);
     }
 
     /// Whether so many bytes may be taken at this moment.
