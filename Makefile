@@ -1,8 +1,24 @@
-# make demo [WORLD=laptop|homelab|team|agents] [EXERCISE=1] [ENGINE=llama [GGUF=a.gguf,b.gguf]]
+# make demo [WORLD=laptop|homelab|team|agents] [EXERCISE=1] [ENGINE=standin|llama [GGUF=a.gguf,b.gguf]]
 # make test      everything; make quick: without Docker, llama-server and Prometheus
 
 WORLD ?= laptop
+ENGINE ?= standin
+worlds = laptop homelab team agents
+engines = standin llama
 demo_flags = --world $(WORLD) $(if $(EXERCISE),--exercise) $(if $(ONCE),--once)
+
+# Before anything is built.
+ifneq ($(filter demo,$(MAKECMDGOALS)),)
+ifeq ($(filter $(WORLD),$(worlds)),)
+$(error WORLD=$(WORLD) is none of: $(worlds))
+endif
+ifeq ($(filter $(ENGINE),$(engines)),)
+$(error ENGINE=$(ENGINE) is none of: $(engines))
+endif
+ifeq ($(ENGINE) $(filter-out laptop,$(WORLD)),llama $(WORLD))
+$(error ENGINE=llama has one world, laptop: leave WORLD=$(WORLD) out)
+endif
+endif
 
 .PHONY: demo test quick build
 build:

@@ -2,14 +2,15 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::catalog::{Catalog, Settings};
+use crate::config::catalog::Catalog;
+use crate::config::diff::{changes, keep_what_needs_a_restart};
 use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
 use crate::telemetry::metrics::Metrics;
@@ -19,10 +20,13 @@ use crate::{api, gateway, orchestrator};
 const BIND_WITHIN: Duration = Duration::from_secs(3);
 /// Two signals closer together than this are one.
 const SAME_SIGNAL_WITHIN: Duration = Duration::from_secs(1);
+/// Between two lines about who is waited for at the end.
+const DRAIN_TOLD_EVERY: Duration = Duration::from_secs(5);
 /// Control answers are short; inference streams get `drain_timeout`.
 const CONTROL_GRACE: Duration = Duration::from_secs(2);
 
-/// Serves until SIGTERM or SIGINT; a second one ends at once.
+/// Serves until SIGTERM or SIGINT. A second one hurries: requests are cut and engines told to end
+/// at once. A third ends at once; what still runs is adopted or reaped at the next start.
 /// `reload` reads the configuration again, flags applied.
 pub async fn run(
     catalog: Catalog,
@@ -42,24 +46,27 @@ pub async fn run(
     let (handle, mut owner) =
         orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics)).await?;
 
-    let stop = CancellationToken::new();
+    let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
     let control = api::router(handle.clone(), Arc::clone(&metrics));
     let inference = gateway::router(handle.clone(), metrics);
     let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
     let mut serving = Vec::new();
     let control = match gateway_listener {
         Some(listener) => {
-            serving.push(tokio::spawn(gateway::serve(listener, inference, stop.clone(), drain)));
+            let (stop, hurry) = (stop.clone(), hurry.clone());
+            let serve = gateway::serve_until(listener, inference, stop, drain, hurry);
+            serving.push(tokio::spawn(serve));
             control
         }
         // One address for both: the orchestrator's routes win, the rest is inference.
         None => control.fallback_service(inference),
     };
-    serving.push(tokio::spawn(gateway::serve(
+    serving.push(tokio::spawn(gateway::serve_until(
         orchestrator_listener,
         control,
         stop.clone(),
         CONTROL_GRACE.max(if gateway_at == orchestrator_at { drain } else { CONTROL_GRACE }),
+        hurry.clone(),
     )));
     tracing::info!(gateway = %gateway_at, orchestrator = %orchestrator_at, "serving");
 
@@ -69,27 +76,71 @@ pub async fn run(
         // Only after a panic. The engines live on: whoever starts us again adopts them.
         _ = &mut owner => bail!("the orchestrator ended by itself: report the last log lines"),
     };
-    tracing::info!("{signal_name}: draining, at most {drain:?}; once more to stop at once");
+    tracing::info!("{signal_name}: draining, at most {} s; once more to hurry", drain.as_secs());
     reloads.abort();
     // Whoever waits in the queue hears it now, not when the drain is over and connections are cut.
     handle.refuse_new();
     stop.cancel();
+    let progress = tokio::spawn(tell_drain(handle.clone(), Instant::now() + drain));
     let drained = async {
         for task in serving {
             // A panicked listener has nothing left to drain.
             let _ = task.await;
         }
-        handle.shutdown().await;
+        progress.abort();
+        handle.shutdown(hurry.clone()).await;
         let _ = owner.await;
     };
+    tokio::pin!(drained);
+    tokio::select! {
+        () = &mut drained => return Ok(()),
+        again = next_stop() => {
+            tracing::warn!("{}: cutting requests and ending engines; once more to leave at once", again?);
+            hurry.cancel();
+        }
+    }
     tokio::select! {
         () = drained => Ok(()),
-        again = second_stop() => bail!("stopped at once by a second {}", again?),
+        again = next_stop() => bail!("left at once by a third {}", again?),
     }
 }
 
-/// Wrappers pass a signal on that the whole group also gets: that is still the first one.
-async fn second_stop() -> anyhow::Result<&'static str> {
+/// Says at once, and every few seconds, who is still waited for.
+async fn tell_drain(handle: Handle, until: Instant) {
+    let mut tick = tokio::time::interval(DRAIN_TOLD_EVERY);
+    loop {
+        tick.tick().await;
+        let gates = handle.gates().clone();
+        let busy = gates.iter().map(|(model, gate)| (model.as_str(), gate.in_flight()));
+        let left = until.saturating_duration_since(Instant::now());
+        if let Some(text) = drain_text(busy, left) {
+            tracing::info!("{text}");
+        }
+    }
+}
+
+/// `waiting for 3 requests of mistral, 42 s left (…)`; `None`: for nobody.
+fn drain_text<'a>(busy: impl Iterator<Item = (&'a str, u32)>, left: Duration) -> Option<String> {
+    const MODELS_MAX: usize = 3;
+    let parts: Vec<String> = busy
+        .filter(|(_, requests)| *requests > 0)
+        .map(|(model, requests)| {
+            format!("{requests} {} of {model}", if requests == 1 { "request" } else { "requests" })
+        })
+        .collect();
+    let named = parts.iter().take(MODELS_MAX).cloned().collect::<Vec<_>>().join(", ");
+    let more = match parts.len().saturating_sub(MODELS_MAX) {
+        0 => String::new(),
+        n => format!(" and of {n} more models"),
+    };
+    let left = left.as_secs_f64().round();
+    (!parts.is_empty()).then(|| {
+        format!("waiting for {named}{more}, {left} s left (press Ctrl-C again to cut them)")
+    })
+}
+
+/// Wrappers pass a signal on that the whole group also gets: that is still the same one.
+async fn next_stop() -> anyhow::Result<&'static str> {
     tokio::time::sleep(SAME_SIGNAL_WITHIN).await;
     wait_for_stop().await
 }
@@ -108,18 +159,22 @@ fn refuse_open_control(listening: SocketAddr, catalog: &Catalog) -> anyhow::Resu
 
 async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     let until = tokio::time::Instant::now() + BIND_WITHIN;
+    let mut told = false;
     loop {
         match TcpListener::bind(address).await {
             Ok(listener) => return Ok(listener),
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
                 if tokio::time::Instant::now() >= until {
-                    let listeners = ProcessRuntime::default().listeners(address.port()).await;
-                    let occupant = listeners.first().map_or_else(
-                        || "a process that this user cannot see".to_owned(),
-                        ToString::to_string,
-                    );
                     bail!(
-                        "{key}: {address} is taken by {occupant}; stop it or choose another port"
+                        "{key}: {address} is taken by {}; stop it or choose another port",
+                        occupant(address.port()).await
+                    );
+                }
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(
+                        "{key}: {address} is taken by {}; trying again for {} s",
+                        occupant(address.port()).await,
+                        BIND_WITHIN.as_secs()
                     );
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -129,6 +184,12 @@ async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
             }
         }
     }
+}
+
+async fn occupant(port: u16) -> String {
+    let listeners = ProcessRuntime::default().listeners(port).await;
+    let unseen = || "a process that this user cannot see".to_owned();
+    listeners.first().map_or_else(unseen, ToString::to_string)
 }
 
 async fn wait_for_stop() -> anyhow::Result<&'static str> {
@@ -153,22 +214,15 @@ async fn reload_on_sighup(
             Ok(catalog)
         });
         match checked {
-            Ok(catalog) => {
-                let (old, new) = (handle.catalog(), &catalog.settings);
-                let old = &old.settings;
-                let at_start = |s: &Settings| {
-                    let listen = (s.gateway, s.orchestrator);
-                    let rest = (s.store.clone(), s.gpu.clone(), s.docker_host.clone());
-                    (listen, rest, s.engine_ports)
-                };
-                if at_start(new) != at_start(old) {
-                    tracing::warn!(
-                        "listen, store, gpu, engine_ports and the Docker host need a restart; the \
-                         rest is reloaded"
-                    );
+            Ok(mut catalog) => {
+                let kept =
+                    keep_what_needs_a_restart(&mut catalog.settings, &handle.catalog().settings);
+                if !kept.is_empty() {
+                    tracing::warn!("{} need a restart; the rest is reloaded", kept.join(", "));
                 }
+                let changes = changes(&handle.catalog(), &catalog);
                 handle.reload(Arc::new(catalog)).await;
-                tracing::info!("configuration reloaded");
+                tracing::info!("configuration reloaded: {changes}");
             }
             Err(errors) => {
                 tracing::error!("{errors}\nthe running configuration stays in force");
@@ -179,8 +233,24 @@ async fn reload_on_sighup(
 
 #[cfg(test)]
 mod tests {
-    use super::refuse_open_control;
+    use std::time::Duration;
+
+    use super::{drain_text, refuse_open_control};
     use crate::config;
+
+    #[test]
+    fn a_drain_says_who_is_waited_for() {
+        let left = Duration::from_millis(41_600);
+        let text = |busy: &[(&'static str, u32)]| drain_text(busy.iter().copied(), left);
+        assert_eq!(text(&[("mistral", 0)]), None);
+        assert_eq!(
+            text(&[("coder", 1), ("llava", 0), ("mistral", 3)]).unwrap(),
+            "waiting for 1 request of coder, 3 requests of mistral, 42 s left (press Ctrl-C again \
+             to cut them)"
+        );
+        let many = text(&[("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 1)]).unwrap();
+        assert!(many.contains("1 request of c and of 2 more models"), "{many}");
+    }
 
     #[test]
     fn neither_start_nor_reload_may_open_the_control_api_to_the_network() {

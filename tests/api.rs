@@ -12,7 +12,7 @@ use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tower::ServiceExt;
-use wharf::config::catalog::{ApiKey, AuthSettings, Scope};
+use wharf::config::catalog::{ApiKey, AuthSettings, DockerSpec, RuntimeSpec, Scope};
 use wharf::orchestrator::View;
 use wharf::orchestrator::handle::Message;
 use wharf::scheduler::action::{Answer, Refusal};
@@ -102,7 +102,7 @@ async fn health_is_green_only_if_every_needed_part_works() {
     assert_eq!((&body["status"], &body["service"]), (&json!("healthy"), &json!("wharf")));
     assert_eq!((&body["active_model"], &body["mode"]), (&json!(MISTRAL), &json!("multi-active")));
     assert_eq!((&body["active_models"], &body["total_models"]), (&json!(1), &json!(3)));
-    assert_eq!(body["total_memory_mb"], 20 * 1024);
+    assert_eq!(body["total_memory_mb"], 16 * 1024, "of what is loaded");
     assert_eq!(body["available_ports"], 949 - 2);
     assert_eq!(body["gpu"], json!({"status": "ok", "detail": "simulated"}));
     assert_eq!(body["docker"]["status"], "unused");
@@ -121,8 +121,26 @@ async fn health_is_green_only_if_every_needed_part_works() {
     });
     puppet.handle.publish_for_tests(away);
     let (status, body) = read(&api, "/health").await;
+    assert_eq!(status, StatusCode::OK, "only asked for what an earlier run left: {body}");
+    assert_eq!(body["docker"]["status"], "unused");
+    let before = wharf::config::catalog::Catalog::clone(&puppet.handle.catalog());
+    let mut needed = before.clone();
+    for spec in needed.models.values_mut() {
+        Arc::make_mut(spec).runtime = RuntimeSpec::Docker(DockerSpec::default());
+    }
+    puppet.handle.catalog_for_tests(needed);
+    let (status, body) = read(&api, "/health").await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
     assert!(body["docker"]["detail"].as_str().expect("text").contains("refused"));
+    puppet.handle.catalog_for_tests(before);
+
+    let mut full = view();
+    full.outages = vec!["the journal cannot be written: No space left".to_owned()];
+    puppet.handle.publish_for_tests(full);
+    let (status, body) = read(&api, "/health").await;
+    assert_eq!(status, StatusCode::OK, "it serves");
+    assert_eq!(body["orchestrator"]["status"], "degraded");
+    assert!(body["orchestrator"]["detail"].as_str().expect("text").contains("journal"));
 
     puppet.handle.publish_for_tests(view());
     assert_eq!(read(&api, "/health").await.0, StatusCode::OK);
@@ -428,6 +446,13 @@ async fn gpus_name_who_holds_what() {
     assert_eq!((&stranger["pid"], &stranger["mib"]), (&json!(4711), &json!(2048)));
     assert_eq!((&stranger["model"], &stranger["instance"]), (&Value::Null, &Value::Null));
     assert_eq!(body["foreign"][0]["name"], "stranger");
+    let host = &body["host_memory"];
+    assert_eq!(host["total_bytes"], 64u64 << 30);
+    assert_eq!(host["available_bytes"], 40u64 << 30);
+    assert_eq!(
+        (&host["promised_bytes"], &host["promised_to"]),
+        (&json!(12u64 << 30), &json!([MISTRAL]))
+    );
 }
 
 #[tokio::test]

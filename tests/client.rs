@@ -100,9 +100,43 @@ async fn exit_codes_say_what_happened() {
     assert_eq!(wharf("https://127.0.0.1", &["status"]).await, ExitCode::from(2));
 }
 
+fn at(url: &str) -> Connection {
+    Connection { url: Some(url.to_owned()), ..Connection::default() }
+}
+
 async fn answers(url: &str, path: &str) -> Value {
-    let connection = Connection { url: url.to_owned(), json: false };
+    let connection = at(url);
     Client::new(&connection).expect("a URL").get(path).await.expect("an answer")
+}
+
+#[tokio::test]
+async fn the_address_comes_from_the_configuration_where_none_is_given() {
+    let (url, _leases) = serve(yes).await;
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let listen = url.trim_start_matches("http://");
+    // Wrong otherwise, and in need of a variable that only the server has.
+    let yaml = format!("listen: {{ orchestrator: {listen} }}\nauth: ${{env.NOT_HERE}}\n");
+    std::fs::write(file.path(), yaml).expect("written");
+    let of_file = Connection { config: Some(file.path().to_owned()), ..Connection::default() };
+    let client = Client::new(&of_file).expect("an address");
+    assert_eq!(client.base(), url);
+    assert!(client.get("/status").await.is_ok());
+    let given = Connection { url: Some("127.0.0.1:9".to_owned()), ..of_file };
+    assert_eq!(Client::new(&given).expect("an address").base(), "http://127.0.0.1:9");
+}
+
+#[tokio::test]
+async fn who_does_not_wait_hears_which_swap_began() {
+    let (url, _leases) = serve(yes).await;
+    let client = Client::new(&at(&url)).expect("a URL");
+    let body = serde_json::json!({"wait": false});
+    let limit = wharf::cli::client::READ_TIMEOUT;
+    let path = "/models/tiny/load";
+    let told = ensure::describe(&client.post(path, &body, limit).await.expect("accepted"));
+    assert_eq!(told, "tiny: starting; swap s7; watch with `wharf swaps s7`");
+    let (url, _leases) = serve(no).await;
+    let client = Client::new(&at(&url)).expect("a URL");
+    assert!(client.post(path, &body, limit).await.is_err(), "refused at once");
 }
 
 #[tokio::test]
@@ -123,6 +157,8 @@ async fn status_reads_like_a_table() {
     assert!(
         line("GPU 0").ends_with("18.0 of 24.0 GiB used, 20.0 GiB promised (mistral, org/coder:7b)")
     );
+    let ram = line("Host RAM");
+    assert!(ram.ends_with("24.0 of 64.0 GiB used, 12.0 GiB promised (mistral)"), "{ram}");
 }
 
 #[tokio::test]
@@ -136,7 +172,7 @@ async fn swaps_and_ensure_tell_phases_in_order() {
     for part in ["idle 41 s", "CUDA out of memory: declare", "  | loading", "2 requests wait"] {
         assert!(one.contains(part), "{part} in\n{one}");
     }
-    let connection = Connection { url: url.clone(), json: false };
+    let connection = at(&url);
     let client = Client::new(&connection).expect("a URL");
     let body = serde_json::json!({"model": "mistral"});
     let limit = wharf::cli::client::READ_TIMEOUT;

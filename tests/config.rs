@@ -48,6 +48,7 @@ broken! {
     later_versions_and_other_tools: "09-later-versions-and-other-tools.yaml",
     secrets_in_the_file: "10-secrets.yaml",
     broken_yaml: "11-broken-yaml.yaml",
+    host_ram: "12-host-ram.yaml",
 }
 
 const EXAMPLE: &str = include_str!("../models.yaml");

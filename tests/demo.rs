@@ -2,18 +2,24 @@
 
 mod support;
 
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use support::{EXE, processes_with};
 
+/// Two demos at the same moment would find the same ports free.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 const PATIENCE: Duration = Duration::from_secs(120);
 
 #[test]
 fn ctrl_c_ends_the_demo_with_its_server_and_engines() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let temporary = tempfile::tempdir().unwrap();
     let mut demo = Command::new(EXE)
         .arg("demo")
@@ -36,6 +42,46 @@ fn ctrl_c_ends_the_demo_with_its_server_and_engines() {
     let status = ended(&mut demo);
     assert!(status.success(), "{status}");
     assert!(processes_with(&marker).is_empty(), "engines are left over");
+}
+
+#[test]
+fn the_demo_shows_the_requests_of_its_visitor() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let temporary = tempfile::tempdir().unwrap();
+    let mut demo = Command::new(EXE)
+        .arg("demo")
+        .env("TMPDIR", temporary.path())
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let group = Pid::from_raw(i32::try_from(demo.id()).unwrap());
+    let (tell, told) = mpsc::channel();
+    let stdout = BufReader::new(demo.stdout.take().unwrap());
+    std::thread::spawn(move || stdout.lines().map_while(Result::ok).all(|l| tell.send(l).is_ok()));
+    let next = |wanted: &str| loop {
+        let line = told.recv_timeout(PATIENCE).expect(wanted);
+        if line.contains(wanted) {
+            break line;
+        }
+    };
+    let gateway = next("gateway      http://");
+    let address = gateway.split(['/', ' ']).find(|word| word.contains("127.0.0.1")).unwrap();
+    let body = r#"{"model":"llava","messages":[]}"#;
+    let mut visitor = TcpStream::connect(address).unwrap();
+    let head = format!("content-length: {}\r\nconnection: close", body.len());
+    write!(
+        visitor,
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: {address}\r\n{head}\r\n\r\n{body}"
+    )
+    .unwrap();
+    next("→ your request for llava arrives");
+    next("your request for llava waits: ");
+    next("your request for llava: answered by llava in ");
+    killpg(group, Signal::SIGINT).unwrap();
+    assert!(ended(&mut demo).success());
 }
 
 fn ended(child: &mut Child) -> ExitStatus {

@@ -183,7 +183,7 @@ async fn half_in_docker(daemon: &Daemon) -> Scene {
     let models = standin("ada", "5GiB", "--load 100ms")
         + &standin("bob", "5GiB", "--load 100ms")
         + &support::standin("pro", "5GiB", "--load 100ms");
-    let settings = settings(daemon, "on_exit: stop") + "\nqueue: { timeout: 5s }";
+    let settings = settings(daemon, "on_exit: stop") + "\nqueue: { timeout: 60s }";
     let scene = Scene::open(daemon, &settings, &models, &[]).await;
     scene.answers("ada").await;
     scene
@@ -211,10 +211,12 @@ async fn docker_may_stop_and_come_back() {
     // The process serves; what needs Docker is refused with the reason.
     scene.answers("pro").await;
     scene.fails("bob", "runtime_unreachable", &["Docker", &daemon.host]).await;
-    // Its container may still run: a request for it waits for Docker, as long as it may.
+    // Its container may still run: a request for it waits for Docker, but not for long.
     let (status, body) = scene.ask("ada").await;
+    assert_eq!((status, &body["error"]["code"]), (503, &json!("runtime_lost")), "{body:#}");
+    assert_eq!(body["cause"]["kind"], "runtime_unreachable", "{body:#}");
     let message = body["error"]["message"].as_str().unwrap_or_default();
-    assert!(matches!(status, 503 | 504) && message.contains("runtime"), "{status} {body:#}");
+    assert!(message.contains("Docker"), "{body:#}");
     eprintln!("ada, Docker stopped: {message}");
     own.up();
     docker_is(&scene, "ok").await;
@@ -223,6 +225,35 @@ async fn docker_may_stop_and_come_back() {
     scene.answers("pro").await;
     assert_eq!(scene.containers().len(), 1, "{}", scene.world.log());
     scene.stop().await;
+}
+
+#[tokio::test]
+async fn a_named_container_whose_docker_is_away_at_the_start_is_adopted_when_it_is_back() {
+    let Some(own) = OwnDaemon::start("named", &["--live-restore"]) else { return };
+    let daemon = Daemon { host: own.host.clone() };
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let publish = format!("127.0.0.1:{port}:8000");
+    let mut args = vec!["run", "-d", "--init", "--name", "coder", "-p", &publish, STANDIN];
+    let engine = standin_args("ada", "");
+    args.extend(engine.iter().map(String::as_str));
+    daemon.with_standin().docker(&args);
+    let began = || daemon.docker(&["inspect", "--format", "{{.State.StartedAt}}", "coder"]);
+    let before = began();
+    own.crash();
+    let docker = json!({ "container": "coder", "port": 8000 });
+    let models = model("ada", &json!({ "engine": "openai", "vram": "1GiB", "docker": docker }))
+        + &support::standin("pro", "5GiB", "--load 100ms");
+    let scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &models, &[]).await;
+    scene.fails("ada", "runtime_unreachable", &["Docker", &daemon.host]).await;
+    scene.answers("pro").await;
+    own.up();
+    docker_is(&scene, "ok").await;
+    scene.until_answers("ada").await;
+    assert_eq!(began(), before, "as it ran: {}", scene.world.log());
+    scene.world.server.stop().await.unwrap();
+    assert_eq!(daemon.docker(&["inspect", "--format", "{{.State.Running}}", "coder"]), "false");
 }
 
 #[tokio::test]

@@ -5,6 +5,14 @@
 mod containers;
 mod support;
 
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+
 use containers::{Daemon, STANDIN, Scene, model, settings, standin, standin_args};
 use serde_json::{Value, json};
 
@@ -134,6 +142,121 @@ async fn a_container_whose_configuration_changed_is_not_adopted() {
 }
 
 #[tokio::test]
+async fn a_reload_may_bring_the_first_model_that_runs_in_docker() {
+    let Some(daemon) = given() else { return };
+    let process = support::standin("eve", "1GiB", "--load 100ms");
+    let scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &process, &[]).await;
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["docker"]["status"], "unused", "{health:#}");
+    let path = scene.world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, yaml + &standin("ada", "14GiB", "--load 100ms")).unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(scene.world.server.pid()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    scene.world.until("ada is there", |status| status["models"]["ada"].is_object()).await;
+    scene.answers("ada").await;
+    scene.answers("eve").await;
+    assert_eq!(scene.containers().len(), 1);
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["docker"]["status"], "ok", "{health:#}");
+    scene.stop().await;
+}
+
+#[tokio::test]
+async fn containers_of_models_that_left_docker_are_reaped_all_the_same() {
+    let Some(daemon) = given() else { return };
+    let mut scene = scene(&daemon, "stop").await;
+    scene.answers("ada").await;
+    assert_eq!(scene.containers().len(), 1);
+    scene.world.server.kill().unwrap();
+    let path = scene.world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap();
+    let (settings, _) = yaml.split_once("models:").unwrap();
+    let process = support::standin("eve", "1GiB", "--load 100ms");
+    std::fs::write(&path, format!("{settings}models:\n{process}")).unwrap();
+    scene.world.server.restart().await.unwrap();
+    assert!(scene.containers().is_empty(), "reaped: {}", scene.world.log());
+    scene.answers("eve").await;
+    // Nothing is left there: the next start does not even ask Docker.
+    scene.world.server.kill_and_restart().await.unwrap();
+    scene.world.server.kill_and_restart().await.unwrap();
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["docker"]["detail"], "no model runs in Docker", "{health:#}");
+    scene.stop().await;
+}
+
+/// Docker, behind a socket that breaks off whatever contains `/kill` while it is told to.
+async fn deaf_to_kill(daemon: &Daemon, dir: &Path) -> (Daemon, Arc<AtomicBool>) {
+    let path = dir.join("deaf.sock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let deaf = Arc::new(AtomicBool::new(false));
+    let (is_deaf, real) = (Arc::clone(&deaf), daemon.host.trim_start_matches("unix://").to_owned());
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let (is_deaf, real) = (Arc::clone(&is_deaf), real.clone());
+            tokio::spawn(async move {
+                let Ok(docker) = UnixStream::connect(real).await else { return };
+                let (mut from, mut to) = client.into_split();
+                let (mut answers, mut asks) = docker.into_split();
+                let back = async { drop(tokio::io::copy(&mut answers, &mut to).await) };
+                let forth = async {
+                    let mut piece = vec![0; 64 << 10];
+                    while let Ok(read @ 1..) = from.read(&mut piece).await {
+                        let text = String::from_utf8_lossy(&piece[..read]);
+                        if is_deaf.load(Ordering::SeqCst) && text.contains("/kill") {
+                            return;
+                        }
+                        if asks.write_all(&piece[..read]).await.is_err() {
+                            return;
+                        }
+                    }
+                };
+                tokio::select! { () = back => {}, () = forth => {} }
+            });
+        }
+    });
+    (Daemon { host: format!("unix://{}", path.display()) }, deaf)
+}
+
+#[tokio::test]
+async fn what_cannot_be_reaped_is_shown_and_tried_again_until_it_is_gone() {
+    let Some(daemon) = given().filter(|daemon| daemon.host.starts_with("unix://")) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (proxied, deaf) = deaf_to_kill(&daemon, dir.path()).await;
+    let models = standin("ada", "14GiB", "--load 600ms") + &support::standin("eve", "1GiB", "");
+    let settings = settings(&proxied, "on_exit: stop");
+    let mut scene = Scene::open(&daemon, &settings, &models, &[]).await;
+    scene.answers("ada").await;
+    scene.world.server.kill().unwrap();
+    let path = scene.world.dir.path().join("models.yaml");
+    let yaml = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, yaml.replace("600ms", "200ms")).unwrap();
+    deaf.store(true, Ordering::SeqCst);
+    scene.world.server.restart().await.unwrap();
+    let left = |status: &Value| status["leftovers"].as_array().map_or(0, Vec::len);
+    let status = scene.world.until("the leftover shows", |status| left(status) == 1).await;
+    let shown = &status["leftovers"][0];
+    assert_eq!(shown["model"], "ada", "{shown:#}");
+    assert!(shown["what"].as_str().unwrap().starts_with("container "), "{shown:#}");
+    assert!(shown["message"].as_str().unwrap().contains("Docker"), "{shown:#}");
+    let health = scene.world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["orchestrator"]["status"], "degraded", "{health:#}");
+    assert_eq!(health["status"], "healthy", "it serves: {health:#}");
+    let told = Command::new(support::EXE)
+        .args(["status", "--url", &scene.world.server.talk.orchestrator])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(told.contains("leftover container"), "{told}");
+    scene.answers("eve").await;
+    deaf.store(false, Ordering::SeqCst);
+    scene.world.until("the leftover is gone", |status| left(status) == 0).await;
+    assert!(scene.containers().is_empty(), "{}", scene.world.log());
+    scene.answers("ada").await;
+    scene.stop().await;
+}
+
+#[tokio::test]
 async fn on_exit_keep_leaves_containers_to_be_adopted() {
     let Some(daemon) = given() else { return };
     let mut scene = scene(&daemon, "keep").await;
@@ -146,6 +269,41 @@ async fn on_exit_keep_leaves_containers_to_be_adopted() {
     assert_eq!(scene.containers(), before, "{}", scene.world.log());
     assert_eq!(scene.events.count("start ada"), 1);
     // What is kept here goes with the scene.
+}
+
+/// As a stand-in for vLLM: it is given a key.
+fn keyed(name: &str) -> String {
+    let args = standin_args(name, "--load 300ms --style vllm");
+    let docker = json!({ "image": STANDIN, "pull": "never", "args": args, "port": 8000 });
+    model(name, &json!({ "engine": "vllm", "vram": "14GiB", "docker": docker }))
+}
+
+#[tokio::test]
+async fn the_key_of_an_engine_is_read_back_from_its_container() {
+    let Some(daemon) = given() else { return };
+    let settings = settings(&daemon, "on_exit: stop");
+    let mut scene = Scene::open(&daemon, &settings, &keyed("ada"), &[]).await;
+    scene.answers("ada").await;
+    let id = scene.containers().remove(0);
+    let inspect = |what: &str| daemon.docker(&["inspect", "--format", what, &id]);
+    let env = inspect("{{range .Config.Env}}{{println .}}{{end}}");
+    let key = env.lines().find_map(|entry| entry.strip_prefix("VLLM_API_KEY=")).unwrap();
+    assert_eq!(key.len(), 48, "{env}");
+    assert!(!inspect("{{.Args}} {{.Config.Labels}}").contains(key));
+    assert_eq!(straight(&scene, None).await, 401);
+    assert_eq!(straight(&scene, Some(key)).await, 200);
+    scene.world.server.kill_and_restart().await.unwrap();
+    scene.answers("ada").await;
+    assert_eq!(scene.containers(), [id.as_str()], "adopted");
+    assert!(!scene.world.log().contains(key));
+    scene.stop().await;
+}
+
+/// Asks the engine of ada itself, past Wharf.
+async fn straight(scene: &Scene, key: Option<&str>) -> u16 {
+    let model = scene.world.server.talk.get("/models/ada").await.expect("a row");
+    let endpoint = model["endpoint"].as_str().expect("an endpoint");
+    support::status_of(endpoint, "/v1/models", key).await
 }
 
 #[tokio::test]
@@ -164,13 +322,15 @@ struct Named<'a> {
 }
 
 impl<'a> Named<'a> {
-    fn create(daemon: &'a Daemon, name: &str) -> Named<'a> {
+    fn create(daemon: &'a Daemon, name: &str, more: &[&str]) -> Named<'a> {
         let name = format!("wharf-{name}-{}", std::process::id());
         let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = free.local_addr().expect("its number").port();
         drop(free);
         let publish = format!("127.0.0.1:{port}:8000");
-        let mut args = vec!["create", "--init", "--name", &name, "-p", &publish, STANDIN];
+        let mut args = vec!["create", "--init", "--name", &name, "-p", &publish];
+        args.extend(more);
+        args.push(STANDIN);
         let engine = standin_args("ada", "--load 300ms");
         args.extend(engine.iter().map(String::as_str));
         daemon.docker(&args);
@@ -195,9 +355,9 @@ impl Drop for Named<'_> {
 #[tokio::test]
 async fn a_container_that_compose_made_is_started_stopped_and_adopted_but_never_removed() {
     let Some(daemon) = given() else { return };
-    let named = Named::create(&daemon, "named");
+    let named = Named::create(&daemon, "named", &["-e", "VLLM_API_KEY=from-compose"]);
     let docker = json!({ "container": named.name, "port": 8000 });
-    let models = model("ada", &json!({ "engine": "openai", "vram": "14GiB", "docker": docker }))
+    let models = model("ada", &json!({ "engine": "vllm", "vram": "14GiB", "docker": docker }))
         + &standin("bob", "14GiB", "--load 200ms");
     let mut scene = Scene::open(&daemon, &settings(&daemon, "on_exit: stop"), &models, &[]).await;
     assert!(!named.runs());

@@ -10,6 +10,7 @@ mod own_daemon;
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bollard::models::{ContainerCreateBody, HostConfig, RestartPolicy, RestartPolicyNameEnum};
@@ -17,6 +18,8 @@ use bollard::query_parameters::{
     CreateContainerOptionsBuilder, KillContainerOptionsBuilder, RemoveImageOptions,
 };
 use docker::{BUSYBOX, Yard, eventually, exit_of, healthy, stop_spec};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
 use wharf::cli::pull;
 use wharf::config::catalog::{ModelSpec, PullPolicy};
 use wharf::runtime::docker::DockerRuntime;
@@ -49,7 +52,7 @@ async fn lifecycle(yard: &Yard) {
     })
     .await;
     assert!(!yard.runtime.pids(&id_of(&running)).await.is_empty());
-    assert!(yard.runtime.is_alive(&running).await.expect("an answer"));
+    assert!(yard.is_alive(&running).await);
     let health = yard.runtime.health();
     eventually("health", async || health.borrow().ok.then_some(())).await;
     assert!(health.borrow().detail.contains("Docker Engine"), "{:?}", health.borrow());
@@ -62,7 +65,7 @@ async fn lifecycle(yard: &Yard) {
 
     yard.runtime.stop(&running, &spec.model.stop).await.expect("a stop");
     assert!(yard.containers().await.is_empty());
-    assert!(!yard.runtime.is_alive(&running).await.expect("an answer"));
+    assert!(!yard.is_alive(&running).await);
     exit_of(&running).await;
     yard.runtime.stop(&running, &spec.model.stop).await.expect("stopping twice is fine");
 }
@@ -302,7 +305,7 @@ async fn a_paused_container_can_be_stopped() {
     let Some(yard) = Yard::open("paused").await else { return };
     let running = yard.runtime.start(&yard.server()).await.expect("a start");
     yard.docker.pause_container(&id_of(&running)).await.expect("paused");
-    assert!(yard.runtime.is_alive(&running).await.expect("an answer"));
+    assert!(yard.is_alive(&running).await);
     yard.runtime.stop(&running, &stop_spec(2)).await.expect("a stop");
     assert!(yard.containers().await.is_empty());
 }
@@ -422,6 +425,99 @@ async fn containers_are_found_again_after_a_crash() {
     assert!(yard.containers().await.is_empty());
 }
 
+/// Docker, behind a socket at `dir/held.sock` that keeps back whatever is asked of that container.
+fn holding(host: &str, dir: &std::path::Path, id: &str) -> (String, Arc<AtomicBool>) {
+    let path = dir.join("held.sock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let held = Arc::new(AtomicBool::new(true));
+    let (is_held, real) = (Arc::clone(&held), host.trim_start_matches("unix://").to_owned());
+    let needle = format!("/containers/{id}");
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let (is_held, real, needle) = (Arc::clone(&is_held), real.clone(), needle.clone());
+            tokio::spawn(async move {
+                let Ok(docker) = UnixStream::connect(real).await else { return };
+                let (mut from, mut to) = client.into_split();
+                let (mut answers, mut asks) = docker.into_split();
+                let back = async { drop(tokio::io::copy(&mut answers, &mut to).await) };
+                let forth = async {
+                    let mut piece = vec![0; 64 << 10];
+                    while let Ok(read @ 1..) = from.read(&mut piece).await {
+                        let text = String::from_utf8_lossy(&piece[..read]).into_owned();
+                        while is_held.load(Ordering::SeqCst) && text.contains(&needle) {
+                            tokio::time::sleep(Duration::from_millis(20)).await;
+                        }
+                        if asks.write_all(&piece[..read]).await.is_err() {
+                            return;
+                        }
+                    }
+                };
+                tokio::select! { () = back => {}, () = forth => {} }
+            });
+        }
+    });
+    (format!("unix://{}", path.display()), held)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_docker_cannot_look_at_hides_no_other() {
+    let Some(yard) = Yard::open("held").await else { return };
+    if !yard.host.starts_with("unix://") {
+        return docker::skipped("held", "no socket to put another one before");
+    }
+    let stuck = yard.runtime.start(&yard.server()).await.expect("a start");
+    let well = yard.runtime.start(&yard.server()).await.expect("a start");
+    let gone = yard.runtime.start(&yard.spec("exit 0")).await.expect("a start");
+    exit_of(&gone).await;
+    let dir = tempfile::tempdir().expect("a folder");
+    let (host, held) = holding(&yard.host, dir.path(), &id_of(&stuck));
+    let later = DockerRuntime::new(Some(host));
+
+    let ids = [&stuck, &well, &gone].map(id_of);
+    let running = later.running_of(&ids).await.expect("a list takes no lock");
+    assert_eq!(running, ids[..2].iter().cloned().collect());
+
+    let all = later.find(&yard.installation).await.expect("the containers");
+    let found: Vec<String> = all.found.iter().map(|found| id_of(&found.running)).collect();
+    assert_eq!(found, ids[1..]);
+    let silent: Vec<&str> = all.silent.iter().map(|(id, _)| id.as_str()).collect();
+    assert_eq!(silent, [&ids[0]]);
+
+    held.store(false, Ordering::SeqCst);
+    let all = later.find(&yard.installation).await.expect("the containers");
+    assert_eq!((all.found.len(), all.silent.len()), (3, 0));
+    for running in [stuck, well, gone] {
+        yard.runtime.stop(&running, &stop_spec(1)).await.expect("a stop");
+    }
+    assert!(yard.containers().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_grows_is_seen_before_it_ends() {
+    let Some(yard) = Yard::open("dots").await else { return };
+    let script = "while [ ! -e /tmp/end ]; do printf .; sleep 0.05; done; echo; sleep 600";
+    let running = yard.runtime.start(&yard.spec(script)).await.expect("a start");
+    let mut unfinished = running.log.unfinished();
+    let id = id_of(&running);
+    let more = tokio::time::timeout(docker::DEADLINE, async {
+        for _ in 0..5 {
+            unfinished.changed().await.expect("a sender");
+        }
+        unfinished.borrow().trim_matches('.').is_empty()
+    });
+    let only_dots = tokio::select! {
+        more = more => more.expect("dots in time"),
+        never = yard.runtime.follow_unfinished(&id, &running.log) => match never {},
+    };
+    assert!(only_dots, "{}", &**unfinished.borrow());
+    assert!(running.log.last(9).is_empty(), "Docker itself keeps the line to its end");
+    let pid = yard.runtime.pids(&id).await[0];
+    std::fs::write(format!("/proc/{pid}/root/tmp/end"), "").expect("its file system");
+    eventually("the whole line", async || (!running.log.last(9).is_empty()).then_some(())).await;
+    yard.runtime.stop(&running, &stop_spec(1)).await.expect("a stop");
+    assert!(yard.containers().await.is_empty());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_is_dropped_leaves_nothing() {
     let Some(yard) = Yard::open("dropped").await else { return };
@@ -436,7 +532,7 @@ async fn a_start_that_is_dropped_leaves_nothing() {
     // What is on its way must have arrived: a start asked for last is done last.
     let last = yard.runtime.start(&yard.server()).await.expect("a start");
     yard.runtime.stop(&last, &stop_spec(1)).await.expect("a stop");
-    eventually("nothing is left", async || yard.containers().await.is_empty().then_some(())).await;
+    yard.nothing_is_left().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -205,7 +205,7 @@ async fn weights_come_with_progress_and_only_once() {
     other.fetch(&spec, &Progress::new().0).await.expect("present");
     let (asked_again, sent_again) = world.hub.stats().await;
     assert!(asked_again > asked && sent_again == sent, "asked, but nothing was sent");
-    assert!(world.yard.containers().await.is_empty());
+    world.yard.nothing_is_left().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -254,7 +254,7 @@ async fn refusals_are_named_and_tokens_stay_secret() {
             assert!(fault.message.contains(part), "{part}: {}", fault.message);
         }
     }
-    assert!(world.yard.containers().await.is_empty());
+    world.yard.nothing_is_left().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -305,7 +305,7 @@ async fn what_cannot_be_fetched_ahead_is_left_to_the_engine() {
         });
         assert_eq!(world.weights(&spec).await.expect("no fault"), Weights::Elsewhere, "{args:?}");
     }
-    assert!(world.yard.containers().await.is_empty());
+    world.yard.nothing_is_left().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -320,8 +320,7 @@ async fn a_fetch_that_is_dropped_or_left_behind_goes() {
     // What is on its way must have arrived: a fetch asked for last is done last.
     let last = world.spec(&["org/sharded"], |_| {});
     world.yard.runtime.fetch(&last, &Progress::new().0).await.expect("another fetch");
-    eventually("nothing is left", async || world.yard.containers().await.is_empty().then_some(()))
-        .await;
+    world.yard.nothing_is_left().await;
 
     let labels =
         [("wharf.installation", world.yard.installation.as_str()), ("wharf.purpose", "fetch")];

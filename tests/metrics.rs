@@ -104,6 +104,9 @@ fn gauges_show_the_world_at_the_scrape() {
     assert_eq!(gpu("orchestrator_gpu_memory_total_bytes"), gib(24));
     assert_eq!(gpu("orchestrator_gpu_memory_promised_bytes"), gib(20));
     assert_eq!(gpu("orchestrator_gpu_utilization_ratio"), Some(0.25));
+    let host = |what| value(&text, &format!("orchestrator_host_memory_{what}_bytes"), &[]);
+    assert_eq!((host("total"), host("available")), (gib(64), gib(40)));
+    assert_eq!(host("promised"), gib(12));
 
     drop(leases);
     let text = metrics.render(&puppet.handle);

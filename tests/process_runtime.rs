@@ -14,13 +14,11 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::Instant;
-use wharf::config::catalog::{
-    EngineKind, GpuRequest, Health, ModelSpec, ProcessSpec, RuntimeSpec, StopSpec, Vram,
-};
+use wharf::config::catalog::{GpuRequest, Health, ModelSpec, ProcessSpec, RuntimeSpec, StopSpec};
 use wharf::runtime::process::ProcessRuntime;
-use wharf::runtime::{ExitReport, Found, Identity, LaunchSpec, Running, RuntimeHandle};
+use wharf::runtime::{ExitReport, Found, Identity, LaunchKey, LaunchSpec, Running, RuntimeHandle};
 use wharf::scheduler::event::FaultKind;
-use wharf::units::{GpuId, InstanceId, ModelName, Priority};
+use wharf::units::{GpuId, InstanceId};
 
 use support::{DEADLINE, free_port, healthy, http, until};
 
@@ -33,33 +31,11 @@ fn spec(dir: &Path, port: u16, argv: &[&str]) -> LaunchSpec {
         cwd: None,
     };
     let model = ModelSpec {
-        name: ModelName::new("coder"),
-        aliases: Vec::new(),
-        display_name: None,
-        description: None,
-        model_type: "llm".into(),
-        tags: Vec::new(),
-        unlisted: false,
-        engine: EngineKind::Openai,
         runtime: RuntimeSpec::Process(process),
         gpus: GpuRequest::None,
-        vram: Vram::Unknown,
-        ram: None,
-        size_gb: None,
-        priority: Priority::Normal,
-        pinned: false,
-        warmup: false,
-        ttl: None,
-        concurrency: None,
         health: Health { path: Some("/health".into()), stall: DEADLINE },
-        start_timeout: None,
         stop: stop("SIGTERM", DEADLINE),
-        canary: false,
-        upstream_name: None,
-        port: None,
-        waiting: None,
-        sleep: None,
-        line: 1,
+        ..ModelSpec::plain("coder")
     };
     LaunchSpec {
         identity: Identity {
@@ -77,6 +53,7 @@ fn spec(dir: &Path, port: u16, argv: &[&str]) -> LaunchSpec {
         container_port: port,
         args: Vec::new(),
         env: BTreeMap::new(),
+        api_key: LaunchKey::None,
         log_dir: dir.join("logs"),
     }
 }

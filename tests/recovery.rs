@@ -139,6 +139,102 @@ async fn an_engine_that_sleeps_is_not_taken_for_a_ready_one() {
 }
 
 #[tokio::test]
+async fn a_full_disk_costs_the_journal_only_and_health_says_so() {
+    let mut world = world().await;
+    let journal = world.state_dir().join("journal/events.0.jsonl");
+    world.server.kill().unwrap();
+    std::fs::remove_file(&journal).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &journal).unwrap();
+    // Neither can figures and ids be written: their folder is a file.
+    let learned = world.state_dir().join("learned.json.new");
+    std::fs::create_dir(&learned).unwrap();
+    world.server.restart().await.unwrap();
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    assert!(world.server.talk.chat("bob", false, &[]).await.unwrap().is_from("bob"));
+    let detail = |health: &Value| health["orchestrator"]["detail"].as_str().unwrap().to_owned();
+    let mut health = world.server.talk.get("/health").await.expect("200: it serves");
+    for _ in 0..500 {
+        if detail(&health).contains("state folder") && detail(&health).contains("journal") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        health = world.server.talk.get("/health").await.expect("200: it serves");
+    }
+    assert_eq!(health["orchestrator"]["status"], "degraded", "{health:#}\n{}", world.log());
+    assert!(detail(&health).contains("No space left"), "{health:#}");
+    assert!(detail(&health).contains("the state folder cannot be written"), "{health:#}");
+    assert_eq!(world.log().matches("the journal cannot be written").count(), 1, "told once");
+    std::fs::remove_file(&journal).unwrap();
+    std::fs::remove_dir(&learned).unwrap();
+    wait_for(&world, "the state folder can be written again").await;
+    // The journal is written when there is something to write.
+    for _ in 0..1000 {
+        assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+        assert!(world.server.talk.chat("bob", false, &[]).await.unwrap().is_from("bob"));
+        if world.log().contains("the journal can be written again") {
+            break;
+        }
+    }
+    let text = std::fs::read_to_string(&journal).unwrap();
+    assert!(text.contains("\"dropped\""), "the gap is written down: {text}");
+    let health = world.server.talk.get("/health").await.unwrap();
+    assert_eq!(health["orchestrator"]["status"], "ok", "{health:#}");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_crash_loop_keeps_its_journal_and_uses_no_id_twice() {
+    let mut world = world().await;
+    let mut largest = 0;
+    for round in 1..=3 {
+        assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+        assert!(world.server.talk.chat("bob", false, &[]).await.unwrap().is_from("bob"));
+        let swaps = world.swaps().await;
+        let ids = swaps.iter().map(|swap| {
+            let id = swap["id"].as_str().unwrap().trim_start_matches('s');
+            id.parse::<u64>().unwrap()
+        });
+        let (first, last) = (ids.clone().min().unwrap(), ids.max().unwrap());
+        assert!(first > largest, "round {round}: {first} was used before {largest}");
+        largest = last;
+        world.server.kill_and_restart().await.unwrap();
+    }
+    let text = std::fs::read_to_string(world.state_dir().join("journal/events.0.jsonl")).unwrap();
+    let begins: Vec<Value> = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|line| line["begin"].is_object())
+        .collect();
+    assert_eq!(begins.len(), 4, "one for each start");
+    let begin = &begins[0]["begin"];
+    assert_eq!(begin["world"]["gpus"].as_array().map(Vec::len), Some(1), "{begin:#}");
+    assert!(begin["catalog"]["models"]["ada"].is_object(), "{begin:#}");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn starts_and_restarts_are_counted_as_what_they_are() {
+    let mut world = world().await;
+    let counts = async |world: &World| {
+        let model = world.server.talk.get("/models/ada").await.unwrap();
+        (model["starts"].as_u64().unwrap(), model["restarts"].as_u64().unwrap())
+    };
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    assert_eq!(counts(&world).await, (1, 0));
+    world.server.kill_and_restart().await.unwrap();
+    world.until("ada is adopted", is("ada", "ready")).await;
+    assert_eq!(counts(&world).await, (0, 0), "an adoption is no start");
+    let engine = i32::try_from(world.engine_pids()[0]).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(engine), nix::sys::signal::Signal::SIGKILL)
+        .unwrap();
+    world.until("the death is seen", |status| !is("ada", "ready")(status)).await;
+    assert_eq!(counts(&world).await, (0, 0), "a death is no restart");
+    assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
+    assert_eq!(counts(&world).await, (1, 1));
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn a_second_wharf_on_the_same_store_is_kept_out() {
     let world = world().await;
     let second = Command::new(EXE)

@@ -134,6 +134,31 @@ async fn when_the_driver_cannot_be_read_nothing_starts_and_health_is_red_until_i
 }
 
 #[tokio::test]
+async fn a_driver_lost_in_the_middle_of_a_swap_holds_it_up_and_no_longer() {
+    let Some(nvml) = FakeNvml::build() else { return };
+    nvml.say(-1, "");
+    let world = nvml.serve(&(nvml.model("ada", "14GiB") + &nvml.model("bob", "14GiB"))).await;
+    let talk = &world.server.talk;
+    assert!(talk.chat("ada", false, &[]).await.unwrap().is_from("ada"), "{}", world.log());
+    let asked = {
+        let talk = talk.clone();
+        tokio::spawn(async move { talk.chat("bob", false, &[]).await })
+    };
+    // Its memory stays, so the proof is under way until the driver goes.
+    world.until("a proof", |status| status["swaps"][0]["phase"] == "prove").await;
+    nvml.say(-1, "fail 15\n");
+    world.until("no proof", |status| status["no_proof"].is_string()).await;
+    // What would be the end of a proof ends nothing: nobody can say what is free.
+    tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+    assert!(!asked.is_finished(), "neither refused nor started");
+    assert!(world.engine_pids().is_empty(), "nothing was started without proof");
+    nvml.say(0, "");
+    let answer = asked.await.unwrap().unwrap();
+    assert!(answer.is_from("bob"), "{answer:?}\n{}", world.log());
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn an_engine_that_runs_on_the_cpu_is_not_vouched_for() {
     let Some(nvml) = FakeNvml::build() else { return };
     // Declares 8 GiB and takes none: its memory goes nowhere that the library looks.

@@ -18,12 +18,16 @@ use crate::config::catalog::{Catalog, ModelSpec};
 use crate::gateway::reject::Reject;
 use crate::scheduler::action::Answer;
 use crate::scheduler::event::EnsureKind;
+use crate::scheduler::record::SwapKind;
 use crate::units::{ModelName, SwapId, Time};
 
 /// Longest time for which a caller may ask to wait.
 const TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 /// The ledger's row follows the owner's answer by a few milliseconds.
 const LEDGER_LAG_MAX: Duration = Duration::from_secs(1);
+/// For whoever does not wait: how long the owner may take to begin a swap. Queued else.
+const BEGIN_WITHIN: Duration = Duration::from_millis(250);
+const BEGIN_LOOK_EVERY: Duration = Duration::from_millis(2);
 /// The owner's answer to a deadline that passed.
 const OWNER_LAG_MAX: Duration = Duration::from_secs(1);
 /// Above the drain, for stopping the engine and for the proof.
@@ -69,7 +73,7 @@ pub async fn ensure_model(
     let spec = catalog.resolve(&wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
     let timeout = timeout_of(body.wait.timeout.as_ref(), &catalog)?;
     if body.wait.wait == Some(false) {
-        return Ok(begun(&api, spec, EnsureKind::Ensure, timeout));
+        return begun(&api, spec, EnsureKind::Ensure, timeout).await;
     }
     let asked = api.handle.now();
     let answer = ensured(&api, spec, EnsureKind::Ensure, timeout).await;
@@ -112,7 +116,7 @@ async fn load(
 ) -> Result<Response, Reject> {
     let timeout = timeout_of(body.timeout.as_ref(), catalog)?;
     if body.wait == Some(false) {
-        return Ok(begun(api, spec, EnsureKind::Load, timeout));
+        return begun(api, spec, EnsureKind::Load, timeout).await;
     }
     let asked = api.handle.now();
     let answer = ensured(api, spec, EnsureKind::Load, timeout).await;
@@ -160,11 +164,35 @@ async fn ensured(api: &Api, spec: &ModelSpec, kind: EnsureKind, timeout: Duratio
         .unwrap_or(Answer::TimedOut { swap: None })
 }
 
-/// 202: the swap goes on (or begins) without the caller.
-fn begun(api: &Api, spec: &ModelSpec, kind: EnsureKind, timeout: Duration) -> Response {
-    api.handle.ensure_detached(spec.name.clone(), kind, timeout);
+/// 202: the swap goes on (or begins) without the caller. What is refused at once is refused.
+async fn begun(
+    api: &Api,
+    spec: &ModelSpec,
+    kind: EnsureKind,
+    timeout: Duration,
+) -> Result<Response, Reject> {
+    let mut answer = api.handle.ensure_detached(spec.name.clone(), kind, timeout);
+    let begins = async {
+        let mut look = tokio::time::interval(BEGIN_LOOK_EVERY);
+        loop {
+            look.tick().await;
+            let view = api.handle.view();
+            let swap = view.model(&spec.name).and_then(|model| view.swap(model.swap?));
+            if let Some(load) = swap.filter(|swap| swap.kind == SwapKind::Load) {
+                return load.id;
+            }
+        }
+    };
+    let swap = tokio::select! {
+        biased;
+        answer = &mut answer => match answer {
+            Ok(Answer::Refused(refusal)) => return Err(refused(&refusal, &spec.name, api)),
+            Ok(Answer::Ready { swap, .. }) => swap,
+            Ok(Answer::TimedOut { .. } | Answer::Unloaded { .. }) | Err(_) => None,
+        },
+        swap = tokio::time::timeout(BEGIN_WITHIN, begins) => swap.ok(),
+    };
     let at = Snapshot::of(&api.handle);
-    let swap = at.view.model(&spec.name).and_then(|model| model.swap);
     let body = json!({
         "status": "accepted",
         "model": spec.name,
@@ -172,7 +200,7 @@ fn begun(api: &Api, spec: &ModelSpec, kind: EnsureKind, timeout: Duration) -> Re
         "swap_id": swap.map(|id| id.to_string()),
         "message": format!("GET /models/{} and GET /swaps tell how far it is", spec.name),
     });
-    (StatusCode::ACCEPTED, Json(body)).into_response()
+    Ok((StatusCode::ACCEPTED, Json(body)).into_response())
 }
 
 /// What a caller of ensure or load is told.

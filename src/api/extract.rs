@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use http::StatusCode;
 use http::request::Parts;
 use serde::de::DeserializeOwned;
@@ -26,6 +26,20 @@ impl<S: Send + Sync> FromRequestParts<S> for PathText {
         match Path::from_request_parts(parts, state).await {
             Ok(Path(text)) => Ok(PathText(text)),
             Err(error) => Err(bad("path", error.body_text())),
+        }
+    }
+}
+
+/// The query string as a struct.
+pub struct QueryText<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for QueryText<T> {
+    type Rejection = Reject;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Reject> {
+        match Query::from_request_parts(parts, state).await {
+            Ok(Query(value)) => Ok(QueryText(value)),
+            Err(error) => Err(bad("query", error.body_text())),
         }
     }
 }

@@ -3,21 +3,29 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use http::StatusCode;
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use http::{StatusCode, header};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use super::render::{self, Snapshot};
-use crate::config::catalog::GpuRequest;
+use crate::config::catalog::{GpuRequest, RuntimeSpec};
 use crate::orchestrator::Handle;
+use crate::orchestrator::view::Leftover;
 
 /// A listener on this machine accepts at once, or does not accept.
 const GATEWAY_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Failed parts are tried again every second or two.
+const RETRY_AFTER_S: &str = "5";
 
 /// State of one part of Wharf.
 #[derive(Debug, PartialEq, Eq)]
 enum Part {
     Ok(String),
+    /// Works, but a person should look.
+    Degraded(String),
     /// Nothing configured needs it.
     Unused(String),
     Failed(String),
@@ -27,6 +35,7 @@ impl Part {
     fn json(&self) -> Value {
         let (status, detail) = match self {
             Part::Ok(detail) => ("ok", detail),
+            Part::Degraded(detail) => ("degraded", detail),
             Part::Unused(detail) => ("unused", detail),
             Part::Failed(detail) => ("failed", detail),
         };
@@ -39,7 +48,7 @@ impl Part {
 }
 
 /// `GET /health` of both listeners: 200 only if every part that a configured model needs works.
-pub async fn answer(handle: &Handle) -> (StatusCode, Value) {
+pub async fn answer(handle: &Handle) -> Response {
     let at = Snapshot::of(handle);
     let parts = [
         ("gateway", gateway(&at).await),
@@ -50,8 +59,11 @@ pub async fn answer(handle: &Handle) -> (StatusCode, Value) {
     let healthy = parts.iter().all(|(_, part)| part.serves());
     let mut body = render::health(&at, healthy);
     body.extend(parts.iter().map(|(name, part)| ((*name).to_owned(), part.json())));
-    let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Value::Object(body))
+    if healthy {
+        return Json(body).into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, RETRY_AFTER_S)], Json(body))
+        .into_response()
 }
 
 /// As [`answer`], without the gateway's listener: for the word in `/status`.
@@ -73,7 +85,7 @@ async fn gateway(at: &Snapshot<'_>) -> Part {
 }
 
 /// An unspecified address is reached on loopback.
-fn reachable(address: SocketAddr) -> SocketAddr {
+pub fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
         IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
@@ -83,20 +95,35 @@ fn reachable(address: SocketAddr) -> SocketAddr {
 }
 
 fn orchestrator(at: &Snapshot<'_>) -> Part {
-    if at.handle.is_alive() {
-        let swaps = at.view.scheduler.swaps.len();
-        let queued = at.view.scheduler.queued;
-        Part::Ok(format!("{swaps} swaps under way, {queued} requests waiting"))
-    } else {
-        Part::Failed("its task ended: restart Wharf and report the last log lines".to_owned())
+    if !at.handle.is_alive() {
+        let why = "its task ended: restart Wharf and report the last log lines";
+        return Part::Failed(why.to_owned());
     }
+    let swaps = at.view.scheduler.swaps.len();
+    let queued = at.view.scheduler.queued;
+    let works = format!("{swaps} swaps under way, {queued} requests waiting");
+    let troubles: Vec<String> =
+        at.view.leftovers.iter().map(leftover).chain(at.view.outages.iter().cloned()).collect();
+    if troubles.is_empty() {
+        return Part::Ok(works);
+    }
+    Part::Degraded(format!("{works}; {}", troubles.join("; ")))
+}
+
+fn leftover(left: &Leftover) -> String {
+    let Leftover { what, model, fault, .. } = left;
+    format!("{what} of an earlier run ({model}) could not be stopped yet: {}", fault.message)
 }
 
 fn docker(at: &Snapshot<'_>) -> Part {
+    let needed =
+        at.catalog.models.values().any(|spec| matches!(spec.runtime, RuntimeSpec::Docker(_)));
     match &at.view.docker_health {
         None => Part::Unused("no model runs in Docker".to_owned()),
         Some(health) if health.ok => Part::Ok(health.detail.clone()),
-        Some(health) => Part::Failed(health.detail.clone()),
+        Some(health) if needed => Part::Failed(health.detail.clone()),
+        // Only to look for containers of an earlier run.
+        Some(health) => Part::Unused(health.detail.clone()),
     }
 }
 

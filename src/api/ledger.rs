@@ -14,7 +14,7 @@ pub fn row(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
 /// One swap with everything that is known of it.
 pub fn detail(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
     let mut fields = fields(at, swap);
-    if let Some(SwapOutcome::Failed(fault)) = &swap.outcome {
+    if let Some(fault) = swap.outcome.as_ref().and_then(SwapOutcome::fault) {
         fields.insert("log".to_owned(), json!(fault.log_tail));
     }
     Value::Object(fields)
@@ -61,7 +61,7 @@ fn fields(at: &Snapshot<'_>, swap: &SwapRecord) -> Map<String, Value> {
     fields
 }
 
-/// Finished phases: name → seconds.
+/// Finished phases, in their order: name → seconds.
 pub fn phases(swap: &SwapRecord) -> Value {
     let phases =
         swap.phases.iter().map(|(phase, took)| (phase.as_str().to_owned(), json!(seconds(*took))));
@@ -71,7 +71,7 @@ pub fn phases(swap: &SwapRecord) -> Value {
 fn outcome_fields(outcome: &SwapOutcome) -> Map<String, Value> {
     let mut fields = Map::from_iter([("result".to_owned(), json!(outcome.as_str()))]);
     match outcome {
-        SwapOutcome::Failed(fault) => {
+        SwapOutcome::Failed(fault) | SwapOutcome::Died(fault) => {
             fields.insert("fault".to_owned(), json!(fault.kind));
             fields.insert("message".to_owned(), json!(fault.message));
         }

@@ -1,4 +1,4 @@
-//! GPUs and queue as JSON.
+//! GPUs, host RAM and queue as JSON.
 
 use serde_json::{Value, json};
 
@@ -16,7 +16,20 @@ pub fn gpus(at: &Snapshot<'_>) -> Value {
         "no_proof": at.view.scheduler.no_proof,
         "reserve_bytes": at.catalog.settings.gpu.reserve,
         "gpus": gpus,
+        "host_memory": host_memory(at),
         "foreign": at.view.foreign,
+    })
+}
+
+/// Host RAM; what is not known is null.
+pub(super) fn host_memory(at: &Snapshot<'_>) -> Value {
+    let ram = &at.view.scheduler.ram;
+    json!({
+        "total_bytes": ram.total,
+        "available_bytes": ram.available,
+        "reserve_bytes": at.catalog.settings.ram.reserve,
+        "promised_bytes": ram.promised,
+        "promised_to": ram.promised_to,
     })
 }
 

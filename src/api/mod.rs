@@ -23,8 +23,10 @@ use axum::Router;
 use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
 
-pub use health::answer as health_answer;
+pub use extract::{PathText, QueryText};
+pub use health::{answer as health_answer, reachable};
 pub use read::status_of as status_answer;
+pub use routes::is_control;
 
 /// State of every handler.
 #[derive(Clone, Debug)]

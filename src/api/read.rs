@@ -1,15 +1,15 @@
 //! Handlers that only read.
 
 use axum::Json;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::http::header::{ACCEPT, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{bad, not_found, unknown_model};
-use super::extract::PathText;
+use super::error::{not_found, unknown_model};
+use super::extract::{PathText, QueryText};
 use super::render::{self, Snapshot};
 use super::{Api, health, ledger, machine, name};
 use crate::gateway::reject::Reject;
@@ -23,8 +23,7 @@ const SWAP_ROWS: usize = 100;
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 pub async fn health(State(api): State<Api>) -> Response {
-    let (status, body) = health::answer(&api.handle).await;
-    (status, Json(body)).into_response()
+    health::answer(&api.handle).await
 }
 
 pub async fn status(State(api): State<Api>) -> Json<Value> {
@@ -98,9 +97,8 @@ pub struct SwapsWanted {
 /// Swaps, the newest first: those under way, then those that ended.
 pub async fn swaps(
     State(api): State<Api>,
-    wanted: Result<Query<SwapsWanted>, axum::extract::rejection::QueryRejection>,
+    QueryText(wanted): QueryText<SwapsWanted>,
 ) -> Result<Json<Value>, Reject> {
-    let Query(wanted) = wanted.map_err(|error| bad("limit", error.body_text()))?;
     let at = Snapshot::of(&api.handle);
     let model = match &wanted.model {
         None => None,

@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use crate::config::catalog::{Catalog, EngineKind, GpuRequest, ModelSpec, RuntimeSpec, SwapMode};
+use crate::orchestrator::view::Leftover;
 use crate::orchestrator::{Handle, View};
 use crate::scheduler::record::{ModelView, ResidencyView};
 use crate::units::{Bytes, ModelName, Time};
@@ -234,14 +235,27 @@ pub fn status(at: &Snapshot<'_>, healthy: bool) -> Value {
         "swaps": under_way.collect::<Vec<_>>(),
         "last_swap": at.view.ledger.back().map(|swap| super::ledger::row(at, swap)),
         "no_proof": at.view.scheduler.no_proof,
+        "leftovers": at.view.leftovers.iter().map(|left| leftover(at, left)).collect::<Vec<_>>(),
         "time": at.wall(at.now),
+    })
+}
+
+/// An instance of an earlier run that could not be stopped yet.
+fn leftover(at: &Snapshot<'_>, left: &Leftover) -> Value {
+    json!({
+        "instance": left.instance.to_string(),
+        "model": left.model,
+        "what": left.what,
+        "cause": left.fault.kind,
+        "message": left.fault.message,
+        "since": at.wall(left.since),
+        "retry_in_seconds": seconds(left.next_attempt.since(at.now)),
     })
 }
 
 /// Fields of `GET /health` that the swapper and the pool manager have; the components are beside.
 pub fn health(at: &Snapshot<'_>, healthy: bool) -> Map<String, Value> {
     let loaded = at.loaded();
-    let promised: Bytes = at.view.scheduler.gpus.iter().map(|gpu| gpu.promised).sum();
     object(json!({
         "status": health_word(healthy),
         "service": "wharf",
@@ -250,9 +264,17 @@ pub fn health(at: &Snapshot<'_>, healthy: bool) -> Map<String, Value> {
         "mode": mode(&at.catalog),
         "active_models": loaded.len(),
         "total_models": at.catalog.models.len(),
-        "total_memory_mb": promised.as_mib(),
+        "total_memory_mb": active_memory(at).as_mib(),
         "available_ports": available_ports(at),
     }))
+}
+
+/// GPU memory of the models that are loaded: the pool manager counts what its active models take,
+/// not what the machine has. As promised; external models take none here.
+fn active_memory(at: &Snapshot<'_>) -> Bytes {
+    let models = at.view.scheduler.models.iter();
+    let loaded = models.filter(|model| is_loaded(&model.residency));
+    loaded.flat_map(|model| model.gpus.iter().map(|_| model.footprint.unwrap_or_default())).sum()
 }
 
 pub const fn health_word(healthy: bool) -> &'static str {

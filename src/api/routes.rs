@@ -31,6 +31,12 @@ fn table() -> [Route; 12] {
     ]
 }
 
+/// Whether a path belongs to this API, to be told to who asks the gateway for it.
+pub fn is_control(path: &str) -> bool {
+    let first = |path: &str| path.split('/').nth(1).map(str::to_owned);
+    table().iter().any(|(known, ..)| first(known) == first(path))
+}
+
 pub fn router(api: Api) -> Router {
     let mut router = Router::new();
     for (path, needs, handler) in table() {

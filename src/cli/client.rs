@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,6 +14,8 @@ use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
+
+use crate::api::reachable;
 
 /// A ledger of a thousand swaps with their logs stays far below.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
@@ -25,12 +29,17 @@ pub const WAIT_TIMEOUT: Duration = Duration::from_secs(3600 + 60);
 pub const EXIT_CODES: &str = "Exit codes: 0 done; 1 unexpected; 2 wrong use; \
 3 Wharf cannot be reached; 4 refused (unknown model, key, …); 5 not ready, failed or timed out.";
 
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, Debug, Default, clap::Args)]
 pub struct Connection {
-    /// Where the orchestrator listens. A key, where one is needed, is read from WHARF_KEY, or from
-    /// the file that WHARF_KEY_FILE names
-    #[arg(long, env = "WHARF_URL", default_value = "http://127.0.0.1:8888", value_name = "URL")]
-    pub url: String,
+    /// Where the orchestrator listens, as HOST:PORT or http://HOST:PORT. The first that is set
+    /// counts: --url, WHARF_URL, WHARF_ORCHESTRATOR, `listen.orchestrator` of the configuration,
+    /// 127.0.0.1:8888. A key, where one is needed, is read from WHARF_KEY, or from the file that
+    /// WHARF_KEY_FILE names
+    #[arg(long, env = "WHARF_URL", value_name = "URL")]
+    pub url: Option<String>,
+    /// The configuration whose `listen.orchestrator` counts; models.yaml by default
+    #[arg(long, short, env = "WHARF_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Print the answer as JSON
     #[arg(long)]
     pub json: bool,
@@ -40,8 +49,8 @@ pub struct Connection {
 pub enum Failure {
     #[error("{0}")]
     Usage(String),
-    #[error("cannot reach Wharf at {url}: {why} (is it running? --url or WHARF_URL says where)")]
-    Unreachable { url: String, why: String },
+    #[error("cannot reach Wharf at {url}: {why} (is it running? the address is from {origin})")]
+    Unreachable { url: String, why: String, origin: String },
     #[error("{message}")]
     Refused { status: StatusCode, message: String, body: Value },
     #[error("{0}")]
@@ -90,30 +99,67 @@ fn key() -> Result<Option<String>, Failure> {
     }
 }
 
+impl Connection {
+    /// The address as given, and where it is from.
+    fn address(&self) -> (String, String) {
+        let given = |value: Option<String>| value.filter(|value| !value.is_empty());
+        if let Some(url) = given(self.url.clone()) {
+            return (url, "--url or WHARF_URL".to_owned());
+        }
+        if let Some(listen) = given(std::env::var("WHARF_ORCHESTRATOR").ok()) {
+            return (listen, "WHARF_ORCHESTRATOR; --url says otherwise".to_owned());
+        }
+        let path = crate::config::path(self.config.clone());
+        match crate::config::orchestrator_of(&path) {
+            Some(listen) => {
+                let source = format!("listen.orchestrator of {}", path.display());
+                (listen.to_string(), format!("{source}; --url says otherwise"))
+            }
+            None => ("127.0.0.1:8888".to_owned(), "the default; --url says otherwise".to_owned()),
+        }
+    }
+}
+
+/// `host:port` as a URL; an address that only says "every interface" is reached on loopback.
+fn with_scheme(address: &str) -> String {
+    if address.contains("://") {
+        return address.trim_end_matches('/').to_owned();
+    }
+    let address = match address.parse::<SocketAddr>() {
+        Ok(listen) => reachable(listen).to_string(),
+        Err(_) => address.trim_end_matches('/').to_owned(),
+    };
+    format!("http://{address}")
+}
+
 /// The control API of one Wharf.
 #[derive(Debug)]
 pub struct Client {
     base: String,
+    /// Where the address is from, for who cannot reach it.
+    origin: String,
     key: Option<String>,
     http: HttpClient<HttpConnector, Full<Bytes>>,
 }
 
 impl Client {
     pub fn new(connection: &Connection) -> Result<Client, Failure> {
-        let base = connection.url.trim_end_matches('/');
+        let (address, origin) = connection.address();
+        let base = with_scheme(&address);
         let uri: http::Uri = base
             .parse()
-            .map_err(|error| Failure::Usage(format!("--url {base} is not a URL: {error}")))?;
+            .map_err(|error| Failure::Usage(format!("{address} is not a URL: {error}")))?;
         if uri.scheme_str() != Some("http") || uri.host().is_none() {
             return Err(Failure::Usage(format!(
-                "--url {base} must look like http://127.0.0.1:8888 (this client speaks plain HTTP)"
+                "{base} must look like http://127.0.0.1:8888 (this client speaks plain HTTP)"
             )));
         }
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
         connector.set_nodelay(true);
         Ok(Client {
-            base: base.to_owned(),
+            base,
+            origin,
             key: key()?,
             http: HttpClient::builder(TokioExecutor::new()).build(connector),
         })
@@ -148,7 +194,7 @@ impl Client {
         };
         let (status, bytes) = tokio::time::timeout(limit, exchange).await.map_err(|_| {
             let why = format!("no answer within {}", humantime::format_duration(limit));
-            Failure::Unreachable { url: self.base.clone(), why }
+            self.unreachable(why)
         })??;
         let body: Value = serde_json::from_slice(&bytes).map_err(|_| {
             Failure::Unexpected(format!("{}{path} did not answer with JSON ({status})", self.base))
@@ -188,7 +234,11 @@ impl Client {
         while let Some(source) = innermost.source() {
             innermost = source;
         }
-        Failure::Unreachable { url: self.base.clone(), why: innermost.to_string() }
+        self.unreachable(innermost.to_string())
+    }
+
+    fn unreachable(&self, why: String) -> Failure {
+        Failure::Unreachable { url: self.base.clone(), why, origin: self.origin.clone() }
     }
 }
 
@@ -276,11 +326,14 @@ mod tests {
     #[test]
     fn only_plain_http_urls_are_taken() {
         let client = |url: &str| {
-            Client::new(&Connection { url: url.to_owned(), json: false })
-                .map(|c| c.base().to_owned())
+            let connection = Connection { url: Some(url.to_owned()), ..Connection::default() };
+            Client::new(&connection).map(|c| c.base().to_owned())
         };
         assert_eq!(client("http://127.0.0.1:8888/").expect("a URL"), "http://127.0.0.1:8888");
-        for bad in ["https://example.org", "localhost:8888", "not a url", ""] {
+        assert_eq!(client("localhost:8888").expect("host and port"), "http://localhost:8888");
+        assert_eq!(client("0.0.0.0:8888").expect("an address"), "http://127.0.0.1:8888");
+        assert_eq!(client("[::]:8888").expect("an address"), "http://[::1]:8888");
+        for bad in ["https://example.org", "not a url", "http://"] {
             assert!(matches!(client(bad), Err(Failure::Usage(_))), "{bad}");
         }
     }

@@ -65,8 +65,11 @@ async fn ensure(args: &Args) -> Result<(), Failure> {
 pub fn describe(answer: &Value) -> String {
     let model = text(&answer["model"]);
     if answer["status"] == "accepted" {
-        let (state, swap) = (text(&answer["state"]), text(&answer["swap_id"]));
-        return format!("{model}: asked for; now {state}, swap {swap}");
+        return match (answer["swap_id"].as_str(), answer["state"].as_str()) {
+            (_, Some("ready")) => format!("{model} is ready"),
+            (Some(id), _) => format!("{model}: starting; swap {id}; watch with `wharf swaps {id}`"),
+            (None, _) => format!("{model}: queued until there is room; watch with `wharf status`"),
+        };
     }
     if answer["swapped"] != true {
         return format!("{model} is ready (it was already)");

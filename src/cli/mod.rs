@@ -89,7 +89,9 @@ pub fn main() -> ExitCode {
     // Blocking work under way (a file read, a hung driver call) must not hold the exit back.
     runtime.shutdown_background();
     ran.unwrap_or_else(|error| {
-        eprintln!("wharf: {error:#}");
+        // A report on the configuration says of each line what it is.
+        let prefix = if error.is::<crate::config::ConfigErrors>() { "" } else { "wharf: " };
+        eprintln!("{prefix}{error:#}");
         ExitCode::FAILURE
     })
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
+use clap::builder::FalseyValueParser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::catalog::{ApiKey, Catalog, Scope};
@@ -16,7 +17,7 @@ use crate::{app, config};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  wharf serve --config models.yaml\n\n\
-    SIGHUP reloads the file (only changed models are touched); SIGTERM drains and stops.\n\
+    SIGHUP reloads the file (only changed models are touched); SIGTERM drains and stops,\n    a second one hurries.\n\
     Exit codes: 0 stopped as asked, 1 the configuration or the start failed.")]
 pub struct ServeArgs {
     /// The configuration; models.yaml by default.
@@ -34,6 +35,9 @@ pub struct ServeArgs {
     /// Accept the key in this file, with every scope; made at first start if it is not there.
     #[arg(long, env = "WHARF_KEY_FILE")]
     pub key_file: Option<PathBuf>,
+    /// Make the key file readable by its group, too (where Prometheus reads it, say).
+    #[arg(long, env = "WHARF_KEY_FOR_GROUP", value_parser = FalseyValueParser::new())]
+    pub key_for_group: bool,
     /// A further name under which clients may reach Wharf, beside `hosts`; repeatable.
     #[arg(long = "host", env = "WHARF_HOSTS", value_delimiter = ',', value_name = "NAME")]
     pub hosts: Vec<String>,
@@ -51,7 +55,7 @@ impl ServeArgs {
         if let Some(path) = &self.key_file {
             settings.auth.keys.push(ApiKey {
                 name: "key-file".to_owned(),
-                key: read_or_make_key(path)?,
+                key: read_or_make_key(path, self.key_for_group)?,
                 models: vec!["*".to_owned()],
                 scopes: vec![Scope::Inference, Scope::Read, Scope::Admin],
             });
@@ -99,7 +103,7 @@ fn warn_of(path: &Path, loaded: &Loaded) {
     }
 }
 
-fn read_or_make_key(path: &Path) -> anyhow::Result<String> {
+fn read_or_make_key(path: &Path, for_group: bool) -> anyhow::Result<String> {
     if let Ok(key) = fs::read_to_string(path)
         && !key.trim().is_empty()
     {
@@ -108,16 +112,32 @@ fn read_or_make_key(path: &Path) -> anyhow::Result<String> {
     let mut random = [0_u8; 24];
     fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random))?;
     let key: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-    // Readable by others on purpose: Prometheus reads it from the shared volume, which itself is
-    // only reachable for the operator of the stack.
     fs::OpenOptions::new()
         .create(true)
         .write(true)
         .truncate(true)
-        .mode(0o644)
+        .mode(if for_group { 0o640 } else { 0o600 })
         .open(path)
         .and_then(|mut file| file.write_all(key.as_bytes()))
         .with_context(|| format!("failed to write the key file {}", path.display()))?;
     tracing::info!(path = %path.display(), "made an API key");
     Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_new_key_is_for_its_owner_alone_unless_its_group_needs_it() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, for_group, mode) in [("alone", false, 0o600), ("group", true, 0o640)] {
+            let path = dir.path().join(name);
+            let key = read_or_make_key(&path, for_group).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, mode);
+            assert_eq!(read_or_make_key(&path, for_group).unwrap(), key, "made once");
+        }
+    }
 }

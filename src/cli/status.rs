@@ -51,8 +51,12 @@ pub fn describe(base: &str, status: &Value, gpus: &Value) -> String {
     if let Some(why) = status["no_proof"].as_str() {
         told.push_str(&format!("\nnothing starts: {why}"));
     }
+    for left in status["leftovers"].as_array().into_iter().flatten() {
+        told.push_str(&leftover(left));
+    }
     let swaps: Vec<String> = status["swaps"].as_array().into_iter().flatten().map(swap).collect();
-    let bars: Vec<String> = gpus["gpus"].as_array().into_iter().flatten().map(gpu).collect();
+    let mut bars: Vec<String> = gpus["gpus"].as_array().into_iter().flatten().map(gpu).collect();
+    bars.extend(ram(&gpus["host_memory"]));
     for block in [models(status), swaps.join("\n"), bars.join("\n")] {
         if !block.is_empty() {
             told.push_str(&format!("\n\n{block}"));
@@ -116,6 +120,18 @@ fn note(model: &Value) -> String {
     text(&model["waiting_for"])
 }
 
+/// `leftover container wharf-ada-7 (ada, i7): … ; next attempt in 5.0 s`
+fn leftover(left: &Value) -> String {
+    format!(
+        "\nleftover {} ({}, {}): {}; next attempt in {}",
+        text(&left["what"]),
+        text(&left["model"]),
+        text(&left["instance"]),
+        text(&left["message"]),
+        seconds(&left["retry_in_seconds"]),
+    )
+}
+
 /// `s9 org/coder:7b: start for 3.2 s, load_weights 40 %, about 9.0 s left`
 fn swap(swap: &Value) -> String {
     let mut line = format!(
@@ -140,10 +156,32 @@ fn swap(swap: &Value) -> String {
 
 /// `GPU 0 ██████░░░░ 18.0 of 24.0 GiB used, 20.0 promised (mistral, coder)`
 fn gpu(gpu: &Value) -> String {
-    let bytes = |field: &str| gpu[field].as_u64();
-    let gib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1u32 << 30));
-    let (used, total) = (bytes("used_bytes"), bytes("total_bytes"));
-    let memory = match (used, total) {
+    let memory = bar(gpu["used_bytes"].as_u64(), gpu["total_bytes"].as_u64());
+    format!("GPU {} {memory}, {}", text(&gpu["gpu"]), promised(gpu))
+}
+
+/// `Host RAM ██████░░░░ 18.0 of 64.0 GiB used, 20.0 GiB promised (mistral, coder)`, where
+/// something of it is known or promised.
+fn ram(ram: &Value) -> Option<String> {
+    let total = ram["total_bytes"].as_u64();
+    let available = ram["available_bytes"].as_u64();
+    let used = total.zip(available).map(|(total, available)| total.saturating_sub(available));
+    let known = total.is_some() || ram["promised_bytes"].as_u64().is_some_and(|bytes| bytes > 0);
+    known.then(|| format!("Host RAM {}, {}", bar(used, total), promised(ram)))
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / f64::from(1u32 << 30))
+}
+
+fn promised(place: &Value) -> String {
+    let bytes = place["promised_bytes"].as_u64().unwrap_or_default();
+    let to = text(&place["promised_to"]).replace(',', ", ");
+    format!("{} GiB promised ({to})", gib(bytes))
+}
+
+fn bar(used: Option<u64>, total: Option<u64>) -> String {
+    match (used, total) {
         (Some(used), Some(total)) if total > 0 => {
             let full = usize::try_from((used * BAR_CELLS).div_ceil(total).min(BAR_CELLS));
             let full = full.unwrap_or_default();
@@ -153,8 +191,5 @@ fn gpu(gpu: &Value) -> String {
         }
         (_, Some(total)) => format!("{} GiB, use unknown", gib(total)),
         (_, None) => "memory unknown".to_owned(),
-    };
-    let promised = gib(bytes("promised_bytes").unwrap_or_default());
-    let to = text(&gpu["promised_to"]).replace(',', ", ");
-    format!("GPU {} {memory}, {promised} GiB promised ({to})", text(&gpu["gpu"]))
+    }
 }

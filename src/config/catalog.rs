@@ -39,6 +39,8 @@ pub struct Settings {
     pub swap: SwapSettings,
     pub queue: QueueSettings,
     pub gpu: GpuSettings,
+    #[serde(default)]
+    pub ram: RamSettings,
     /// Host ports on which engines listen (loopback).
     pub engine_ports: (u16, u16),
     /// Path of the store; the state folder lies beside it (extension `.d`).
@@ -80,6 +82,7 @@ pub struct SwapSettings {
     pub vram_timeout: Duration,
     /// Ceiling of one start, fetching excluded.
     pub start_timeout: Duration,
+    /// At the end of Wharf: for requests to end, then once more for engines to end.
     pub shutdown_timeout: Duration,
     pub on_exit: OnExit,
 }
@@ -112,6 +115,21 @@ pub struct GpuSettings {
     pub release_lag: Duration,
     /// Simulated only: memory that a stranger holds, per GPU.
     pub foreign: Vec<Bytes>,
+}
+
+/// Host RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamSettings {
+    /// `None`: what the kernel says.
+    pub total: Option<Bytes>,
+    /// Left to the system and to other programs.
+    pub reserve: Bytes,
+}
+
+impl Default for RamSettings {
+    fn default() -> RamSettings {
+        RamSettings { total: None, reserve: Bytes::gib(2) }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,7 +201,9 @@ pub struct ModelSpec {
     pub runtime: RuntimeSpec,
     pub gpus: GpuRequest,
     pub vram: Vram,
+    /// Host RAM that the engine takes, promised to it while it runs; `None`: nothing is.
     pub ram: Option<Bytes>,
+    /// Size of the weights: what sleep level 1 moves to host RAM.
     pub size_gb: Option<f64>,
     pub priority: Priority,
     /// Never evicted.
@@ -199,6 +219,8 @@ pub struct ModelSpec {
     pub stop: StopSpec,
     /// Ask one token before the model is called ready.
     pub canary: bool,
+    /// Ask the engine for the usage of every stream, so that tokens are always counted.
+    pub include_usage: bool,
     /// The name under which the engine knows the model; `None`: `name`.
     pub upstream_name: Option<String>,
     /// Fixed engine port instead of one from `engine_ports`.
@@ -214,6 +236,11 @@ impl ModelSpec {
     /// The name that requests to the engine must carry.
     pub fn served_name(&self) -> &str {
         self.upstream_name.as_deref().unwrap_or(self.name.as_str())
+    }
+
+    /// Whether two entries mean the same engine, run the same way.
+    pub fn is_same(&self, other: &ModelSpec) -> bool {
+        ModelSpec { line: other.line, ..self.clone() } == *other
     }
 
     pub fn is_external(&self) -> bool {
@@ -285,8 +312,11 @@ pub struct ProcessSpec {
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct ExternalSpec {
-    /// `http://host:port`, no path.
+    /// `http://host:port`, or https; a path precedes those of the requests.
     pub url: String,
+    /// Authorities to trust instead of the machine's, in PEM.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
     #[serde(skip_serializing, default)]
     pub api_key: Option<String>,
 }

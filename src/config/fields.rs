@@ -59,6 +59,7 @@ pub(super) struct Fields {
     pub signal: Option<String>,
     pub grace: Option<Duration>,
     pub canary: bool,
+    pub include_usage: Option<bool>,
     pub upstream_name: Option<String>,
     pub port: Option<u16>,
     pub waiting: Option<WaitingSettings>,
@@ -333,6 +334,7 @@ fn serve(table: &mut Table<'_>, fields: &mut Fields, base: WaitingSettings, sink
         fields.start_timeout = at.some_duration(sink);
     }
     fields.canary = flag(table, "canary", sink);
+    fields.include_usage = table.take("include_usage").and_then(|at| at.boolean(sink));
     fields.upstream_name = table.take("upstream_name").and_then(|at| at.string(sink, "a name"));
     fields.waiting = table.take("waiting").and_then(|at| settings::waiting(&at, base, sink));
 }

@@ -226,7 +226,7 @@ fn check_command(argv: &[String], cmd: &At<'_>, sink: &mut Sink) {
 }
 
 pub(super) fn external(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Option<ExternalSpec> {
-    let mut table = at.table(sink, "`url` and `api_key`")?;
+    let mut table = at.table(sink, "`url`, `api_key` and `ca`")?;
     let url = match table.take("url") {
         Some(at) => at.parsed(sink, "a URL such as http://10.0.0.2:8000", url),
         // The swapper service's variable names the server that the models live on.
@@ -246,7 +246,14 @@ pub(super) fn external(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Op
     let spec = ExternalSpec {
         url: url.unwrap_or_default(),
         api_key: text(&mut table, "api_key", "a text such as ${env.NAME}", sink),
+        ca: text(&mut table, "ca", "a PEM file with the authority's certificate", sink)
+            .map(Into::into),
     };
+    if let Some(spot) = table.key_spot("ca")
+        && spec.url.starts_with("http://")
+    {
+        sink.error(&spot, "`ca` is for https", "expected `url: https://host:port`");
+    }
     table.finish(sink, &[("key", Unread::Hint("did you mean `api_key`?"))]);
     Some(spec)
 }
@@ -263,19 +270,19 @@ fn url(text: &str) -> Result<String, String> {
         return Err("put the credentials into `api_key`, not into the URL".to_owned());
     }
     match uri.scheme_str() {
-        Some("http") => {}
-        Some("https") => {
-            return Err("https is not supported yet; expected http://".to_owned());
-        }
+        Some("http" | "https") => {}
         None => return Err(format!("did you mean `http://{text}`?")),
-        Some(_) => return Err("expected http://".to_owned()),
+        Some(_) => return Err("expected http:// or https://".to_owned()),
     }
     let names_port = authority.as_str().len() > authority.host().len();
     if authority.host().is_empty() || names_port && authority.port_u16().is_none() {
         return Err(example);
     }
-    if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
-        return Err(format!("leave out the path (requests bring their own): `http://{authority}`"));
+    if uri.query().is_some() {
+        return Err("leave out the query (`?…`)".to_owned());
+    }
+    if let Some(base) = text.strip_suffix("/v1") {
+        return Err(format!("leave out `/v1` (requests bring it): `{base}`"));
     }
     Ok(text.to_owned())
 }
@@ -304,13 +311,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn urls_are_scheme_host_and_port() {
+    fn urls_are_scheme_host_port_and_what_precedes_v1() {
         assert_eq!(url("http://10.0.0.2:8000/"), Ok("http://10.0.0.2:8000".to_owned()));
+        assert_eq!(url("https://gpu2.lan/api/"), Ok("https://gpu2.lan/api".to_owned()));
         assert!(url("http://a/v1").unwrap_err().contains("`http://a`"));
+        assert!(url("https://a/api/v1/").unwrap_err().contains("`https://a/api`"));
         assert!(url("a.lan:8000").unwrap_err().contains("http://a.lan:8000"));
         let credentials = url("http://me:pa55@a:80").unwrap_err();
         assert!(credentials.contains("api_key") && !credentials.contains("pa55"));
-        for bad in ["", "http://", "https://a:1", "ftp://a", "http://a:99999", "http://a b"] {
+        for bad in ["", "http://", "http://a/?b=c", "ftp://a", "http://a:99999", "http://a b"] {
             assert!(url(bad).is_err(), "{bad}");
         }
     }

@@ -5,6 +5,8 @@
 
 pub mod catalog;
 mod decode;
+mod defaults;
+pub mod diff;
 mod fields;
 mod fit;
 mod launch;
@@ -19,6 +21,7 @@ mod tree;
 mod values;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -72,6 +75,17 @@ pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
         unreadable(format!("it is not UTF-8 text (byte {})", e.utf8_error().valid_up_to()))
     })?;
     parse(&text, &file, &|name| std::env::var(name).ok())
+}
+
+/// `listen.orchestrator` of a file that need not be right otherwise (a client may lack the
+/// server's environment). `None`: it is not set, or cannot be read.
+pub fn orchestrator_of(path: &Path) -> Option<SocketAddr> {
+    if std::fs::metadata(path).ok()?.len() > MAX_FILE {
+        return None;
+    }
+    let text = std::fs::read_to_string(path).ok()?;
+    let (root, _flaws) = tree::parse(text.strip_prefix('\u{feff}').unwrap_or(&text));
+    values::address(root.get("listen")?.get("orchestrator")?.text()?).ok()
 }
 
 /// Checks the text of a configuration. `env` gives environment variables.

@@ -217,6 +217,7 @@ impl Reader<'_> {
                 grace: fields.grace.unwrap_or_else(|| self.grace(engine)),
             },
             canary: fields.canary,
+            include_usage: fields.include_usage.unwrap_or(true),
             upstream_name: fields.upstream_name,
             port: fields.port,
             waiting: fields.waiting,

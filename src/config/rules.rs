@@ -33,6 +33,14 @@ pub(super) fn check(
         sink.error(last.spot_of("pinned"), message, capacity(settings))
             .help("pinned models are never evicted, so all of them need room at once");
     }
+    if let Some(last) = pinned.last().filter(|_| !ram_fits(&pinned, settings)) {
+        let here = pinned.iter().filter(|m| m.spec.ram.is_some() && !m.spec.is_external());
+        let names: Vec<&str> = here.map(|m| m.spec.name.as_str()).collect();
+        let message =
+            format!("the pinned models need more host RAM than there is: {}", names.join(", "));
+        sink.error(last.spot_of("pinned"), message, ram_capacity(settings))
+            .help("pinned models are never evicted, so all of them need room at once");
+    }
     aliases
 }
 
@@ -67,6 +75,11 @@ fn check_settings(read: &mut ReadSettings, sink: &mut Sink) {
     for (i, memory) in gpu.memory.iter().enumerate().filter(|(_, m)| **m <= gpu.reserve) {
         let message = format!("GPU {i} has {memory}, of which {} are reserved", gpu.reserve);
         sink.error(&spot("gpu.memory"), message, "expected more memory, or less `reserve`");
+    }
+    let ram = &settings.ram;
+    if let Some(total) = ram.total.filter(|&total| total <= ram.reserve) {
+        let message = format!("the host has {total}, of which {} are reserved", ram.reserve);
+        sink.error(&spot("ram.total"), message, "expected more, or less `reserve`");
     }
     if gpu.foreign.len() > gpu.memory.len() && gpu.provider == GpuProvider::Simulated {
         let message = format!("{} sizes for {} GPUs", gpu.foreign.len(), gpu.memory.len());
@@ -201,6 +214,10 @@ fn check_model(model: &ReadModel, read: &ReadSettings, sink: &mut Sink) {
     }
     if !memory.is_empty() {
         gpus_exist(model, read, sink);
+    }
+    if let Some(ram) = spec.ram.filter(|_| !ram_fits(&[model], read)) {
+        let message = format!("`{}` needs {ram} of host RAM: it can never fit", spec.name);
+        sink.error(model.spot_of("ram"), message, ram_capacity(read));
     }
     if let (Vram::Rest, true) = (spec.vram, spec.pinned) {
         let message = format!("`{}` is pinned and takes all that is left", spec.name);
@@ -353,6 +370,10 @@ pub(super) fn groups(at: &At<'_>, models: &[ReadModel], read: &ReadSettings, sin
             let message = format!("group `{}` cannot be resident together", key.text);
             sink.error(&spot, message, capacity(read)).help(needs.join(", "));
         }
+        if together && all_known && !ram_fits(&members, read) {
+            let message = format!("group `{}` needs more host RAM than there is", key.text);
+            sink.error(&spot, message, ram_capacity(read));
+        }
         sink.warning(&spot, "groups have no effect yet", "checked, then ignored");
     }
 }
@@ -397,6 +418,20 @@ fn fits(models: &[&ReadModel], read: &ReadSettings) -> bool {
         })
         .collect();
     fit::fits(&free, &needs)
+}
+
+/// Whether the models may be resident together in the declared host RAM.
+fn ram_fits(models: &[&ReadModel], read: &ReadSettings) -> bool {
+    let ram = &read.settings.ram;
+    let here = models.iter().filter(|model| !model.spec.is_external());
+    let need: Bytes = here.filter_map(|model| model.spec.ram).sum();
+    ram.total.is_none_or(|total| need == Bytes::ZERO || need <= total - ram.reserve)
+}
+
+fn ram_capacity(read: &ReadSettings) -> String {
+    let ram = &read.settings.ram;
+    let total = ram.total.map_or_else(|| "unknown".to_owned(), |total| total.to_string());
+    format!("the host has {total}, less {} in reserve", ram.reserve)
 }
 
 fn capacity(read: &ReadSettings) -> String {

@@ -1,13 +1,10 @@
 //! Everything in models.yaml but the models: addresses, swap, queue, GPUs, keys.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use super::catalog::{
-    ApiKey, AuthSettings, GpuProvider, GpuSettings, OnExit, QueueSettings, Scope, Settings,
-    SwapMode, SwapSettings, WaitingSettings, WaitingStyle,
+    ApiKey, GpuProvider, OnExit, Scope, Settings, SwapMode, WaitingSettings, WaitingStyle,
 };
 use super::decode::{At, Sink, Spot, Table, Unread};
 use super::values;
@@ -38,45 +35,6 @@ impl ReadSettings {
     }
 }
 
-pub(super) fn defaults() -> Settings {
-    Settings {
-        gateway: SocketAddr::from(([127, 0, 0, 1], 8080)),
-        orchestrator: SocketAddr::from(([127, 0, 0, 1], 8888)),
-        swap: SwapSettings {
-            mode: SwapMode::MultiActive,
-            max_concurrent_models: 0,
-            max_wait: None,
-            min_residency: Duration::from_secs(3),
-            drain_timeout: Duration::from_secs(300),
-            vram_timeout: Duration::from_secs(30),
-            start_timeout: Duration::from_secs(600),
-            shutdown_timeout: Duration::from_secs(60),
-            on_exit: OnExit::Keep,
-        },
-        queue: QueueSettings {
-            limit: 1024,
-            per_model: 256,
-            timeout: Duration::from_secs(540),
-            body_limit: Bytes::mib(64),
-            total_bodies: Bytes::gib(1),
-        },
-        gpu: GpuSettings {
-            provider: GpuProvider::Auto,
-            reserve: Bytes::mib(512),
-            memory: Vec::new(),
-            release_lag: Duration::ZERO,
-            foreign: Vec::new(),
-        },
-        engine_ports: (18051, 18999),
-        store: PathBuf::from("wharf.db"),
-        auth: AuthSettings::default(),
-        docker_host: None,
-        cors: Vec::new(),
-        hosts: Vec::new(),
-        waiting: WaitingSettings { style: WaitingStyle::Comment, after: Duration::from_secs(10) },
-    }
-}
-
 fn set<T>(target: &mut T, value: Option<T>) {
     if let Some(value) = value {
         *target = value;
@@ -86,7 +44,7 @@ fn set<T>(target: &mut T, value: Option<T>) {
 /// Takes the global keys out of the file's top level.
 pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
     let mut read = ReadSettings {
-        settings: defaults(),
+        settings: Settings::default(),
         ports: None,
         spots: BTreeMap::new(),
         allowed: Vec::new(),
@@ -100,6 +58,9 @@ pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
     }
     if let Some(at) = top.take("gpu") {
         gpu(&at, &mut read, sink);
+    }
+    if let Some(at) = top.take("ram") {
+        ram(&at, &mut read, sink);
     }
     ports(top, &mut read, sink);
     let settings = &mut read.settings;
@@ -234,6 +195,17 @@ fn gpu(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
         }
     }
     table.finish(sink, &[]);
+}
+
+fn ram(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
+    let Some(mut table) = at.table(sink, "`total` and `reserve`") else { return };
+    let ram = &mut read.settings.ram;
+    if let Some(at) = table.take("total") {
+        ram.total = at.size(sink);
+        read.spots.insert("ram.total", at.spot);
+    }
+    set(&mut ram.reserve, table.take("reserve").and_then(|at| at.size(sink)));
+    table.finish(sink, &[("memory", Unread::Hint("did you mean `total`?"))]);
 }
 
 fn sizes(at: &At<'_>, what: &str, sink: &mut Sink) -> Vec<Bytes> {

@@ -19,6 +19,10 @@ impl CommandLine {
             }
             RuntimeSpec::External(_) => Vec::new(),
         };
+        CommandLine::from_words(words)
+    }
+
+    pub fn from_words(words: Vec<String>) -> CommandLine {
         // `sh -c "…"`: the engine's arguments lie inside the string, and none can be added.
         match shell_script(&words) {
             Some(script) => CommandLine {

@@ -5,20 +5,19 @@ use super::derive::{
     DATA_PARALLEL, HOST, MEMORY_SHARE, PIPELINE_PARALLEL, PORT, SERVED_NAME, SLEEP_MODE,
     TENSOR_PARALLEL,
 };
+use super::key;
 use crate::config::catalog::{EngineKind, GpuRequest, ModelSpec, RuntimeSpec, Vram};
 
 /// Flags that put an engine where Wharf cannot reach it.
 const UNREACHABLE: &[(&str, &str)] = &[
-    ("--api-key", KEY),
-    ("--api-key-file", KEY),
     ("--ssl-keyfile", TLS),
     ("--ssl-certfile", TLS),
     ("--ssl-key-file", TLS),
     ("--ssl-cert-file", TLS),
     ("--uds", "Wharf reaches engines by TCP: remove it"),
 ];
-const KEY: &str = "Wharf would not know the key: remove it (the engine is reachable from this \
-    machine only; clients' keys belong under `auth:`)";
+const KEY: &str = "only its shell knows this key: remove it (Wharf gives each engine a key of its \
+    own), or write it as ${env.NAME}";
 const TLS: &str = "Wharf speaks plain HTTP to engines on this machine: remove it";
 
 pub fn contradictions(spec: &ModelSpec) -> Vec<(String, String)> {
@@ -102,6 +101,9 @@ fn reachable(line: &CommandLine, found: &mut Found) {
         if line.has(&[flag]) {
             found.add(flag, (*why).to_owned());
         }
+    }
+    if key::is_unreadable(line) {
+        found.add("--api-key", KEY.to_owned());
     }
 }
 

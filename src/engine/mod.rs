@@ -4,6 +4,7 @@ mod command_line;
 mod contradict;
 mod derive;
 mod hub;
+mod key;
 mod log_lines;
 mod probe;
 mod ready;
@@ -16,7 +17,7 @@ use std::collections::BTreeMap;
 use tokio::time::Instant;
 
 use crate::config::catalog::ModelSpec;
-use crate::runtime::{Progress, Running};
+use crate::runtime::{EngineKey, Given, LaunchKey, Progress, Running};
 use crate::scheduler::event::Fault;
 use crate::units::Bytes;
 
@@ -48,6 +49,21 @@ pub fn derive(
     total: Option<Bytes>,
 ) -> Derived {
     derive::derive(spec, port, gpus, footprint.zip(total))
+}
+
+/// The key of an instance about to start: the one that the configuration names, or a new one if
+/// the engine takes keys. `inherited`: the environment that a process gets from Wharf's own.
+/// `None`: the operating system gave no randomness.
+pub fn launch_key(
+    spec: &ModelSpec,
+    inherited: impl Fn(&str) -> Option<String>,
+) -> Option<LaunchKey> {
+    key::launch_key(spec, inherited)
+}
+
+/// The key of an engine that runs already, by what it was given.
+pub fn running_key(spec: &ModelSpec, given: &Given) -> Option<EngineKey> {
+    key::running_key(spec, given)
 }
 
 /// Waits until the engine answers by its own rule; fails on its exit, a known fatal line in its

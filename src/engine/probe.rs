@@ -55,7 +55,7 @@ pub async fn ask(spec: &ModelSpec, running: &Running, trusted: bool) -> Answer {
 
 fn failed(error: HttpError) -> Answer {
     match error {
-        HttpError::BadUrl(why) => Answer::BadUrl(why),
+        HttpError::BadUrl(why) | HttpError::Tls(why) => Answer::BadUrl(why),
         error => Answer::Silent(error.to_string()),
     }
 }

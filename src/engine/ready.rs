@@ -30,6 +30,7 @@ pub async fn wait_ready(
     deadline: Instant,
 ) -> Result<(), Fault> {
     let (history, mut live) = running.log.follow();
+    let mut unfinished = running.log.unfinished();
     let mut start = Start::new(spec, running, progress);
     for line in &history {
         start.line(line);
@@ -67,6 +68,10 @@ pub async fn wait_ready(
                 Err(RecvError::Lagged(_)) => start.changed(),
                 Err(RecvError::Closed) => log_open = false,
             },
+            Ok(()) = unfinished.changed() => {
+                let line = Arc::clone(&unfinished.borrow_and_update());
+                start.unfinished(&line);
+            }
             () = sleep_until(start.stalled_at()) => {
                 return Err(start.too_slow(FaultKind::Stalled));
             }
@@ -137,11 +142,15 @@ impl<'a> Start<'a> {
             Answer::BadUrl(why) => return fault(FaultKind::BadSpec, why),
             Answer::Stranger(who) => {
                 let port = self.running.identity.port;
-                let text = format!(
-                    "port {port} answers, but it is {who} that listens there, not this engine: \
-                     end that program, or choose other `engine_ports:`"
-                );
-                return fault(FaultKind::StrangerOnPort, &text);
+                let text = |who: &str| {
+                    format!(
+                        "port {port} answers, but it is {who} that listens there, not this \
+                         engine: end that program, or choose other `engine_ports:`"
+                    )
+                };
+                let public = format!("model {}: {}", self.spec.name, text("another program"));
+                return fault(FaultKind::StrangerOnPort, &text(who))
+                    .map_err(|fault| fault.or_publicly(public));
             }
             Answer::OtherNames(names) => {
                 let text = format!(
@@ -189,6 +198,16 @@ impl<'a> Start<'a> {
             }
         }
         false
+    }
+
+    /// A line that grows is a sign of life, and may tell how far it is (a dot for each percent).
+    /// For anything else its end is awaited.
+    fn unfinished(&mut self, line: &str) {
+        self.changed();
+        if let Some(Meaning::Phase(stage, fraction)) = meaning(self.spec.engine, line) {
+            self.phase = Some(stage);
+            self.progress.set(stage, fraction, "");
+        }
     }
 
     async fn rest_of_log(&mut self, live: &mut broadcast::Receiver<Arc<str>>) {
@@ -244,7 +263,12 @@ impl<'a> Start<'a> {
             None => "it wrote nothing to its log".to_owned(),
         };
         let text = format!("the engine {report} {during}; {last}");
-        fault(self.spec, self.running, FaultKind::Exited, &text)
+        // Not a line of which the meaning is known: it may say anything.
+        let public = format!(
+            "model {}: the engine {report} {during}; its log says why (for keys with `read`)",
+            self.spec.name
+        );
+        fault(self.spec, self.running, FaultKind::Exited, &text).or_publicly(public)
     }
 
     /// Stalled or past the deadline; but an engine that answers something wrong is named so.

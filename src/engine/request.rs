@@ -7,10 +7,15 @@ use http::{Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
 use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
-use crate::runtime::Endpoint;
+use crate::runtime::redact::Secrets;
+use crate::runtime::{Endpoint, Tls, tls_trouble};
 
 /// Answers to the questions asked here are small.
 const BODY_BYTES_MAX: usize = 1024 * 1024;
@@ -31,6 +36,7 @@ impl Answer {
     pub fn excerpt(&self) -> String {
         let body = String::from_utf8_lossy(&self.body);
         let words = body.split_whitespace().collect::<Vec<_>>().join(" ");
+        let words = Secrets::default().redact(&words);
         let body: String = words.chars().take(EXCERPT_CHARS_MAX).collect();
         match body.as_str() {
             "" => self.status.to_string(),
@@ -43,6 +49,9 @@ impl Answer {
 pub enum HttpError {
     #[error("{0}")]
     BadUrl(String),
+    /// As bad as a bad URL: it will not get better by asking again.
+    #[error("{0}")]
+    Tls(String),
     #[error("cannot connect: {0}")]
     Connect(std::io::Error),
     #[error("the connection failed: {0}")]
@@ -64,10 +73,14 @@ pub async fn post(
     within(limit, exchange(endpoint, Method::POST, path, body)).await
 }
 
+/// The bare connection; over https its handshake is tried as well, on one of its own.
 pub async fn connect(endpoint: &Endpoint, limit: Duration) -> Result<TcpStream, HttpError> {
     within(limit, async {
-        let (_, host, port) = address(endpoint)?;
-        TcpStream::connect((host.as_str(), port)).await.map_err(HttpError::Connect)
+        let address = Address::of(endpoint)?;
+        if let Some(tls) = &endpoint.tls {
+            address.secured(tls).await?;
+        }
+        address.connected().await
     })
     .await
 }
@@ -79,17 +92,50 @@ async fn within<T>(
     tokio::time::timeout(limit, work).await.unwrap_or(Err(HttpError::TooSlow(limit)))
 }
 
-/// Authority, host without brackets, port.
-fn address(endpoint: &Endpoint) -> Result<(String, String, u16), HttpError> {
-    let bad = || HttpError::BadUrl(format!("{} is no URL such as http://host:8000", endpoint.base));
-    let uri: Uri = endpoint.base.parse().map_err(|_| bad())?;
-    if uri.scheme_str() == Some("https") {
-        let message = format!("{}: engines are reached by http only, not yet https", endpoint.base);
-        return Err(HttpError::BadUrl(message));
+/// An endpoint's URL, taken apart.
+struct Address {
+    authority: String,
+    /// Without brackets.
+    host: String,
+    port: u16,
+    /// What precedes every path; no slash at its end.
+    prefix: String,
+}
+
+impl Address {
+    fn of(endpoint: &Endpoint) -> Result<Address, HttpError> {
+        let bad =
+            || HttpError::BadUrl(format!("{} is no URL such as http://host:8000", endpoint.base));
+        let uri: Uri = endpoint.base.parse().map_err(|_| bad())?;
+        let port = match (uri.scheme_str(), &endpoint.tls) {
+            (Some("http"), None) => 80,
+            (Some("https"), Some(_)) => 443,
+            _ => return Err(bad()),
+        };
+        let authority = uri.authority().ok_or_else(bad)?;
+        Ok(Address {
+            authority: authority.to_string(),
+            host: authority.host().trim_start_matches('[').trim_end_matches(']').to_owned(),
+            port: authority.port_u16().unwrap_or(port),
+            prefix: uri.path().trim_end_matches('/').to_owned(),
+        })
     }
-    let authority = uri.authority().ok_or_else(bad)?;
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    Ok((authority.to_string(), host.to_owned(), authority.port_u16().unwrap_or(80)))
+
+    async fn connected(&self) -> Result<TcpStream, HttpError> {
+        TcpStream::connect((self.host.as_str(), self.port)).await.map_err(HttpError::Connect)
+    }
+
+    async fn secured(&self, tls: &Tls) -> Result<TlsStream<TcpStream>, HttpError> {
+        let name = ServerName::try_from(self.host.clone())
+            .map_err(|_| HttpError::BadUrl(format!("{} is no server's name", self.host)))?;
+        let stream = self.connected().await?;
+        TlsConnector::from(tls.config()).connect(name, stream).await.map_err(|error| {
+            match tls_trouble(&error, &self.authority) {
+                Some(why) => HttpError::Tls(why),
+                None => HttpError::Broken(error.to_string()),
+            }
+        })
+    }
 }
 
 async fn exchange(
@@ -98,15 +144,14 @@ async fn exchange(
     path: &str,
     body: Option<&Value>,
 ) -> Result<Answer, HttpError> {
-    let (authority, host, port) = address(endpoint)?;
-    let broken = |error: &dyn std::fmt::Display| HttpError::Broken(error.to_string());
+    let address = Address::of(endpoint)?;
     let mut request = Request::builder()
         .method(method)
-        .uri(path)
-        .header(header::HOST, authority)
+        .uri(format!("{}{path}", address.prefix))
+        .header(header::HOST, &address.authority)
         .header(header::CONNECTION, "close");
     if let Some(key) = &endpoint.api_key {
-        request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+        request = request.header(header::AUTHORIZATION, key.bearer());
     }
     if body.is_some() {
         request = request.header(header::CONTENT_TYPE, "application/json");
@@ -115,8 +160,17 @@ async fn exchange(
     let request = request
         .body(Full::new(Bytes::from(body)))
         .map_err(|error| HttpError::BadUrl(format!("path {path}: {error}")))?;
+    match &endpoint.tls {
+        None => answer(address.connected().await?, request).await,
+        Some(tls) => answer(address.secured(tls).await?, request).await,
+    }
+}
 
-    let stream = TcpStream::connect((host.as_str(), port)).await.map_err(HttpError::Connect)?;
+async fn answer(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    request: Request<Full<Bytes>>,
+) -> Result<Answer, HttpError> {
+    let broken = |error: &dyn std::fmt::Display| HttpError::Broken(error.to_string());
     let (mut sender, connection) =
         http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
     let answer = async {

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use http::HeaderValue;
+
 use super::usage::Tokens;
 use crate::orchestrator::StartKind;
 use crate::telemetry::metrics::Metrics;
@@ -13,6 +15,8 @@ use crate::units::ModelName;
 pub struct Account {
     metrics: Arc<Metrics>,
     model: ModelName,
+    /// As in `X-Request-Id`.
+    request: String,
     began: Instant,
     outcome: &'static str,
     /// Set while the first byte of the answer is awaited.
@@ -20,9 +24,10 @@ pub struct Account {
 }
 
 impl Account {
-    pub fn open(metrics: Arc<Metrics>, model: ModelName) -> Account {
+    pub fn open(metrics: Arc<Metrics>, model: ModelName, request: String) -> Account {
+        tracing::debug!(%request, %model, "request arrived");
         let began = Instant::now();
-        Account { metrics, model, began, outcome: "client_gone", first: None }
+        Account { metrics, model, request, began, outcome: "client_gone", first: None }
     }
 
     pub fn model(&self) -> &ModelName {
@@ -50,10 +55,21 @@ impl Account {
     }
 }
 
+/// A request that never came as far as an account.
+pub fn turned_away(request: &HeaderValue, code: &str) {
+    tracing::debug!(request = request.to_str().unwrap_or_default(), code, "request refused");
+}
+
 impl Drop for Account {
     fn drop(&mut self) {
         let took = self.began.elapsed();
-        tracing::debug!(model = %self.model, outcome = self.outcome, ?took, "request ended");
+        tracing::debug!(
+            request = self.request.as_str(),
+            model = %self.model,
+            outcome = self.outcome,
+            seconds = took.as_secs_f64(),
+            "request ended"
+        );
         self.metrics.request_ended(&self.model, self.outcome, took);
     }
 }

@@ -97,9 +97,13 @@ impl Wishes {
     /// The priority that counts: a key without `admin` may lower its model's priority, not raise it.
     pub fn priority(&self, spec: &ModelSpec, key: Option<&ApiKey>) -> Priority {
         let asked = self.priority.unwrap_or(spec.priority);
-        let free = key.is_none_or(|key| auth::has_scope(key, Scope::Admin));
-        if free { asked } else { asked.min(spec.priority) }
+        if is_unbound(key) { asked } else { asked.min(spec.priority) }
     }
+}
+
+/// Whether wishes count as they are. Other keys may step back in the queue, not forward.
+pub fn is_unbound(key: Option<&ApiKey>) -> bool {
+    key.is_none_or(|key| auth::has_scope(key, Scope::Admin))
 }
 
 fn text(headers: &HeaderMap, name: &'static str) -> Result<Option<String>, Reject> {

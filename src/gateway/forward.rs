@@ -12,6 +12,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::orchestrator::Lease;
+use crate::runtime::tls_trouble;
 
 /// Named by RFC 9110 as belonging to one connection, and what old proxies add to them.
 const HOP_BY_HOP: [HeaderName; 9] = [
@@ -79,24 +80,24 @@ pub async fn send(
     *request.method_mut() = outgoing.method.clone();
     *request.headers_mut() = outgoing.headers.clone();
     if let Some(key) = &gate.endpoint.api_key {
-        let mut value = HeaderValue::try_from(format!("Bearer {key}"))
-            .map_err(|_| Failure::Broken("the engine's api_key is no header value".into()))?;
-        value.set_sensitive(true);
-        request.headers_mut().insert(header::AUTHORIZATION, value);
+        request.headers_mut().insert(header::AUTHORIZATION, key.bearer());
     }
     tokio::select! {
         answer = timeout(silence_max, gate.client.request(request)) => match answer {
             Ok(Ok(response)) => Ok(response),
             // The engine is stopped by cancelling first: its closing connections are no accident.
             Ok(Err(_)) if lease.cut().is_cancelled() => Err(Failure::Cancelled),
-            Ok(Err(error)) => Err(judge(&error)),
+            Ok(Err(error)) => Err(judge(&error, authority(&gate.endpoint.base).0)),
             Err(_) => Err(Failure::Silent(silence_max)),
         },
         () = lease.cut().cancelled() => Err(Failure::Cancelled),
     }
 }
 
-fn judge(error: &hyper_util::client::legacy::Error) -> Failure {
+fn judge(error: &hyper_util::client::legacy::Error, authority: &str) -> Failure {
+    if let Some(why) = tls_trouble(error, authority) {
+        return Failure::Broken(why);
+    }
     let text = describe(error);
     if error.is_connect() {
         // "Connect" is also hyper's word for a URL that its connector does not support.
@@ -136,12 +137,19 @@ fn find<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a 
     None
 }
 
+/// Host and port of a URL, and the port where it names none.
+fn authority(base: &str) -> (&str, u16) {
+    let (scheme, rest) = base.split_once("://").unwrap_or(("http", base));
+    let authority = rest.split('/').next().unwrap_or(rest);
+    (authority, if scheme == "https" { 443 } else { 80 })
+}
+
 /// Whether anything still listens at an endpoint.
 pub async fn accepts(base: &str) -> bool {
-    let authority = base.split_once("://").map_or(base, |(_, authority)| authority);
+    let (authority, usual_port) = authority(base);
     let address = match authority.rsplit_once(':') {
         Some((_, port)) if port.parse::<u16>().is_ok() => authority.to_owned(),
-        _ => format!("{authority}:80"),
+        _ => format!("{authority}:{usual_port}"),
     };
     matches!(timeout(CONNECT_MAX, TcpStream::connect(address)).await, Ok(Ok(_)))
 }

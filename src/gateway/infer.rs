@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::account::Account;
+use super::account::{self, Account};
 use super::admit::{self, Wishes};
 use super::forward::{self, Failure, Outgoing};
 use super::receive::{self, Held};
@@ -43,6 +43,7 @@ pub async fn infer(
     let mut response = match admit(&gateway, inference, request, &id).await {
         Ok(job) => wait::respond(job).await,
         Err(reject) => {
+            account::turned_away(&id, reject.code());
             gateway.metrics.refused(reject.code());
             reject.into_response()
         }
@@ -103,7 +104,7 @@ impl Admitted<'_> {
         let stream = asked.stream;
         let mut edits = Vec::new();
         edits.extend(asked.rename(spec.served_name()));
-        let usage = (stream && gateway.limits.inject_usage && may_inject(inference, &spec))
+        let usage = (stream && may_inject(inference, &spec))
             .then(|| asked.include_usage(&received.bytes))
             .flatten();
         let remove_usage = usage.is_some();
@@ -120,13 +121,18 @@ impl Admitted<'_> {
         let peer = head.extensions.get::<ConnectInfo<std::net::SocketAddr>>().map(|peer| peer.0);
         let waiting = spec.waiting.unwrap_or(catalog.settings.waiting);
         Ok(Job {
-            account: Account::open(Arc::clone(&gateway.metrics), spec.name.clone()),
+            account: Account::open(
+                Arc::clone(&gateway.metrics),
+                spec.name.clone(),
+                id.to_str().unwrap_or_default().to_owned(),
+            ),
             gateway: Arc::clone(gateway),
             api: inference.api,
             options: RequestOptions {
                 model: spec.name.clone(),
                 priority: wishes.priority(&spec, key),
                 max_wait: wishes.max_wait,
+                may_hurry: admit::is_unbound(key),
                 never_start: wishes.never_start,
                 retry_of: None,
             },
@@ -144,7 +150,9 @@ impl Admitted<'_> {
 
 /// llama.cpp tells its figures in every stream by itself.
 fn may_inject(inference: &Inference, spec: &ModelSpec) -> bool {
-    matches!(inference.api, Api::Chat | Api::Completions) && spec.engine != EngineKind::Llamacpp
+    spec.include_usage
+        && matches!(inference.api, Api::Chat | Api::Completions)
+        && spec.engine != EngineKind::Llamacpp
 }
 
 /// Where a request is, for those who tell its client.

@@ -36,7 +36,7 @@ use crate::telemetry::metrics::Metrics;
 use receive::BodyBudget;
 
 pub use reject::{Reject, Viewer};
-pub use server::serve;
+pub use server::{serve, serve_until};
 
 /// The gateway's paths, to be served by [`serve`].
 pub fn router(handle: Handle, metrics: Arc<Metrics>) -> Router {
@@ -66,8 +66,6 @@ pub struct Limits {
     pub reader_stall: Duration,
     /// A waiting stream is told something at least this often.
     pub keep_alive: Duration,
-    /// Ask engines for the usage of every stream and take the extra chunk out again.
-    pub inject_usage: bool,
 }
 
 impl Default for Limits {
@@ -78,7 +76,6 @@ impl Default for Limits {
             upstream_silence: Duration::from_secs(600),
             reader_stall: Duration::from_secs(30),
             keep_alive: Duration::from_secs(5),
-            inject_usage: true,
         }
     }
 }

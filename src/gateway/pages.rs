@@ -4,15 +4,15 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, StatusCode, header};
+use http::{HeaderMap, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::reject::Reject;
 use super::{Gateway, admit, auth};
-use crate::api;
+use crate::api::{self, PathText, QueryText};
 use crate::config::catalog::{ModelSpec, Scope};
 use crate::orchestrator::{Handle, View};
 use crate::units::Time;
@@ -26,7 +26,7 @@ pub struct Listing {
 
 pub async fn models(
     State(gateway): State<Arc<Gateway>>,
-    Query(listing): Query<Listing>,
+    QueryText(listing): QueryText<Listing>,
     headers: HeaderMap,
 ) -> Result<Response, Reject> {
     let catalog = gateway.handle.catalog();
@@ -49,7 +49,7 @@ pub async fn models(
 
 pub async fn model(
     State(gateway): State<Arc<Gateway>>,
-    Path(id): Path<String>,
+    PathText(id): PathText,
     headers: HeaderMap,
 ) -> Result<Response, Reject> {
     let catalog = gateway.handle.catalog();
@@ -86,11 +86,7 @@ fn created(handle: &Handle) -> u64 {
 
 /// 200 only if requests can be served. Open without a key: probes have none.
 pub async fn health(State(gateway): State<Arc<Gateway>>) -> Response {
-    let (status, body) = api::health_answer(&gateway.handle).await;
-    match status {
-        StatusCode::OK => Json(body).into_response(),
-        _ => (status, [(header::RETRY_AFTER, "5")], Json(body)).into_response(),
-    }
+    api::health_answer(&gateway.handle).await
 }
 
 pub async fn status(

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::orchestrator::View;
 use crate::scheduler::action::Refusal;
-use crate::scheduler::event::Fault;
+use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::{ModelName, SwapId, Time};
 
 /// Advice where nothing was learned yet.
@@ -42,8 +42,15 @@ pub struct Problem {
 /// How much of a failure the client may see.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Viewer {
-    /// Engine log lines: local callers without keys, and keys with `read` or `admin`.
+    /// Engine log lines and arguments: local callers without keys, and keys with `read` or
+    /// `admin`. Others see the cause, and the line of a log from which it is known.
     pub sees_logs: bool,
+}
+
+impl Viewer {
+    fn told(self, fault: &Fault) -> &str {
+        if self.sees_logs { &fault.message } else { fault.public_message() }
+    }
 }
 
 impl Reject {
@@ -98,7 +105,7 @@ impl Reject {
     }
 
     fn cause(mut self, fault: &Fault, viewer: Viewer) -> Reject {
-        let mut cause = json!({ "kind": fault.kind, "message": fault.message });
+        let mut cause = json!({ "kind": fault.kind, "message": viewer.told(fault) });
         if viewer.sees_logs && !fault.log_tail.is_empty() {
             cause["log"] = json!(fault.log_tail);
         }
@@ -128,7 +135,7 @@ impl Reject {
         viewer: Viewer,
     ) -> Reject {
         let status = status_of(refusal);
-        let reject = Reject::new(status, code_of(refusal), message_of(refusal, model, now));
+        let reject = Reject::new(status, code_of(refusal), message_of(refusal, model, now, viewer));
         let estimate = view.model(model).and_then(|model| model.ready_in).unwrap_or(RETRY_UNKNOWN);
         let reject = match refusal {
             Refusal::StartFailed { swap, fault, retry_at } => {
@@ -144,9 +151,10 @@ impl Reject {
             | Refusal::Unloaded
             | Refusal::InstanceLost { .. } => reject.retry_after(estimate),
             Refusal::UnknownModel | Refusal::Removed => reject.param("model"),
-            Refusal::NoVramProof { .. } | Refusal::RuntimeLost { .. } | Refusal::ShuttingDown => {
-                reject
+            Refusal::RuntimeLost { message } => {
+                reject.cause(&Fault::new(FaultKind::RuntimeUnreachable, message.as_str()), viewer)
             }
+            Refusal::NoVramProof { .. } | Refusal::ShuttingDown => reject,
         };
         reject.model(model)
     }
@@ -263,7 +271,7 @@ fn status_of(refusal: &Refusal) -> StatusCode {
     }
 }
 
-fn message_of(refusal: &Refusal, model: &ModelName, now: Time) -> String {
+fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -> String {
     let next = |at: &Time| retry_seconds(at.since(now));
     match refusal {
         Refusal::UnknownModel => format!("model \"{model}\" is not configured"),
@@ -287,20 +295,29 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time) -> String {
             *waited_ms as f64 / 1000.0,
             if waiting_for.is_empty() { "its turn did not come" } else { waiting_for },
         ),
-        Refusal::CannotFit { need, available, gpus } => format!(
+        Refusal::CannotFit { need, available, host: true, .. } => format!(
+            "model \"{model}\" needs {need} of host RAM, but at most {available} can ever be free \
+             there (total less reserve and pinned models); give it a smaller `ram`, add memory, or \
+             unpin a model"
+        ),
+        Refusal::CannotFit { need, available, .. } if need <= available => format!(
+            "model \"{model}\" has no place: pinned models hold as many as may run at once; unpin \
+             one, or raise `max_concurrent_models`"
+        ),
+        Refusal::CannotFit { need, available, gpus, host: false } => format!(
             "model \"{model}\" needs {need} on each of {gpus} GPU(s), but at most {available} can \
              ever be free there (total less reserve and pinned models); give it more GPUs, a \
              smaller `vram`, or unpin a model"
         ),
         Refusal::StartFailed { fault, retry_at, .. } => format!(
             "model \"{model}\" could not be started: {}; next attempt in {} s",
-            fault.message,
+            viewer.told(fault),
             next(retry_at)
         ),
         Refusal::VramNeverFreed { fault, retry_at, .. } => format!(
-            "model \"{model}\" was not started because GPU memory did not come back: {}; \
+            "model \"{model}\" was not started because memory did not come back: {}; \
              next attempt in {} s",
-            fault.message,
+            viewer.told(fault),
             next(retry_at)
         ),
         Refusal::NoVramProof { message } => {
@@ -322,7 +339,6 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scheduler::event::FaultKind;
 
     fn reject(refusal: Refusal, sees_logs: bool) -> Reject {
         let view = View::default();
@@ -356,14 +372,39 @@ mod tests {
     }
 
     #[test]
+    fn a_message_that_quotes_the_log_is_for_those_who_may_read_it() {
+        let fault = Fault::new(FaultKind::Exited, "it ended; its last line: `tell-tale`")
+            .or_publicly("it ended");
+        let refusal =
+            || Refusal::StartFailed { swap: None, fault: fault.clone(), retry_at: Time(2000) };
+        let (others, readers) = (reject(refusal(), false).body(), reject(refusal(), true).body());
+        assert!(!others.to_string().contains("tell-tale"), "{others:#}");
+        assert!(others["error"]["message"].as_str().unwrap().contains("it ended"));
+        assert_eq!(others["cause"]["message"], "it ended");
+        assert!(readers["error"]["message"].as_str().unwrap().contains("tell-tale"));
+        assert!(readers["cause"]["message"].as_str().unwrap().contains("tell-tale"));
+    }
+
+    #[test]
     fn what_never_fits_is_not_to_be_retried() {
         use crate::units::Bytes;
-        let refusal =
-            Refusal::CannotFit { need: Bytes::gib(30), available: Bytes::gib(22), gpus: 1 };
+        let refusal = Refusal::CannotFit {
+            need: Bytes::gib(30),
+            available: Bytes::gib(22),
+            gpus: 1,
+            host: false,
+        };
         let response = reject(refusal, false).into_response();
         assert_eq!(response.status(), 507);
         assert!(!response.headers().contains_key("retry-after"));
         assert_eq!(response.headers()["x-should-retry"], "false");
+    }
+
+    #[test]
+    fn a_lost_runtime_says_which_kind_of_cause_it_is() {
+        let body = reject(Refusal::RuntimeLost { message: "no daemon".into() }, false).body();
+        assert_eq!(body["cause"]["kind"], "runtime_unreachable");
+        assert_eq!(body["cause"]["message"], "no daemon");
     }
 
     #[test]

@@ -206,7 +206,7 @@ impl Relay {
             since: Instant::now(),
         })));
         let watchdog = tokio::spawn(watch(Arc::clone(&flow), gate, cut, limits.clone()));
-        Relay {
+        let mut relay = Relay {
             flow,
             watchdog,
             meter,
@@ -217,6 +217,16 @@ impl Relay {
             epilogue,
             ended: false,
             remaining,
+        };
+        relay.finish_if_whole();
+        relay
+    }
+
+    /// hyper does not ask for more once `Content-Length` bytes are there: the last byte is the end.
+    fn finish_if_whole(&mut self) {
+        if self.remaining == Some(0) && self.ready.is_empty() && !self.ended {
+            drop(self.flow.state().open.take());
+            self.finish();
         }
     }
 
@@ -256,6 +266,7 @@ impl Body for Relay {
             if let Some(data) = relay.ready.pop_front() {
                 relay.remaining =
                     relay.remaining.map(|left| left.saturating_sub(data.len() as u64));
+                relay.finish_if_whole();
                 return Poll::Ready(Some(Ok(Frame::data(data))));
             }
             if relay.ended {

@@ -11,6 +11,7 @@ use http::{Method, StatusCode, Uri};
 
 use super::reject::Reject;
 use super::{Gateway, browser, infer, pages};
+use crate::api;
 
 /// Which shape a stream's chunks have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,10 +96,15 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .with_state(gateway)
 }
 
-pub async fn unknown_path(uri: Uri) -> Response {
+pub async fn unknown_path(State(gateway): State<Arc<Gateway>>, uri: Uri) -> Response {
     let path: String = uri.path().chars().take(200).collect();
+    let settings = &gateway.handle.catalog().settings;
     let hint = match INFERENCE.iter().find(|known| known.path == format!("/v1{path}")) {
         Some(known) => format!("; did you mean {}?", known.path),
+        None if settings.gateway != settings.orchestrator && api::is_control(&path) => format!(
+            ": this is the gateway; the orchestrator (listen.orchestrator) listens on {}",
+            settings.orchestrator
+        ),
         None => String::new(),
     };
     let message = format!("there is nothing at {path}{hint}");

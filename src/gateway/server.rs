@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,10 +12,9 @@ use axum::extract::ConnectInfo;
 use axum::response::IntoResponse;
 use http::{Request, StatusCode};
 use hyper::body::Incoming;
+use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
@@ -41,22 +41,53 @@ pub async fn serve(
     shutdown: CancellationToken,
     grace: Duration,
 ) {
-    serve_at_most(CONNECTIONS_MAX, listener, router, shutdown, grace).await;
+    serve_until(listener, router, shutdown, grace, CancellationToken::new()).await;
 }
 
-async fn serve_at_most(
-    connections_max: usize,
+/// As [`serve`]; `hurry` ends the grace.
+pub async fn serve_until(
     listener: TcpListener,
     router: Router,
     shutdown: CancellationToken,
     grace: Duration,
+    hurry: CancellationToken,
+) {
+    let end = End { shutdown, grace, hurry };
+    serve_within(Bounds::default(), listener, router, end).await;
+}
+
+/// When serving ends, and how.
+struct End {
+    shutdown: CancellationToken,
+    grace: Duration,
+    hurry: CancellationToken,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    connections: usize,
+    header_timeout: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Bounds {
+        Bounds { connections: CONNECTIONS_MAX, header_timeout: HEADER_TIMEOUT }
+    }
+}
+
+async fn serve_within(
+    bounds: Bounds,
+    listener: TcpListener,
+    router: Router,
+    End { shutdown, grace, hurry }: End,
 ) {
     let server = Server {
-        graceful: GracefulShutdown::new(),
+        closing: CancellationToken::new(),
         abort: CancellationToken::new(),
-        serving: Arc::new(Semaphore::new(connections_max)),
+        serving: Arc::new(Semaphore::new(bounds.connections)),
         refusing: Arc::new(Semaphore::new(REFUSING_MAX)),
-        busy: busy_router(connections_max),
+        busy: busy_router(bounds.connections),
+        header_timeout: bounds.header_timeout,
         router,
     };
     let mut backoff = ACCEPT_BACKOFF;
@@ -82,24 +113,32 @@ async fn serve_at_most(
         }
     }
     drop(listener);
-    let Server { graceful, abort, serving, .. } = server;
-    if timeout(grace, graceful.shutdown()).await.is_err() {
-        let left = connections_max - serving.available_permits();
-        tracing::warn!("cutting {left} connections that did not end within {grace:?}");
+    let Server { closing, abort, serving, .. } = server;
+    closing.cancel();
+    let all = u32::try_from(bounds.connections).unwrap_or(u32::MAX);
+    let in_order = tokio::select! {
+        in_order = timeout(grace, serving.acquire_many(all)) => in_order.is_ok(),
+        () = hurry.cancelled() => false,
+    };
+    if !in_order {
+        let left = bounds.connections - serving.available_permits();
+        let why = if hurry.is_cancelled() { "yet" } else { "in time" };
+        tracing::warn!("cutting {left} connections that did not end {why}");
         abort.cancel();
-        let all = u32::try_from(connections_max).unwrap_or(u32::MAX);
         // They only have to be dropped; a second is plenty.
         let _ = timeout(Duration::from_secs(1), serving.acquire_many(all)).await;
     }
 }
 
 struct Server {
-    graceful: GracefulShutdown,
+    /// Idle connections end, the others after their answer.
+    closing: CancellationToken,
     abort: CancellationToken,
     serving: Arc<Semaphore>,
     refusing: Arc<Semaphore>,
     router: Router,
     busy: Router,
+    header_timeout: Duration,
 }
 
 impl Server {
@@ -122,22 +161,32 @@ impl Server {
         router: Router,
         permit: OwnedSemaphorePermit,
     ) -> impl Future<Output = ()> + Send + 'static {
-        let abort = self.abort.clone();
-        let watcher = self.graceful.watcher();
+        let (closing, abort) = (self.closing.clone(), self.abort.clone());
+        let header_timeout = self.header_timeout;
         async move {
             let service = service_fn(move |mut request: Request<Incoming>| {
                 request.extensions_mut().insert(ConnectInfo(peer));
                 router.clone().oneshot(request.map(Body::new))
             });
-            let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
-            builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-            let connection =
-                builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
-            tokio::select! {
-                ended = watcher.watch(connection) => if let Err(error) = ended {
-                    tracing::trace!(%peer, "connection ended: {error}");
-                },
-                () = abort.cancelled() => {}
+            // HTTP/1.1 only: one HTTP/2 connection could carry any number of requests past the
+            // bound, and waiting for its preface has no deadline.
+            let mut builder = http1::Builder::new();
+            builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
+            let mut connection =
+                pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
+            let ended = tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = abort.cancelled() => Ok(()),
+                () = closing.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    tokio::select! {
+                        ended = connection.as_mut() => ended,
+                        () = abort.cancelled() => Ok(()),
+                    }
+                }
+            };
+            if let Err(error) = ended {
+                tracing::trace!(%peer, "connection ended: {error}");
             }
             drop(permit);
         }
@@ -169,6 +218,20 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
+    /// Serves "hello" on a port of its own.
+    async fn serving(
+        bounds: Bounds,
+    ) -> (SocketAddr, CancellationToken, tokio::task::JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new().fallback(|| async { "hello" });
+        let shutdown = CancellationToken::new();
+        let (grace, hurry) = (Duration::from_secs(1), CancellationToken::new());
+        let end = End { shutdown: shutdown.clone(), grace, hurry };
+        let server = serve_within(bounds, listener, router, end);
+        (address, shutdown, tokio::spawn(server))
+    }
+
     async fn ask(address: SocketAddr) -> (TcpStream, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
@@ -180,12 +243,8 @@ mod tests {
 
     #[tokio::test]
     async fn one_connection_too_many_is_told_so() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let router = Router::new().fallback(|| async { "hello" });
-        let shutdown = CancellationToken::new();
-        let grace = Duration::from_secs(1);
-        let served = tokio::spawn(serve_at_most(1, listener, router, shutdown.clone(), grace));
+        let (address, shutdown, served) =
+            serving(Bounds { connections: 1, ..Bounds::default() }).await;
         let (first, answer) = ask(address).await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         let (_, answer) = ask(address).await;
@@ -196,5 +255,30 @@ mod tests {
         timeout(PATIENCE, again).await.expect("the place is free again");
         shutdown.cancel();
         timeout(PATIENCE, served).await.unwrap().unwrap();
+    }
+    #[tokio::test]
+    async fn http_2_is_not_spoken() {
+        let (address, shutdown, served) = serving(Bounds::default()).await;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        timeout(PATIENCE, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+        shutdown.cancel();
+        timeout(PATIENCE, served).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_a_whole_head_is_closed() {
+        let bounds = Bounds { header_timeout: Duration::from_millis(100), ..Bounds::default() };
+        let (address, _shutdown, _served) = serving(bounds).await;
+        for word in [&b""[..], b"P", b"GET / HT"] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(word).await.unwrap();
+            let mut answer = Vec::new();
+            let closed = timeout(PATIENCE, stream.read_to_end(&mut answer)).await;
+            assert!(closed.is_ok(), "{word:?} is held for ever");
+        }
     }
 }

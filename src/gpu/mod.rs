@@ -1,7 +1,8 @@
-//! Memory per GPU and per process: from NVML, from a simulation, or not at all.
+//! Memory per GPU and per process: from NVML, from a simulation, or not at all. And the host's.
 //!
 //! Readings are facts for the scheduler; nothing here decides.
 
+mod host;
 mod label;
 mod none;
 mod nvml;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::catalog::{GpuProvider, GpuSettings};
-use crate::scheduler::event::{GpuMemory, NoProof};
+use crate::scheduler::event::{GpuMemory, HostMemory, NoProof};
 use crate::units::{Bytes, GpuId};
 
 /// Path of the NVML library to load instead of the system's.
@@ -128,6 +129,15 @@ impl Gpus {
             Provider::Nvml(reader) => reader.sample().await,
             Provider::Simulated(ledger) => ledger.sample().await,
             Provider::None => Ok(Vec::new()),
+        }
+    }
+
+    /// Host RAM beside them. Simulated GPUs belong to a simulated machine: its RAM is what
+    /// `ram.total` declares, whatever this one has.
+    pub fn host_memory(&self) -> Option<HostMemory> {
+        match self.provider {
+            Provider::Nvml(_) | Provider::None => host::host_memory(),
+            Provider::Simulated(_) => None,
         }
     }
 

@@ -1,13 +1,14 @@
 //! What the owner does when Docker goes away and comes back: its instances are lost until it says
 //! which of them still live, and what an earlier run left there is looked up as soon as it answers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::handle::Message;
 use super::launch::spec_hash;
-use super::reconcile::{Adopted, reap, reconcile_docker, uses_docker};
-use super::run::Owner;
+use super::leftovers::reap;
+use super::reconcile::{InDocker, reconcile_docker, uses_docker};
+use super::run::{Live, Owner};
 use super::start::follow_docker;
 use super::view::Health;
 use crate::config::catalog::Catalog;
@@ -29,7 +30,7 @@ pub struct WhoLives {
 /// What the owner knows of Docker.
 #[derive(Debug, Default)]
 pub(super) struct DockerState {
-    /// `None`: no model runs in Docker.
+    /// `None`: no model runs in Docker, nor did any in an earlier run.
     pub health: Option<Health>,
     /// How often it went away or came back: an answer from before the last time is stale.
     pub flips: u64,
@@ -47,6 +48,7 @@ impl Owner {
         if self.docker.health.is_some() || !uses_docker(catalog) {
             return;
         }
+        self.writer.note_docker();
         let docker = self.effects.runtimes.docker.clone();
         docker.connect();
         let inbox = self.effects.inbox.clone();
@@ -58,6 +60,7 @@ impl Owner {
     pub(super) fn docker_health(&mut self, health: Health) {
         let was_ok = self.docker.health.as_ref().is_none_or(|known| known.ok);
         let is_ok = health.ok;
+        let why = health.detail.clone();
         self.docker.health = Some(health);
         if was_ok != is_ok {
             self.docker.flips += 1;
@@ -65,7 +68,8 @@ impl Owner {
             if is_ok {
                 self.ask_who_lives();
             } else if !ours.is_empty() {
-                self.step(Event::RuntimeLost { instances: ours });
+                let instances = ours.into_iter().map(|(instance, _)| instance).collect();
+                self.step(Event::RuntimeLost { instances, why });
             }
         }
         self.look_for_missed();
@@ -75,38 +79,35 @@ impl Owner {
         self.docker.health.as_ref().is_some_and(|health| health.ok)
     }
 
-    fn in_docker(&self) -> Vec<InstanceId> {
-        let is_docker = |handle: &RuntimeHandle| matches!(handle, RuntimeHandle::Docker { .. });
-        self.instances
-            .iter()
-            .filter(|(_, live)| live.slot.peek().is_some_and(|running| is_docker(&running.handle)))
-            .map(|(instance, _)| *instance)
-            .collect()
+    /// Our instances that are containers, with the containers' ids.
+    fn in_docker(&self) -> Vec<(InstanceId, String)> {
+        let container = |(instance, live): (&InstanceId, &Live)| match live.slot.peek()?.handle {
+            RuntimeHandle::Docker { id, .. } => Some((*instance, id)),
+            RuntimeHandle::Process { .. } | RuntimeHandle::External => None,
+        };
+        self.instances.iter().filter_map(container).collect()
     }
 
     fn ask_who_lives(&self) {
-        let (effects, docker) = (self.effects.clone(), self.effects.runtimes.docker.clone());
-        let flips = self.docker.flips;
-        let running: Vec<_> = self
-            .in_docker()
-            .into_iter()
-            .filter_map(|instance| Some((instance, self.instances.get(&instance)?.slot.peek()?)))
-            .collect();
+        let (inbox, docker) = (self.effects.inbox.clone(), self.effects.runtimes.docker.clone());
+        let (flips, ours) = (self.docker.flips, self.in_docker());
         tokio::spawn(async move {
-            let (mut alive, mut dead) = (Vec::new(), Vec::new());
-            for (instance, running) in running {
-                match docker.is_alive(&running).await {
-                    Ok(true) => alive.push(instance),
-                    Ok(false) => dead.push(instance),
-                    Err(_) => {
-                        tokio::time::sleep(ASK_AGAIN).await;
-                        effects.inbox.send(Message::WhoLives(WhoLives { flips, found: None }));
-                        return;
-                    }
+            let ids: Vec<String> = ours.iter().map(|(_, id)| id.clone()).collect();
+            let found = match docker.running_of(&ids).await {
+                Ok(running) => {
+                    let (alive, dead): (Vec<_>, Vec<_>) =
+                        ours.into_iter().partition(|(_, id)| running.contains(id));
+                    let instances = |those: Vec<(InstanceId, String)>| {
+                        those.into_iter().map(|(id, _)| id).collect()
+                    };
+                    Some((instances(alive), instances(dead)))
                 }
-            }
-            let found = Some((alive, dead));
-            effects.inbox.send(Message::WhoLives(WhoLives { flips, found }));
+                Err(_) => {
+                    tokio::time::sleep(ASK_AGAIN).await;
+                    None
+                }
+            };
+            inbox.send(Message::WhoLives(WhoLives { flips, found }));
         });
     }
 
@@ -128,23 +129,28 @@ impl Owner {
         }
         let (effects, catalog) = (self.effects.clone(), self.shared.catalog.load_full());
         let (installation, named) = (self.state.installation.clone(), self.docker.named.clone());
-        let earlier = 0..=self.docker.last_id;
+        let (earlier, known) = (0..=self.docker.last_id, self.known_of_earlier());
         tokio::spawn(async move {
-            let found = reconcile_docker(&effects, &catalog, &installation, earlier, &named).await;
-            if found.is_none() {
+            let found =
+                reconcile_docker(&effects, &catalog, &installation, earlier, &known, &named).await;
+            if found.as_ref().is_none_or(|found| found.any_missed) {
                 tokio::time::sleep(ASK_AGAIN).await;
             }
             effects.inbox.send(Message::FoundInDocker(found));
         });
     }
 
+    /// What an earlier look brought, and containers by name whose model runs.
+    fn known_of_earlier(&self) -> BTreeSet<InstanceId> {
+        let runs = |model: &ModelName| self.instances.values().any(|live| live.spec.name == *model);
+        let named = self.docker.named.iter().filter(|(model, _)| runs(model)).map(|(_, id)| *id);
+        self.instances.keys().chain(self.leftovers.keys()).copied().chain(named).collect()
+    }
+
     /// Their models may have been started anew meanwhile, or changed by a reload.
-    pub(super) fn found_in_docker(&mut self, found: Option<Vec<Adopted>>) {
-        let Some(found) = found else {
-            self.docker.missed = true;
-            return self.look_for_missed();
-        };
-        for each in found {
+    pub(super) fn found_in_docker(&mut self, found: Option<InDocker>) {
+        let any_missed = found.as_ref().is_none_or(|found| found.any_missed);
+        for each in found.map(|found| found.adopted).unwrap_or_default() {
             let identity = &each.running.identity;
             let catalog = self.shared.catalog.load();
             let spec = catalog.model(&identity.model);
@@ -163,8 +169,14 @@ impl Owner {
             let is_named = matches!(each.running.handle, RuntimeHandle::Docker { named: true, .. });
             if !is_named {
                 let effects = self.effects.clone();
-                tokio::spawn(async move { reap(&effects, &each.running, why).await });
+                tokio::spawn(async move {
+                    reap(&effects, &each.running, why).await;
+                });
             }
+        }
+        if any_missed {
+            self.docker.missed = true;
+            self.look_for_missed();
         }
     }
 }

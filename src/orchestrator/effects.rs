@@ -1,8 +1,10 @@
 //! What is done for the owner outside its task: each effect runs alone and comes back as an event.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -70,9 +72,16 @@ impl Effects {
     }
 
     /// Runs `work` until it ends or is called off; only a result that was not called off is told.
-    fn spawn<F>(&self, swap: SwapId, instance: InstanceId, work: F) -> Task
+    fn spawn<T, F>(
+        &self,
+        swap: SwapId,
+        instance: InstanceId,
+        done: fn(Result<T, Fault>) -> Done,
+        work: F,
+    ) -> Task
     where
-        F: Future<Output = Done> + Send + 'static,
+        T: Send + 'static,
+        F: Future<Output = Result<T, Fault>> + Send + 'static,
     {
         let (effects, cancel) = (self.clone(), CancellationToken::new());
         let cancelled = cancel.clone();
@@ -80,7 +89,7 @@ impl Effects {
             tokio::select! {
                 biased;
                 () = cancelled.cancelled() => {}
-                done = work => effects.done(swap, instance, done),
+                result = unpanicked(work) => effects.done(swap, instance, done(result)),
             }
         });
         Task { cancel, join }
@@ -93,18 +102,13 @@ impl Effects {
         id: InstanceId,
     ) -> Task {
         let runtimes = self.runtimes.clone();
-        self.spawn(swap, id, async move {
-            Done::Preflight(match launch {
-                Ok(launch) => runtimes.preflight(&launch).await,
-                Err(fault) => Err(fault),
-            })
-        })
+        self.spawn(swap, id, Done::Preflight, async move { runtimes.preflight(&launch?).await })
     }
 
     pub fn fetch(&self, swap: SwapId, launch: LaunchSpec, progress: Progress) -> Task {
         let runtimes = self.runtimes.clone();
-        self.spawn(swap, launch.identity.instance, async move {
-            Done::Fetch(runtimes.fetch(&launch, &progress).await)
+        self.spawn(swap, launch.identity.instance, Done::Fetch, async move {
+            runtimes.fetch(&launch, &progress).await
         })
     }
 
@@ -127,10 +131,12 @@ impl Effects {
             if cancelled.is_cancelled() {
                 return;
             }
-            let before = effects.read_memory().await;
+            let before = unpanicked(async { Ok(effects.read_memory().await) });
+            let before = before.await.ok().flatten();
             progress.set("launch", None, "");
-            let launched = effects.runtimes.start(&launch).await;
-            if let Ok(running) = &launched {
+            let mut launched = unpanicked(effects.runtimes.start(&launch)).await;
+            if let Ok(running) = &mut launched {
+                effects.learn_key(&launch.model, running).await;
                 effects.holders.register(running);
                 slot.put(Some(running.clone()));
             }
@@ -139,19 +145,21 @@ impl Effects {
                 let brought = match launched {
                     Ok(running) => {
                         let before = before.as_deref();
-                        effects.bring_up(swap, &launch, &running, before, &progress, deadline).await
+                        let up =
+                            effects.bring_up(swap, &launch, &running, before, &progress, deadline);
+                        unpanicked(up).await
                     }
                     Err(fault) => Err(fault),
                 };
-                Done::Start(match brought {
+                match brought {
                     Ok(footprint) => Ok(footprint),
                     Err(fault) => Err(effects.clear_failed_start(&slot, fault).await),
-                })
+                }
             };
             tokio::select! {
                 biased;
                 () = cancelled.cancelled() => {}
-                done = rest => effects.done(swap, instance, done),
+                result = unpanicked(rest) => effects.done(swap, instance, Done::Start(result)),
             }
         });
         Task { cancel, join }
@@ -167,7 +175,10 @@ impl Effects {
         deadline: Instant,
     ) -> Result<Option<Bytes>, Fault> {
         let (spec, instance) = (&launch.model, launch.identity.instance);
-        engine::wait_ready(spec, running, progress, deadline.into()).await?;
+        tokio::select! {
+            ready = engine::wait_ready(spec, running, progress, deadline.into()) => ready?,
+            never = self.runtimes.follow_unfinished(running) => match never {},
+        }
         self.inbox.send(Message::Effect(Event::Vouching { swap, instance }));
         let mut exit = running.exit.clone();
         let gpus = &launch.identity.gpus;
@@ -180,7 +191,7 @@ impl Effects {
         };
         tokio::select! {
             vouched = vouch => vouched,
-            report = ended(&mut exit) => Err(Fault::new(
+            Some(report) = ended(&mut exit) => Err(Fault::new(
                 FaultKind::Exited,
                 format!("{}: the engine {report} right after it became ready", spec.name),
             )
@@ -229,7 +240,7 @@ impl Effects {
                 stop.grace = stop.grace.min(FAILED_START_GRACE);
             }
             let stopped = match slot.peek() {
-                Some(running) => effects.stop_within(&running, &stop).await,
+                Some(running) => unpanicked(effects.stop_within(&running, &stop)).await,
                 None => Ok(()),
             };
             if stopped.is_ok() {
@@ -263,14 +274,10 @@ impl Effects {
         spec: Arc<ModelSpec>,
     ) -> Task {
         let effects = self.clone();
-        self.spawn(swap, instance, async move {
-            let Some(running) = slot.peek() else {
-                return Done::Sleep(Err(gone(&spec)));
-            };
-            Done::Sleep(match engine::sleep(&spec, &running).await {
-                Ok(()) => Ok(effects.held_by(instance, &running.identity.gpus).await),
-                Err(fault) => Err(fault),
-            })
+        self.spawn(swap, instance, Done::Sleep, async move {
+            let running = slot.peek().ok_or_else(|| gone(&spec))?;
+            engine::sleep(&spec, &running).await?;
+            Ok(effects.held_by(instance, &running.identity.gpus).await)
         })
     }
 
@@ -283,19 +290,17 @@ impl Effects {
         deadline: Time,
     ) -> Task {
         let effects = self.clone();
-        self.spawn(swap, instance, async move {
-            let Some(running) = slot.peek() else {
-                return Done::Wake(Err(gone(&spec)));
-            };
+        self.spawn(swap, instance, Done::Wake, async move {
+            let running = slot.peek().ok_or_else(|| gone(&spec))?;
             let left = deadline.since(effects.now());
-            Done::Wake(match tokio::time::timeout(left, engine::wake(&spec, &running)).await {
-                Ok(Ok(())) => Ok(effects.held_by(instance, &running.identity.gpus).await),
-                Ok(Err(fault)) => Err(fault),
-                Err(_) => Err(Fault::new(
-                    FaultKind::TimedOut,
-                    format!("{} did not wake within {left:?}", spec.name),
-                )),
-            })
+            match tokio::time::timeout(left, engine::wake(&spec, &running)).await {
+                Ok(woken) => woken?,
+                Err(_) => {
+                    let message = format!("{} did not wake within {left:?}", spec.name);
+                    return Err(Fault::new(FaultKind::TimedOut, message));
+                }
+            }
+            Ok(effects.held_by(instance, &running.identity.gpus).await)
         })
     }
 
@@ -366,6 +371,20 @@ impl Effects {
     }
 }
 
+/// A swap must not wait for ever for an effect that panicked.
+async fn unpanicked<T>(work: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+    match AssertUnwindSafe(work).catch_unwind().await {
+        Ok(result) => result,
+        Err(panic) => {
+            let said = panic.downcast_ref::<&str>().map(ToString::to_string);
+            let said = said.or_else(|| panic.downcast_ref::<String>().cloned());
+            let said = said.unwrap_or_else(|| "no message".to_owned());
+            let message = format!("a fault in Wharf itself, please report it: {said}");
+            Err(Fault::new(FaultKind::Internal, message))
+        }
+    }
+}
+
 fn gone(spec: &ModelSpec) -> Fault {
     Fault::new(FaultKind::Exited, format!("{}: its engine is gone", spec.name))
 }
@@ -392,17 +411,73 @@ fn fell_by(before: &[GpuMemory], now: &[GpuMemory], gpus: &[GpuId]) -> Bytes {
     free(before) - free(now)
 }
 
-/// Resolves when the engine ended.
+/// Resolves when the engine ended. `None`: nobody watches it (external), its end is never seen.
 pub async fn ended(
     exit: &mut tokio::sync::watch::Receiver<Option<crate::runtime::ExitReport>>,
-) -> crate::runtime::ExitReport {
-    let report = match exit.wait_for(Option::is_some).await {
-        Ok(report) => report.clone(),
-        Err(_) => None,
-    };
-    match report {
-        Some(report) => report,
-        // Nobody watches this engine (external): its end is never seen.
-        None => std::future::pending().await,
+) -> Option<crate::runtime::ExitReport> {
+    exit.wait_for(Option::is_some).await.ok()?.clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+    use crate::runtime::LaunchKey;
+    use crate::runtime::docker::DockerRuntime;
+    use crate::runtime::external::ExternalRuntime;
+    use crate::runtime::process::ProcessRuntime;
+
+    #[tokio::test]
+    async fn nobody_waits_for_the_end_of_what_runs_elsewhere() {
+        let yaml = "models: { a: { engine: openai, external: { url: 'http://127.0.0.1:9' } } }";
+        let catalog = config::parse(yaml, "models.yaml", &|_| None).unwrap().catalog;
+        let launch = LaunchSpec {
+            identity: crate::runtime::Identity {
+                installation: "here".into(),
+                instance: InstanceId(4),
+                model: crate::units::ModelName::new("a"),
+                spec_hash: String::new(),
+                gpus: Vec::new(),
+                port: 0,
+            },
+            model: Arc::clone(catalog.models.values().next().unwrap()),
+            gpus: Vec::new(),
+            port: 0,
+            container_port: 0,
+            args: Vec::new(),
+            env: Default::default(),
+            log_dir: Default::default(),
+            api_key: LaunchKey::None,
+        };
+        let mut running = ExternalRuntime.start(&launch).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(60), ended(&mut running.exit)).await;
+        assert_eq!(ended, Ok(None));
+    }
+
+    #[tokio::test]
+    async fn an_effect_that_panics_ends_as_an_internal_fault_of_its_swap() {
+        let yaml = "gpu: { provider: none }\nmodels: { a: { engine: openai, process: { cmd: x }, port: 9001, gpus: 0 } }";
+        let catalog = config::parse(yaml, "models.yaml", &|_| None).unwrap().catalog;
+        let dir = tempfile::tempdir().unwrap();
+        let (inbox, mut messages) = Inbox::new();
+        let effects = Effects {
+            runtimes: Runtimes {
+                process: ProcessRuntime::default(),
+                docker: DockerRuntime::new(None),
+                external: ExternalRuntime,
+            },
+            gpus: Gpus::open(&catalog.settings.gpu, dir.path()).await.unwrap(),
+            inbox,
+            holders: Holders::new("here"),
+            epoch: Instant::now(),
+        };
+        effects.spawn(SwapId(3), InstanceId(4), Done::Fetch, async { panic!("out of {}", "luck") });
+        let Some(Message::Effect(Event::MoveDone { swap, instance, done })) = messages.recv().await
+        else {
+            panic!("the end of the effect");
+        };
+        let Done::Fetch(Err(fault)) = done else { panic!("{done:?}") };
+        assert_eq!((swap, instance, fault.kind), (SwapId(3), InstanceId(4), FaultKind::Internal));
+        assert!(fault.message.contains("out of luck"), "{}", fault.message);
     }
 }

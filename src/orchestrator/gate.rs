@@ -9,17 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::handle::{Inbox, Message};
+use super::upstream::UpstreamClient;
 use crate::runtime::Endpoint;
 use crate::scheduler::event::GateCount;
 use crate::units::{InstanceId, ModelName, Time};
-
-pub type UpstreamBody = http_body_util::Full<bytes::Bytes>;
-pub type UpstreamClient = Client<HttpConnector, UpstreamBody>;
 
 const OPEN: u64 = 1 << 63;
 const COUNT: u64 = OPEN - 1;
@@ -56,6 +52,8 @@ pub struct Gate {
     word: AtomicU64,
     permits: AtomicU32,
     granted: AtomicU64,
+    /// Probes: they count as served, not as demand.
+    granted_quietly: AtomicU64,
     last_used: AtomicU64,
     ping_every_release: AtomicBool,
     pinged: AtomicBool,
@@ -68,19 +66,19 @@ impl Gate {
         instance: InstanceId,
         model: ModelName,
         endpoint: Endpoint,
-        client: UpstreamClient,
         inbox: Inbox,
         epoch: Instant,
     ) -> Gate {
         Gate {
             instance,
             model,
+            client: UpstreamClient::to(&endpoint),
             endpoint,
-            client,
             cut: ArcSwap::default(),
             word: AtomicU64::new(0),
             permits: AtomicU32::new(0),
             granted: AtomicU64::new(0),
+            granted_quietly: AtomicU64::new(0),
             last_used: AtomicU64::new(elapsed_ms(epoch)),
             ping_every_release: AtomicBool::new(false),
             pinged: AtomicBool::new(false),
@@ -95,11 +93,11 @@ impl Gate {
         Some(self.leased(StartKind::Hot))
     }
 
-    /// As [`Gate::try_lease`], but it leaves no trace in `last_used`: for `X-Wharf-Start: never`,
+    /// As [`Gate::try_lease`], but the scheduler sees no demand in it: for `X-Wharf-Start: never`,
     /// so that health probes do not keep an idle model loaded.
     pub fn try_lease_quietly(self: &Arc<Self>) -> Option<Lease> {
         self.take_permit()?;
-        self.granted.fetch_add(1, Ordering::Relaxed);
+        self.granted_quietly.fetch_add(1, Ordering::Relaxed);
         Some(self.lease(StartKind::Hot, true))
     }
 
@@ -162,25 +160,27 @@ impl Gate {
     }
 
     pub(super) fn watch(&self, every_release: bool) {
-        self.ping_every_release.store(every_release, Ordering::Release);
+        self.ping_every_release.store(every_release, Ordering::SeqCst);
     }
 
-    /// Counters for the scheduler. Re-arms the ping first, so that nothing is missed.
+    /// Counters for the scheduler. Re-arms the ping first, so that nothing is missed: a `release`
+    /// is either in the count or sends a ping. Two words are written and read crosswise here and
+    /// there, which takes one order of all four steps, hence `SeqCst`.
     pub(super) fn read(&self) -> GateCount {
-        self.pinged.store(false, Ordering::Release);
+        self.pinged.swap(false, Ordering::SeqCst);
         GateCount {
-            in_flight: self.in_flight(),
+            in_flight: count_of(self.word.load(Ordering::SeqCst)),
             granted: self.granted.load(Ordering::Relaxed),
             last_used: Time(self.last_used.load(Ordering::Relaxed)),
         }
     }
 
     pub fn in_flight(&self) -> u32 {
-        u32::try_from(self.word.load(Ordering::Acquire) & COUNT).unwrap_or(u32::MAX)
+        count_of(self.word.load(Ordering::Acquire))
     }
 
     pub fn granted(&self) -> u64 {
-        self.granted.load(Ordering::Relaxed)
+        self.granted.load(Ordering::Relaxed) + self.granted_quietly.load(Ordering::Relaxed)
     }
 
     /// When a lease was last taken or ended; before the first, when the gate was made.
@@ -196,14 +196,18 @@ impl Gate {
         if !quiet {
             self.touch();
         }
-        let before = self.word.fetch_sub(1, Ordering::AcqRel);
+        let before = self.word.fetch_sub(1, Ordering::SeqCst);
         let drained = before & OPEN == 0 && before & COUNT == 1;
-        if (drained || self.ping_every_release.load(Ordering::Acquire))
-            && !self.pinged.swap(true, Ordering::AcqRel)
+        if (drained || self.ping_every_release.load(Ordering::SeqCst))
+            && !self.pinged.swap(true, Ordering::SeqCst)
         {
             self.inbox.send(Message::GatePing(self.instance));
         }
     }
+}
+
+fn count_of(word: u64) -> u32 {
+    u32::try_from(word & COUNT).unwrap_or(u32::MAX)
 }
 
 fn elapsed_ms(epoch: Instant) -> u64 {
@@ -243,12 +247,13 @@ mod tests {
     use super::*;
 
     fn gate() -> Arc<Gate> {
-        let client =
-            Client::builder(hyper_util::rt::TokioExecutor::new()).build(HttpConnector::new());
-        let endpoint = Endpoint { base: "http://127.0.0.1:1".into(), api_key: None };
-        let (inbox, _) = Inbox::new();
+        gate_with(Inbox::new().0)
+    }
+
+    fn gate_with(inbox: Inbox) -> Arc<Gate> {
+        let endpoint = Endpoint::new("http://127.0.0.1:1", None);
         let model = ModelName::new("ada");
-        let gate = Gate::new(InstanceId(1), model, endpoint, client, inbox, Instant::now());
+        let gate = Gate::new(InstanceId(1), model, endpoint, inbox, Instant::now());
         gate.open(2);
         Arc::new(gate)
     }
@@ -279,5 +284,55 @@ mod tests {
         assert_eq!(gate.in_flight(), 2);
         drop((leases.1, granted));
         assert_eq!((gate.in_flight(), gate.granted()), (0, 3));
+    }
+
+    /// Reading and releasing at the same moment, often: with weaker orders than `SeqCst` some
+    /// releases are neither counted nor told.
+    #[test]
+    fn a_release_is_counted_or_told() {
+        const ROUNDS: usize = 20_000;
+        let (inbox, mut pings) = Inbox::new();
+        let gate = gate_with(inbox);
+        gate.close();
+        let (begun, ended) = (AtomicU64::new(0), AtomicU64::new(0));
+        let spin_until = |word: &AtomicU64, round: u64| {
+            let mut spins = 0_u32;
+            while word.load(Ordering::Acquire) < round {
+                spins += 1;
+                if spins.is_multiple_of(500) {
+                    std::thread::yield_now();
+                }
+                std::hint::spin_loop();
+            }
+        };
+        let lost = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 1..=ROUNDS as u64 {
+                    spin_until(&begun, round);
+                    // Both hold the word in their cache: so a write takes a while to be seen.
+                    for _ in 0..20 {
+                        std::hint::black_box(gate.in_flight());
+                    }
+                    gate.release(true);
+                    ended.store(round, Ordering::Release);
+                }
+            });
+            (1..=ROUNDS as u64)
+                .filter(|round| {
+                    std::mem::forget(gate.grant(StartKind::Hot));
+                    gate.pinged.store(true, Ordering::SeqCst);
+                    while pings.try_recv().is_ok() {}
+                    begun.store(*round, Ordering::Release);
+                    // The other one begins a moment later: so the two meet now and then.
+                    for wait in 0..round % 200 {
+                        std::hint::black_box(wait);
+                    }
+                    let counted = gate.read().in_flight == 0;
+                    spin_until(&ended, *round);
+                    !counted && pings.try_recv().is_err()
+                })
+                .count()
+        });
+        assert_eq!(lost, 0, "of {ROUNDS}");
     }
 }

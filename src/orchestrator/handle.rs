@@ -3,18 +3,21 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
-use super::reconcile::Adopted;
+use super::leftovers::LeftoverNews;
+use super::outage::OutageNews;
+use super::reconcile::InDocker;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
-use crate::scheduler::event::{EnsureKind, Event, Request};
+use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
 use crate::units::{AskId, InstanceId, ModelName, Priority, RequestId, Time};
 
 /// What the one owner receives.
@@ -34,7 +37,11 @@ pub enum Message {
     /// An effect reports.
     Effect(Event),
     /// Docker answers for the first time: what an earlier run left there; `None`: it did not say.
-    FoundInDocker(Option<Vec<Adopted>>),
+    FoundInDocker(Option<InDocker>),
+    /// An instance of an earlier run does not go, or went after all.
+    Leftover(LeftoverNews),
+    /// The state folder cannot be written, or can again.
+    Outage(OutageNews),
     /// Docker is back: which of its instances still live.
     WhoLives(WhoLives),
     /// A runtime went away or came back.
@@ -47,6 +54,8 @@ pub enum Message {
     /// Refuse what waits and start nothing more; what runs goes on.
     RefuseNew,
     Shutdown {
+        /// Cancelled: engines get no grace any more.
+        hurry: CancellationToken,
         reply: oneshot::Sender<()>,
     },
 }
@@ -69,6 +78,8 @@ impl Inbox {
     }
 }
 
+const CLOCK_STEP_MS: u64 = 1000;
+
 pub type Gates = BTreeMap<ModelName, Arc<Gate>>;
 
 #[derive(Clone, Debug)]
@@ -81,7 +92,8 @@ pub struct Handle {
 pub(super) struct Shared {
     /// The owner's time zero.
     pub epoch: Instant,
-    pub epoch_wall: SystemTime,
+    /// What the wall clock said then; set anew when that clock was stepped.
+    pub epoch_unix_ms: AtomicU64,
     pub catalog: ArcSwap<Catalog>,
     /// Gates of ready instances by model; adapters share one instance.
     pub gates: ArcSwap<Gates>,
@@ -96,9 +108,27 @@ pub struct RequestOptions {
     pub model: ModelName,
     pub priority: Priority,
     pub max_wait: Option<Duration>,
+    pub may_hurry: bool,
     pub never_start: bool,
     /// Set on the one safe retry: the first arrival.
     pub retry_of: Option<Time>,
+}
+
+impl Shared {
+    /// Boards without a battery start in the past until NTP answers.
+    pub(super) fn follow_wall_clock(&self) {
+        let elapsed = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let epoch = unix_ms().saturating_sub(elapsed);
+        // Small differences are noise: times shown once must not wobble.
+        if epoch.abs_diff(self.epoch_unix_ms.load(Ordering::Relaxed)) >= CLOCK_STEP_MS {
+            self.epoch_unix_ms.store(epoch, Ordering::Relaxed);
+        }
+    }
+}
+
+pub(super) fn unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Handle {
@@ -122,7 +152,8 @@ impl Handle {
 
     /// Wall-clock time of one of the owner's times.
     pub fn wall(&self, time: Time) -> SystemTime {
-        self.shared.epoch_wall + Duration::from_millis(time.0)
+        UNIX_EPOCH
+            + Duration::from_millis(self.shared.epoch_unix_ms.load(Ordering::Relaxed) + time.0)
     }
 
     pub fn gates(&self) -> arc_swap::Guard<Arc<Gates>> {
@@ -143,6 +174,7 @@ impl Handle {
             model: options.model,
             priority: options.priority,
             max_wait: options.max_wait,
+            may_hurry: options.may_hurry,
             never_start: options.never_start,
             attempt: if options.retry_of.is_some() { 2 } else { 1 },
             arrived: options.retry_of.unwrap_or_else(|| self.now()),
@@ -157,12 +189,18 @@ impl Handle {
         self.ask(|ask| Event::EnsureAsked { ask, model, kind, deadline }).await
     }
 
-    /// Begins an ensure and does not wait for it.
-    pub fn ensure_detached(&self, model: ModelName, kind: EnsureKind, timeout: Duration) {
+    /// Begins an ensure that goes on whether or not its answer is waited for.
+    pub fn ensure_detached(
+        &self,
+        model: ModelName,
+        kind: EnsureKind,
+        timeout: Duration,
+    ) -> oneshot::Receiver<Answer> {
         let deadline = self.now() + timeout;
-        let (ask, reply) = (self.next_ask(), oneshot::channel().0);
+        let (ask, (reply, answer)) = (self.next_ask(), oneshot::channel());
         let event = Event::EnsureAsked { ask, model, kind, deadline };
         self.inbox.send(Message::Ask { event, ask, reply });
+        answer
     }
 
     pub async fn unload(&self, model: ModelName, force: bool) -> Answer {
@@ -181,10 +219,11 @@ impl Handle {
         self.inbox.send(Message::RefuseNew);
     }
 
-    /// Stops taking work, ends what `on_exit` says, and returns when that is done.
-    pub async fn shutdown(&self) {
+    /// Stops taking work, ends what `on_exit` says, and returns when that is done. Engines have
+    /// `swap.shutdown_timeout`, and no time at all once `hurry` is cancelled.
+    pub async fn shutdown(&self, hurry: CancellationToken) {
         let (reply, done) = oneshot::channel();
-        self.inbox.send(Message::Shutdown { reply });
+        self.inbox.send(Message::Shutdown { hurry, reply });
         let _ = done.await;
     }
 
@@ -252,7 +291,7 @@ impl Handle {
         let (inbox, messages) = Inbox::new();
         let shared = Shared {
             epoch: Instant::now(),
-            epoch_wall: SystemTime::now(),
+            epoch_unix_ms: AtomicU64::new(unix_ms()),
             catalog: ArcSwap::from(catalog),
             gates: ArcSwap::default(),
             view: ArcSwap::default(),
@@ -278,14 +317,10 @@ impl Handle {
         endpoint: crate::runtime::Endpoint,
         permits: u32,
     ) -> Arc<Gate> {
-        let client =
-            hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
-                .build_http();
         let gate = Arc::new(Gate::new(
             instance,
             model.clone(),
             endpoint,
-            client,
             self.inbox.clone(),
             self.shared.epoch,
         ));
@@ -307,7 +342,8 @@ impl Handle {
         gate.close();
     }
 
-    pub fn last_used_for_tests(&self, gate: &Gate) -> Time {
-        gate.read().last_used
+    /// What the scheduler is told of a gate.
+    pub fn demand_for_tests(gate: &Gate) -> GateCount {
+        gate.read()
     }
 }

@@ -117,7 +117,7 @@ impl Launcher<'_> {
         gpus: &[GpuId],
         footprint: Option<Bytes>,
         port: u16,
-    ) -> LaunchSpec {
+    ) -> Result<LaunchSpec, Fault> {
         let used: Vec<&Gpu> =
             self.gpus.gpus().iter().filter(|gpu| gpus.contains(&gpu.id)).collect();
         let total = used.iter().map(|gpu| gpu.total).min();
@@ -128,7 +128,12 @@ impl Launcher<'_> {
             env.remove("CUDA_VISIBLE_DEVICES");
         }
         env.extend(derived.env);
-        LaunchSpec {
+        let inherited = |name: &str| std::env::var(name).ok();
+        let api_key = engine::launch_key(model, inherited).ok_or_else(|| {
+            let message = format!("model {}: the operating system gives no randomness", model.name);
+            Fault::new(FaultKind::Internal, message)
+        })?;
+        Ok(LaunchSpec {
             identity: Identity {
                 installation: self.installation.to_owned(),
                 instance,
@@ -143,8 +148,9 @@ impl Launcher<'_> {
             container_port: derived.container_port,
             args: derived.args,
             env,
+            api_key,
             log_dir: self.log_dir.clone(),
-        }
+        })
     }
 }
 

@@ -1,4 +1,4 @@
-//! Reads GPU memory now and then, and quickly while a swap waits for proof.
+//! Reads GPU memory and host RAM now and then, and quickly while a swap waits for proof.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -97,7 +97,7 @@ impl MemoryWatch {
     pub fn spawn(gpus: Gpus, holders: Holders, inbox: Inbox, epoch: Instant) -> MemoryWatch {
         let (wanted, wanted_rx) = watch::channel(BTreeSet::new());
         let (latest_tx, latest) = watch::channel(Reading::default());
-        if gpus.kind() != GpuKind::None {
+        if gpus.kind() != GpuKind::None || gpus.host_memory().is_some() {
             let reader = Reader { gpus, holders, inbox, epoch, latest: latest_tx };
             tokio::spawn(reader.run(wanted_rx));
         }
@@ -164,7 +164,8 @@ impl Reader {
                 latest.utilization = utilization;
             }
         });
-        let seen = reading.map(|gpus| MemorySample { taken_at, gpus });
+        let host = self.gpus.host_memory();
+        let seen = reading.map(|gpus| MemorySample { taken_at, gpus, host });
         self.inbox.send(Message::Effect(Event::MemorySeen(seen)));
     }
 }

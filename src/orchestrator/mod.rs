@@ -9,13 +9,17 @@ pub mod gate;
 pub mod handle;
 mod journal;
 mod launch;
+mod leftovers;
 mod memory_watch;
+mod outage;
 mod perform;
 mod publish;
 mod reconcile;
 mod run;
 mod start;
 mod state_dir;
+mod state_writer;
+mod upstream;
 pub mod view;
 
 pub use gate::{Gate, Lease, StartKind};

@@ -1,27 +1,19 @@
 //! One arm per action: what the owner does itself, and what it hands to an effect.
 
 use std::sync::Arc;
-use std::time::Duration;
-
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use super::effects::ended;
-use super::gate::{Gate, StartKind, UpstreamClient};
+use super::gate::{Gate, StartKind};
 use super::handle::Message;
 use super::launch::Launcher;
 use super::run::{Live, Owner, Reply};
 use super::view::LEDGER_ROWS_MAX;
+use crate::config::catalog::RuntimeSpec;
 use crate::runtime::{LaunchSpec, Running};
 use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
 use crate::scheduler::record::{Phase, SwapRecord};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
-
-/// vLLM keeps idle connections 120 s (we set it so); uvicorn's own default would be 5 s.
-const POOL_IDLE: Duration = Duration::from_secs(4);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Owner {
     pub(super) fn perform(&mut self, now: Time, action: Action) {
@@ -31,9 +23,7 @@ impl Owner {
             Action::OpenGate { instance, permits } => self.open_gate(instance, permits),
             Action::CloseGate { instance } => self.close_gate(instance),
             Action::WatchGate { instance, every_release } => {
-                if let Some(gate) = self.gate(instance) {
-                    gate.watch(every_release);
-                }
+                self.watch_gate(instance, every_release);
             }
             Action::CancelLeases { instance, why } => {
                 if let Some(gate) = self.gate(instance) {
@@ -73,7 +63,7 @@ impl Owner {
             Action::Record(record) => self.record(record),
             Action::Remember { model, learned } => {
                 self.learned.insert(model, learned);
-                self.state.remember_learned(&self.learned);
+                self.writer.learned(&self.learned);
             }
             Action::Notice { model: Some(model), text } => tracing::info!(%model, "{text}"),
             Action::Notice { model: None, text } => tracing::info!("{text}"),
@@ -121,6 +111,21 @@ impl Owner {
         self.follow_up.push_back(Event::GateSeen { instance, gate: count });
     }
 
+    /// What ended since the scheduler was told last sent no ping yet: it is told now.
+    fn watch_gate(&mut self, instance: InstanceId, every_release: bool) {
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        let Some(gate) = &live.gate else { return };
+        gate.watch(every_release);
+        if !every_release {
+            return;
+        }
+        let count = gate.read();
+        if live.told != Some(count) {
+            live.told = Some(count);
+            self.follow_up.push_back(Event::GateSeen { instance, gate: count });
+        }
+    }
+
     fn unpublish_gate(&mut self, instance: InstanceId) {
         self.publish_gates(|gates| gates.retain(|_, gate| gate.instance != instance));
     }
@@ -149,7 +154,7 @@ impl Owner {
             installation: &self.state.installation,
             log_dir: self.state.logs(),
         };
-        let launch = launcher.launch(instance, &live.spec, &live.gpus, footprint, port);
+        let launch = launcher.launch(instance, &live.spec, &live.gpus, footprint, port)?;
         live.launch = Some(launch.clone());
         Ok(launch)
     }
@@ -279,13 +284,23 @@ impl Owner {
                 self.became_ready(instance, &running);
                 if matches!(done, Done::Start(_)) {
                     self.watch_exit(instance, &running);
+                    self.count_start(&running.identity.model);
                 }
             }
             Done::Start(Err(fault)) | Done::Preflight(Err(fault)) | Done::Fetch(Err(fault)) => {
                 live.task = None;
                 let facts = self.facts.entry(live.spec.name.clone()).or_default();
                 facts.last_fault = Some(fault.clone());
-                tracing::warn!(model = %live.spec.name, %instance, kind = ?fault.kind, "{}", fault.message);
+                let (model, kind) = (&live.spec.name, fault.kind.as_str());
+                let in_docker = matches!(live.spec.runtime, RuntimeSpec::Docker(_));
+                let is_told = fault.kind == FaultKind::RuntimeUnreachable
+                    && in_docker
+                    && self.docker.health.as_ref().is_some_and(|health| !health.ok);
+                if is_told {
+                    tracing::debug!(%model, %instance, kind, "{}", fault.message);
+                } else {
+                    tracing::warn!(%model, %instance, kind, "{}", fault.message);
+                }
             }
             Done::Stop(Err(fault)) => {
                 tracing::error!(model = %live.spec.name, %instance, "{}", fault.message);
@@ -294,16 +309,23 @@ impl Owner {
         }
     }
 
+    fn count_start(&mut self, model: &ModelName) {
+        let facts = self.facts.entry(model.clone()).or_default();
+        facts.starts += 1;
+        if self.died.remove(model) {
+            facts.restarts += 1;
+            self.metrics.instance_restarted(model);
+        }
+    }
+
     /// Builds the gate, still closed.
     pub(super) fn became_ready(&mut self, instance: InstanceId, running: &Running) {
         let now = self.effects.now();
         let Some(live) = self.instances.get_mut(&instance) else { return };
-        let client = upstream_client();
         live.gate = Some(Arc::new(Gate::new(
             instance,
             live.spec.name.clone(),
             running.endpoint.clone(),
-            client,
             self.effects.inbox.clone(),
             self.shared.epoch,
         )));
@@ -311,7 +333,6 @@ impl Owner {
         live.ready_at = Some(now);
         let facts = self.facts.entry(live.spec.name.clone()).or_default();
         facts.loaded_at = Some(now);
-        facts.starts += 1;
         facts.last_fault = None;
         facts.endpoint = Some(running.endpoint.base.clone());
     }
@@ -321,7 +342,7 @@ impl Owner {
         let (mut exit, inbox) = (running.exit.clone(), self.effects.inbox.clone());
         let (log, model) = (running.log.clone(), running.identity.model.clone());
         tokio::spawn(async move {
-            let report = ended(&mut exit).await;
+            let Some(report) = ended(&mut exit).await else { return };
             let kind = if report.oom_killed { FaultKind::OutOfMemory } else { FaultKind::Exited };
             let fault =
                 Fault::new(kind, format!("{model}: the engine {report} while it was ready"))
@@ -342,20 +363,20 @@ impl Owner {
         }
         self.count_residency(now, instance);
         let facts = self.facts.entry(spec.name.clone()).or_default();
-        facts.restarts += 1;
         facts.last_fault = Some(fault.clone());
-        // Its children and its container go by the `StopInstance` that the scheduler answers with.
-        self.metrics.instance_restarted(&spec.name);
+        self.died.insert(spec.name.clone());
     }
 
     fn record(&mut self, record: SwapRecord) {
-        self.note_id(record.id.0);
+        self.last_ids.swap = self.last_ids.swap.max(record.id.0);
+        self.writer.use_ids(self.last_ids);
         let Some(outcome) = &record.outcome else { return };
         tracing::info!(
             swap = %record.id,
             model = %record.model,
             cause = record.cause.as_str(),
             result = outcome.as_str(),
+            fault = outcome.fault().map(|fault| fault.kind.as_str()),
             ms = record.ended.map_or(0, |ended| ended.since(record.began).as_millis() as u64),
             decision = record.decision,
             "swap ended"
@@ -386,20 +407,7 @@ impl Owner {
     }
 
     fn note_id(&mut self, id: u64) {
-        if id > self.last_id {
-            self.last_id = id;
-            self.state.remember_last_id(id);
-        }
+        self.last_ids.instance = self.last_ids.instance.max(id);
+        self.writer.use_ids(self.last_ids);
     }
-}
-
-fn upstream_client() -> UpstreamClient {
-    let mut connector = HttpConnector::new();
-    connector.set_nodelay(true);
-    connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-    Client::builder(TokioExecutor::new())
-        .pool_idle_timeout(POOL_IDLE)
-        .pool_timer(TokioTimer::new())
-        .retry_canceled_requests(false)
-        .build(connector)
 }

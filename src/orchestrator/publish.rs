@@ -7,6 +7,7 @@ use super::view::{GpuFacts, Health, View};
 
 impl Owner {
     pub(super) fn publish(&self) {
+        self.shared.follow_wall_clock();
         let now = self.effects.now();
         let reading = self.memory.latest.borrow().clone();
         let gpus = self
@@ -43,6 +44,8 @@ impl Owner {
             gpus,
             gpu_health,
             docker_health: self.docker.health.clone(),
+            outages: self.outages.values().cloned().collect(),
+            leftovers: self.leftovers.values().cloned().collect(),
             foreign: self.foreign.borrow().clone(),
             ledger: Arc::clone(&self.ledger),
         }));

@@ -1,7 +1,7 @@
 //! At start-up: what of an earlier run still lives is adopted if it is healthy and unchanged;
 //! the rest is reaped. What we did not start is never touched.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,16 +10,18 @@ use futures_util::future::join_all;
 
 use super::effects::Effects;
 use super::launch::spec_hash;
-use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec, StopSpec};
+use super::leftovers::reap;
+use super::state_dir::StateDir;
+use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec};
 use crate::engine;
 use crate::gpu::Gpus;
+use crate::runtime::docker::FoundAll;
 use crate::runtime::{Found, Identity, Progress, Running};
 use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName};
 
 /// An adopted engine answers at once; one that was still starting is not worth the wait.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
-const REAP_GRACE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub struct Adopted {
@@ -28,19 +30,30 @@ pub struct Adopted {
     pub footprint: Bytes,
 }
 
+/// What a look through Docker brought.
+#[derive(Debug)]
+pub struct InDocker {
+    pub adopted: Vec<Adopted>,
+    /// Containers of an earlier run were there when it looked.
+    pub any_left: bool,
+    /// Some of them could not be looked at: look again.
+    pub any_missed: bool,
+}
+
 pub struct Reconciled {
     pub adopted: Vec<Adopted>,
-    /// Docker did not answer: what runs there is looked up when it does.
+    /// Docker did not answer, or not for all: what runs there is looked up when it does.
     pub docker_missed: bool,
 }
 
-/// Looks through every runtime that the catalog uses.
+/// Looks through the processes, and through Docker if it was ever used.
 pub async fn reconcile(
     effects: &Effects,
     catalog: &Catalog,
-    installation: &str,
+    state: &StateDir,
     named: &BTreeMap<ModelName, InstanceId>,
 ) -> Reconciled {
+    let installation = &state.installation;
     let mut adopted = match effects.runtimes.process.find(installation).await {
         Ok(found) => adopt_or_reap_all(effects, catalog, found).await,
         Err(fault) => {
@@ -48,13 +61,17 @@ pub async fn reconcile(
             Vec::new()
         }
     };
-    if !uses_docker(catalog) {
+    if !uses_docker(catalog) && !state.ever_used_docker() {
         return Reconciled { adopted, docker_missed: false };
     }
-    match reconcile_docker(effects, catalog, installation, 0..=u64::MAX, named).await {
+    let none_known = BTreeSet::new();
+    match reconcile_docker(effects, catalog, installation, 0..=u64::MAX, &none_known, named).await {
         Some(in_docker) => {
-            adopted.extend(in_docker);
-            Reconciled { adopted, docker_missed: false }
+            if !in_docker.any_left && !uses_docker(catalog) {
+                state.forget_docker();
+            }
+            adopted.extend(in_docker.adopted);
+            Reconciled { adopted, docker_missed: in_docker.any_missed }
         }
         None => Reconciled { adopted, docker_missed: true },
     }
@@ -78,21 +95,33 @@ fn named_container(spec: &ModelSpec) -> Option<&str> {
 }
 
 /// Containers by label, then those that the configuration names; `None`: Docker does not answer.
-/// `earlier`: ids of earlier runs, so that what this run is just starting is left alone.
+/// `earlier`: ids of earlier runs, so that what this run is just starting is left alone. `known`:
+/// what was adopted or is being reaped already.
 pub async fn reconcile_docker(
     effects: &Effects,
     catalog: &Catalog,
     installation: &str,
     earlier: RangeInclusive<u64>,
+    known: &BTreeSet<InstanceId>,
     named: &BTreeMap<ModelName, InstanceId>,
-) -> Option<Vec<Adopted>> {
-    let mut adopted = match effects.runtimes.docker.find(installation).await {
-        Ok(mut found) => {
-            found.retain(|found| earlier.contains(&found.running.identity.instance.0));
-            adopt_or_reap_all(effects, catalog, found).await
+) -> Option<InDocker> {
+    let is_sought = |id: InstanceId| earlier.contains(&id.0) && !known.contains(&id);
+    let (mut adopted, any_left, any_missed) = match effects.runtimes.docker.find(installation).await
+    {
+        Ok(FoundAll { mut found, silent }) => {
+            found.retain(|found| is_sought(found.running.identity.instance));
+            for (container, fault) in &silent {
+                tracing::warn!(%container, "of an earlier run, is looked at again: {}", fault.message);
+            }
+            let any_left = !(found.is_empty() && silent.is_empty());
+            (adopt_or_reap_all(effects, catalog, found).await, any_left, !silent.is_empty())
         }
         Err(fault) => {
-            tracing::warn!("containers of an earlier run cannot be looked up: {}", fault.message);
+            // Whoever follows the daemon has said that it does not answer.
+            if fault.kind != FaultKind::RuntimeUnreachable {
+                let why = &fault.message;
+                tracing::warn!("containers of an earlier run cannot be looked up: {why}");
+            }
             return None;
         }
     };
@@ -100,9 +129,12 @@ pub async fn reconcile_docker(
         let (Some(name), Some(&id)) = (named_container(spec), named.get(&spec.name)) else {
             continue;
         };
+        if known.contains(&id) {
+            continue;
+        }
         adopted.extend(adopt_named(effects, spec, name, installation, id).await);
     }
-    Some(adopted)
+    Some(InDocker { adopted, any_left, any_missed })
 }
 
 /// At most one instance per model: the newest that is fit.
@@ -151,6 +183,7 @@ async fn adopt_named(
             return None;
         }
     };
+    effects.learn_key(spec, &mut running).await;
     if let Err(fault) = answers(spec, &running).await {
         tracing::warn!(model = %spec.name, container = name, "runs, but is not adopted: {}", fault.message);
         return None;
@@ -184,7 +217,10 @@ fn all_wanted(spec: &ModelSpec, gpus: &Gpus) -> Vec<GpuId> {
     }
 }
 
-async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, found: Found) -> Option<Adopted> {
+async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, mut found: Found) -> Option<Adopted> {
+    if let Some(spec) = catalog.model(&found.running.identity.model).filter(|_| found.alive) {
+        effects.learn_key(spec, &mut found.running).await;
+    }
     let identity = &found.running.identity;
     let (model, instance) = (&identity.model, identity.instance);
     let why_not = match catalog.model(model) {
@@ -211,12 +247,13 @@ async fn adopt_or_reap(effects: &Effects, catalog: &Catalog, found: Found) -> Op
     None
 }
 
-pub async fn reap(effects: &Effects, running: &Running, why: &str) {
-    let (model, instance) = (&running.identity.model, running.identity.instance);
-    tracing::info!(%model, %instance, "reaping an instance of an earlier run: {why}");
-    let stop = StopSpec { signal: "SIGTERM".to_owned(), grace: REAP_GRACE };
-    if let Err(fault) = effects.stop_within(running, &stop).await {
-        tracing::error!(%model, %instance, "failed to reap: {}", fault.message);
+impl Effects {
+    /// An engine that Wharf did not start just now tells its key by what it was given.
+    pub(super) async fn learn_key(&self, spec: &ModelSpec, running: &mut Running) {
+        if running.endpoint.api_key.is_none() {
+            let given = self.runtimes.given(running).await;
+            running.endpoint.api_key = engine::running_key(spec, &given);
+        }
     }
 }
 

@@ -1,10 +1,11 @@
 //! The one owner: select → journal → handle → perform, and nothing is awaited in between.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use super::docker::DockerState;
 use super::effects::{Effects, Slot, Task};
@@ -13,8 +14,10 @@ use super::handle::{Message, Shared};
 use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
-use super::state_dir::StateDir;
-use super::view::ModelFacts;
+use super::outage::OutageNews;
+use super::state_dir::{LastIds, StateDir};
+use super::state_writer::StateWriter;
+use super::view::{Leftover, ModelFacts};
 use crate::config::catalog::ModelSpec;
 use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow};
 use crate::scheduler::Scheduler;
@@ -33,6 +36,7 @@ pub(super) struct Owner {
     pub inbox: mpsc::UnboundedReceiver<Message>,
     pub effects: Effects,
     pub state: StateDir,
+    pub writer: StateWriter,
     pub journal: Journal,
     pub metrics: Arc<Metrics>,
     pub memory: MemoryWatch,
@@ -41,14 +45,19 @@ pub(super) struct Owner {
     pub waiting: BTreeMap<RequestId, WaitingRequest>,
     pub asks: BTreeMap<AskId, oneshot::Sender<Answer>>,
     pub facts: BTreeMap<ModelName, ModelFacts>,
+    /// Models whose last instance ended by itself: their next start is a restart.
+    pub died: BTreeSet<ModelName>,
     pub learned: BTreeMap<ModelName, Learned>,
     pub ledger: Arc<VecDeque<Arc<SwapRecord>>>,
     /// Events that an action produced at once; handled before anything else.
     pub follow_up: VecDeque<Event>,
-    pub last_id: u64,
+    pub last_ids: LastIds,
     pub docker: DockerState,
+    /// Files that cannot be written now, and why.
+    pub outages: BTreeMap<&'static str, String>,
+    pub leftovers: BTreeMap<InstanceId, Leftover>,
     pub foreign: watch::Receiver<Vec<Foreign>>,
-    pub shutdown: Option<oneshot::Sender<()>>,
+    pub shutdown: Option<(CancellationToken, oneshot::Sender<()>)>,
     /// Sent once the view is published: who is told of a change can read it.
     pub replies: Vec<Reply>,
 }
@@ -138,9 +147,12 @@ impl Owner {
             }
             self.publish();
             self.replies.drain(..).for_each(Reply::send);
-            if self.shutdown.is_some() {
-                self.stop_everything().await;
+            if let Some((hurry, reply)) = self.shutdown.take() {
+                self.stop_everything(hurry).await;
                 self.publish();
+                self.writer.close(self.last_ids).await;
+                // Nobody may be waiting any more.
+                let _ = reply.send(());
                 return;
             }
         }
@@ -173,6 +185,13 @@ impl Owner {
             }
             Message::Effect(event) => self.effect(event),
             Message::FoundInDocker(adopted) => self.found_in_docker(adopted),
+            Message::Leftover(news) => self.leftover(news),
+            Message::Outage(OutageNews { what, why: Some(why) }) => {
+                self.outages.insert(what, why);
+            }
+            Message::Outage(OutageNews { what, why: None }) => {
+                self.outages.remove(what);
+            }
             Message::WhoLives(answer) => self.who_lives(answer),
             Message::DockerHealth(health) => self.docker_health(health),
             Message::Reload { catalog, reply } => {
@@ -185,9 +204,9 @@ impl Owner {
                 self.replies.push(Reply::Reloaded(reply));
             }
             Message::RefuseNew => self.step(Event::ShuttingDown),
-            Message::Shutdown { reply } => {
+            Message::Shutdown { hurry, reply } => {
                 self.step(Event::ShuttingDown);
-                self.shutdown = Some(reply);
+                self.shutdown = Some((hurry, reply));
             }
         }
     }

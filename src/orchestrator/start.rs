@@ -1,6 +1,6 @@
 //! Builds the owner from its parts, reconciles with what an earlier run left, and lets it run.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime};
@@ -9,28 +9,33 @@ use arc_swap::ArcSwap;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use super::docker::DockerState;
 use super::effects::{Effects, Slot};
-use super::handle::{Gates, Handle, Inbox, Message, Shared};
-use super::journal::Journal;
+use super::handle::{Gates, Handle, Inbox, Message, Shared, unix_ms};
+use super::journal::{Begin, Journal};
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
+use super::outage::Outage;
 use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
-use super::state_dir::{StateDir, StateError};
+use super::state_dir::{LastIds, StateDir, StateError};
+use super::state_writer::StateWriter;
 use super::view::View;
-use crate::config::catalog::{Catalog, OnExit};
+use crate::config::catalog::{Catalog, OnExit, StopSpec};
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::external::ExternalRuntime;
 use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Foreign, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
-use crate::scheduler::{GpuInfo, Scheduler, World};
+use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
 use crate::telemetry::metrics::Metrics;
 
 const FOREIGN_EVERY: Duration = Duration::from_secs(15);
+/// What an engine gets once an operator asked a second time.
+const HURRIED_GRACE: Duration = Duration::from_secs(1);
 /// Warm-up models wait this long for room before their ask is forgotten.
 const WARMUP_WITHIN: Duration = Duration::from_secs(24 * 3600);
 
@@ -65,46 +70,51 @@ pub async fn start(
         holders: holders.clone(),
         epoch,
     };
-    let uses_docker = uses_docker(&catalog);
+    // Also for containers of models that ran there before the configuration changed.
+    let configured = uses_docker(&catalog);
+    let uses_docker = configured || state.ever_used_docker();
     if uses_docker {
         docker.connect();
     }
-    let before = state.last_id();
-    let named = named_ids(&catalog, before);
-    let reconciled = reconcile(&effects, &catalog, &state.installation, &named).await;
+    let before = state.last_ids();
+    let named = named_ids(&catalog, before.instance);
+    let reconciled = reconcile(&effects, &catalog, &state, &named).await;
     let adopted = reconciled.adopted;
     let last_id = adopted
         .iter()
         .map(|adopted| adopted.running.identity.instance.0)
         .chain(named.values().map(|id| id.0))
-        .fold(before, u64::max);
-    let world = World {
-        gpus: gpus
-            .gpus()
-            .iter()
-            .map(|gpu| GpuInfo { id: gpu.id, uuid: gpu.uuid.clone(), total: gpu.total })
-            .collect(),
-        proof: gpus.kind() != GpuKind::None,
-    };
-    let shared = Arc::new(Shared {
-        epoch,
-        epoch_wall: SystemTime::now(),
-        catalog: ArcSwap::new(Arc::clone(&catalog)),
-        gates: ArcSwap::new(Arc::new(Gates::new())),
-        view: ArcSwap::new(Arc::new(View::default())),
-        next_request: AtomicU64::new(1),
-        next_ask: AtomicU64::new(1),
-    });
+        .fold(before.instance, u64::max);
+    let world = world_of(&gpus);
+    let shared = Arc::new(shared(&catalog, epoch));
     let foreign = if uses_docker {
         follow_docker(&docker, inbox.clone(), state.installation.clone())
     } else {
         watch::channel(Vec::new()).1
     };
+    let last_ids = LastIds { instance: last_id, swap: before.swap };
+    let next_ids = NextIds { instance: last_ids.instance + 1, swap: last_ids.swap + 1 };
+    let cost = "what is learned may be lost at a restart";
+    let outage = Outage::new("the state folder", cost, inbox.clone());
+    let writer = StateWriter::open(state.path(), last_ids, outage);
+    if configured {
+        writer.note_docker();
+    }
+    let begin = Begin {
+        wharf: env!("CARGO_PKG_VERSION").to_owned(),
+        at: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+        next_ids,
+        world: world.clone(),
+        catalog: Arc::clone(&catalog),
+    };
+    let cost = "events are missing from it until then";
+    let no_journal = Outage::new("the journal", cost, inbox.clone());
     let mut owner = Owner {
-        scheduler: Scheduler::new(Arc::clone(&catalog), world, last_id + 1),
+        scheduler: Scheduler::new(Arc::clone(&catalog), world, next_ids),
         shared: Arc::clone(&shared),
         inbox: receiver,
-        journal: Journal::open(state.journal()),
+        journal: Journal::open(state.journal(), begin, no_journal),
+        writer,
         memory: MemoryWatch::spawn(gpus.clone(), holders, inbox.clone(), epoch),
         ports: Ports::new(catalog.settings.engine_ports),
         effects,
@@ -113,18 +123,21 @@ pub async fn start(
         waiting: BTreeMap::new(),
         asks: BTreeMap::new(),
         facts: catalog.models.keys().map(|name| (name.clone(), Default::default())).collect(),
+        died: BTreeSet::new(),
         learned: state.learned(),
         state,
         ledger: Arc::new(VecDeque::new()),
         follow_up: VecDeque::new(),
-        last_id,
+        last_ids,
         docker: DockerState {
             health: uses_docker.then(|| docker.health().borrow().clone()),
             flips: 0,
             missed: reconciled.docker_missed,
-            last_id: before,
+            last_id: before.instance,
             named,
         },
+        outages: BTreeMap::new(),
+        leftovers: BTreeMap::new(),
         foreign,
         shutdown: None,
         replies: Vec::new(),
@@ -133,9 +146,31 @@ pub async fn start(
     let handle = Handle { inbox, shared };
     let warmups = catalog.models.values().filter(|spec| spec.warmup);
     for spec in warmups {
-        handle.ensure_detached(spec.name.clone(), EnsureKind::Warmup, WARMUP_WITHIN);
+        drop(handle.ensure_detached(spec.name.clone(), EnsureKind::Warmup, WARMUP_WITHIN));
     }
     Ok((handle, tokio::spawn(owner.run())))
+}
+
+fn world_of(gpus: &Gpus) -> World {
+    let info = gpus.gpus().iter();
+    World {
+        gpus: info
+            .map(|gpu| GpuInfo { id: gpu.id, uuid: gpu.uuid.clone(), total: gpu.total })
+            .collect(),
+        proof: gpus.kind() != GpuKind::None,
+    }
+}
+
+fn shared(catalog: &Arc<Catalog>, epoch: Instant) -> Shared {
+    Shared {
+        epoch,
+        epoch_unix_ms: AtomicU64::new(unix_ms()),
+        catalog: ArcSwap::new(Arc::clone(catalog)),
+        gates: ArcSwap::new(Arc::new(Gates::new())),
+        view: ArcSwap::new(Arc::new(View::default())),
+        next_request: AtomicU64::new(1),
+        next_ask: AtomicU64::new(1),
+    }
 }
 
 /// Daemon health as messages, and the list of GPU containers that are none of ours.
@@ -172,13 +207,14 @@ impl Owner {
         for adopted in adopted {
             self.adopt(adopted);
         }
-        if gpus.kind() != GpuKind::None {
+        let host = gpus.host_memory();
+        if gpus.kind() != GpuKind::None || host.is_some() {
             let taken_at = self.effects.now();
             let mut reading = gpus.sample().await;
             if let Ok(gpus) = &mut reading {
                 self.effects.holders.attribute(gpus);
             }
-            let seen = reading.map(|gpus| MemorySample { taken_at, gpus });
+            let seen = reading.map(|gpus| MemorySample { taken_at, gpus, host });
             self.step(Event::MemorySeen(seen));
         }
         // It may have come up between our look and now: no change of its health would tell.
@@ -201,22 +237,26 @@ impl Owner {
         });
     }
 
-    /// After `ShuttingDown`: ends what shall not outlive us. Everything else is adopted next time.
-    pub(super) async fn stop_everything(&mut self) {
+    /// After `ShuttingDown`: ends what shall not outlive us, within `shutdown_timeout` and the time
+    /// that a SIGKILL takes. Everything else is adopted next time.
+    pub(super) async fn stop_everything(&mut self, hurry: CancellationToken) {
         let settings = self.shared.catalog.load_full();
         let keep_docker = settings.settings.swap.on_exit == OnExit::Keep;
-        let limit = settings.settings.swap.shutdown_timeout;
+        let until = Instant::now() + settings.settings.swap.shutdown_timeout;
         self.shared.gates.store(Arc::new(Gates::new()));
-        let mut stops = Vec::new();
-        for (instance, live) in std::mem::take(&mut self.instances) {
-            if let Some(task) = &live.task {
+        let stops = std::mem::take(&mut self.instances).into_iter().map(|(instance, mut live)| {
+            let task = live.task.take();
+            if let Some(task) = &task {
                 task.cancel.cancel();
             }
-            let effects = self.effects.clone();
-            stops.push(async move {
-                if let Some(task) = live.task {
+            let (effects, hurry) = (self.effects.clone(), hurry.clone());
+            async move {
+                if let Some(task) = task {
                     // Soon, unless the runtime hangs; what it still creates is reaped next time.
-                    let _ = tokio::time::timeout(limit, task.join).await;
+                    tokio::select! {
+                        _ = tokio::time::timeout_at(until.into(), task.join) => {}
+                        () = hurry.cancelled() => {}
+                    }
                 }
                 let Some(running) = live.slot.peek() else { return };
                 let is_docker = matches!(running.handle, RuntimeHandle::Docker { .. });
@@ -225,16 +265,17 @@ impl Owner {
                     return;
                 }
                 let mut stop = live.spec.stop.clone();
-                stop.grace = stop.grace.min(limit);
-                if let Err(fault) = effects.stop_within(&running, &stop).await {
+                stop.grace = stop.grace.min(until.saturating_duration_since(Instant::now()));
+                let hurried = StopSpec { grace: HURRIED_GRACE.min(stop.grace), ..stop.clone() };
+                let stopped = tokio::select! {
+                    stopped = effects.stop_within(&running, &stop) => stopped,
+                    () = hurry.cancelled() => effects.stop_within(&running, &hurried).await,
+                };
+                if let Err(fault) = stopped {
                     tracing::error!(model = %live.spec.name, "{}", fault.message);
                 }
-            });
-        }
+            }
+        });
         join_all(stops).await;
-        if let Some(reply) = self.shutdown.take() {
-            // Nobody may be waiting any more.
-            let _ = reply.send(());
-        }
     }
 }

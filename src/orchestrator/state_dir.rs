@@ -1,4 +1,5 @@
-//! The state folder: lock, installation id, last used id, learned figures, journal, engine logs.
+//! The state folder: lock, installation id, reserved ids, learned figures, journal, engine logs.
+//! What changes in it while Wharf runs is written by `state_writer` and `journal`.
 //!
 //! Everything here is small and may be lost without losing correctness, except the lock (two
 //! Wharfs would fight over the same GPUs) and the installation id (without it, instances of an
@@ -15,6 +16,18 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::scheduler::event::Learned;
 use crate::units::ModelName;
+
+/// Says that containers were started.
+pub const DOCKER: &str = "docker";
+pub const LAST_INSTANCE: &str = "last_id";
+pub const LAST_SWAP: &str = "last_swap";
+
+/// Of instances and of swaps, which count apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastIds {
+    pub instance: u64,
+    pub swap: u64,
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -72,14 +85,30 @@ impl StateDir {
         self.path.join("vram")
     }
 
-    /// The largest id of an instance or swap that was ever used here.
-    pub fn last_id(&self) -> u64 {
-        let text = fs::read_to_string(self.path.join("last_id")).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    pub fn remember_last_id(&self, id: u64) {
-        self.write("last_id", id.to_string().as_bytes());
+    /// No id that was ever used here is larger.
+    pub fn last_ids(&self) -> LastIds {
+        let instance = self.number(LAST_INSTANCE).unwrap_or(0);
+        // Instances and swaps once shared one count.
+        LastIds { instance, swap: self.number(LAST_SWAP).unwrap_or(instance) }
+    }
+
+    fn number(&self, name: &str) -> Option<u64> {
+        fs::read_to_string(self.path.join(name)).ok()?.trim().parse().ok()
+    }
+
+    /// Containers of this installation may be there, whatever the configuration says now.
+    pub fn ever_used_docker(&self) -> bool {
+        self.path.join(DOCKER).exists()
+    }
+
+    /// Docker was looked through and holds nothing of ours, and no model uses it.
+    pub fn forget_docker(&self) {
+        // Left, it costs one more look.
+        let _ = fs::remove_file(self.path.join(DOCKER));
     }
 
     pub fn learned(&self) -> BTreeMap<ModelName, Learned> {
@@ -88,22 +117,6 @@ impl StateDir {
             tracing::warn!(%error, "learned.json is not readable: starting without learned figures");
             BTreeMap::new()
         })
-    }
-
-    pub fn remember_learned(&self, learned: &BTreeMap<ModelName, Learned>) {
-        match serde_json::to_vec_pretty(learned) {
-            Ok(bytes) => self.write("learned.json", &bytes),
-            Err(error) => tracing::warn!(%error, "failed to write learned figures"),
-        }
-    }
-
-    /// Whole or not at all; a full disk costs the figure, not the service.
-    fn write(&self, name: &str, bytes: &[u8]) {
-        let (target, temporary) = (self.path.join(name), self.path.join(format!("{name}.new")));
-        let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &target));
-        if let Err(error) = written {
-            tracing::warn!(file = %target.display(), %error, "failed to write state");
-        }
     }
 }
 
@@ -132,11 +145,15 @@ mod tests {
         let path = dir.path().join("wharf.d");
         let first = StateDir::open(&path).unwrap();
         assert!(matches!(StateDir::open(&path), Err(StateError::Locked { .. })));
-        first.remember_last_id(41);
+        fs::write(path.join(LAST_INSTANCE), "41").unwrap();
         let installation = first.installation.clone();
         drop(first);
         let again = StateDir::open(&path).unwrap();
-        assert_eq!((again.installation.as_str(), again.last_id()), (installation.as_str(), 41));
+        assert_eq!(again.installation, installation);
+        let none_of_its_own = LastIds { instance: 41, swap: 41 };
+        assert_eq!(again.last_ids(), none_of_its_own);
+        fs::write(path.join(LAST_SWAP), "7").unwrap();
+        assert_eq!(again.last_ids(), LastIds { instance: 41, swap: 7 });
     }
 
     #[test]

@@ -28,6 +28,10 @@ pub struct View {
     /// `None`: no model runs in Docker.
     pub docker_health: Option<Health>,
     pub foreign: Vec<Foreign>,
+    /// Files of the state folder that cannot be written, and what that costs.
+    pub outages: Vec<String>,
+    /// Instances of an earlier run that could not be stopped yet.
+    pub leftovers: Vec<Leftover>,
     /// Ended swaps, oldest first.
     pub ledger: Arc<VecDeque<Arc<SwapRecord>>>,
 }
@@ -40,8 +44,9 @@ pub struct ModelFacts {
     pub uptime_before: Duration,
     /// Requests granted before the current instance; add the gate's count.
     pub requests_before: u64,
+    /// Starts that ended ready; adoptions and wake-ups are none.
     pub starts: u64,
-    /// Starts after an instance died by itself.
+    /// Those of them that came after an instance died by itself.
     pub restarts: u64,
     pub last_fault: Option<Fault>,
     /// `http://127.0.0.1:18051` while an instance exists.
@@ -75,6 +80,19 @@ pub struct Health {
     pub ok: bool,
     /// `nvml`, `simulated`, `none`, `Docker Engine 26.1.5 (API 1.45)`, or what is wrong and the fix.
     pub detail: String,
+}
+
+/// Something that Wharf started, that shall go and that does not.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Leftover {
+    pub instance: InstanceId,
+    pub model: ModelName,
+    /// `container wharf-ada-7`, `process 4711`
+    pub what: String,
+    /// Why the last attempt to stop it failed.
+    pub fault: Fault,
+    pub since: Time,
+    pub next_attempt: Time,
 }
 
 impl View {

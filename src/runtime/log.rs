@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
+
+use super::redact::Secrets;
 
 /// History kept per instance, in bytes.
 const HISTORY_BYTES_MAX: usize = 100 * 1024;
@@ -12,15 +14,23 @@ const LINE_BYTES_MAX: usize = 8 * 1024;
 /// Lines a slow reader may fall behind before it skips some.
 const LIVE_LINES_MAX: usize = 1024;
 
+/// Holds no secrets: every line is redacted before it is kept or passed on.
 #[derive(Clone, Debug)]
 pub struct LogTail {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
 struct Shared {
+    secrets: Secrets,
     history: Mutex<History>,
     live: broadcast::Sender<Arc<str>>,
+    unfinished: watch::Sender<Arc<str>>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("history", &self.history).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -37,12 +47,21 @@ impl Default for LogTail {
 
 impl LogTail {
     pub fn new() -> LogTail {
+        LogTail::hiding(Secrets::default())
+    }
+
+    /// Of an engine whose secrets are known.
+    pub fn hiding(secrets: Secrets) -> LogTail {
         let (live, _) = broadcast::channel(LIVE_LINES_MAX);
-        LogTail { shared: Arc::new(Shared { history: Mutex::default(), live }) }
+        let (unfinished, _) = watch::channel(Arc::from(""));
+        let history = Mutex::default();
+        LogTail { shared: Arc::new(Shared { secrets, history, live, unfinished }) }
     }
 
     /// Adds one line (without its newline).
     pub fn push(&self, line: &str) {
+        // Before the cut, which might leave a part of a secret.
+        let line = self.shared.secrets.redact(line);
         let cut = (0..=LINE_BYTES_MAX.min(line.len()))
             .rev()
             .find(|&at| line.is_char_boundary(at))
@@ -57,6 +76,18 @@ impl LogTail {
         }
         // Sent under the lock, so that `follow` misses and repeats nothing. No receiver is fine.
         let _ = self.shared.live.send(line);
+    }
+
+    /// The line that is being written, so far. It may hold a secret of which half is written: it
+    /// is for reading progress from, not for showing.
+    pub fn grow(&self, unfinished: &str) {
+        let unfinished = self.shared.secrets.redact(unfinished);
+        self.shared.unfinished.send_replace(Arc::from(&*unfinished));
+    }
+
+    /// Changes each time that a line without an end has grown.
+    pub fn unfinished(&self) -> watch::Receiver<Arc<str>> {
+        self.shared.unfinished.subscribe()
     }
 
     /// The last `n` lines, oldest first.
@@ -93,6 +124,15 @@ mod tests {
         let log = LogTail::new();
         log.push(&"é".repeat(LINE_BYTES_MAX));
         assert!(log.last(1)[0].len() <= LINE_BYTES_MAX);
+    }
+
+    #[tokio::test]
+    async fn neither_history_nor_followers_see_a_secret() {
+        let log = LogTail::hiding(Secrets::of_env([("DB_PASSWORD", "s3cret")]));
+        let (_, mut live) = log.follow();
+        log.push("with s3cret and --api-key abc");
+        assert_eq!(&*live.recv().await.expect("a line"), "with *** and --api-key ***");
+        assert_eq!(log.last(1), ["with *** and --api-key ***"]);
     }
 
     #[tokio::test]

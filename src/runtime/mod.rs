@@ -5,10 +5,15 @@
 
 pub mod docker;
 pub mod external;
+mod key;
 pub mod log;
 pub mod process;
+pub mod redact;
+mod tls;
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::future::pending;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +25,9 @@ use crate::config::catalog::{ModelSpec, RuntimeSpec, StopSpec};
 use crate::scheduler::event::Fault;
 use crate::units::{GpuId, InstanceId, ModelName};
 
+pub use key::{EngineKey, LaunchKey};
 pub use log::LogTail;
+pub use tls::{Tls, trouble as tls_trouble};
 
 /// What makes an instance ours: in container labels (`wharf.*`) or in the environment of the
 /// process (`WHARF_*`).
@@ -55,6 +62,7 @@ pub struct LaunchSpec {
     pub args: Vec<String>,
     /// Environment that Wharf derives; configured values win.
     pub env: BTreeMap<String, String>,
+    pub api_key: LaunchKey,
     /// Folder for the capped log files of processes.
     pub log_dir: PathBuf,
 }
@@ -87,13 +95,29 @@ pub enum RuntimeHandle {
     External,
 }
 
-/// Where an instance is reached. `base` has no path and no trailing slash.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Where an instance is reached. `base` has no trailing slash; a path in it precedes every
+/// request's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// `http://127.0.0.1:18051`
     pub base: String,
     /// Sent as `Authorization: Bearer`, where the engine wants one.
-    pub api_key: Option<String>,
+    pub api_key: Option<EngineKey>,
+    /// For `https://`.
+    pub tls: Option<Tls>,
+}
+
+impl Endpoint {
+    pub fn new(base: impl Into<String>, api_key: Option<EngineKey>) -> Endpoint {
+        Endpoint { base: base.into(), api_key, tls: None }
+    }
+}
+
+/// What a running engine was given, as the system shows it. No `Debug`: it holds secrets.
+#[derive(Default)]
+pub struct Given {
+    pub args: Vec<String>,
+    pub env: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,12 +223,32 @@ impl Runtimes {
         }
     }
 
+    /// While an engine loads: has its log told of lines that grow before they end, where that does
+    /// not come by itself. For as long as it is polled.
+    pub async fn follow_unfinished(&self, running: &Running) -> Infallible {
+        match &running.handle {
+            RuntimeHandle::Docker { id, .. } => {
+                self.docker.follow_unfinished(id, &running.log).await
+            }
+            RuntimeHandle::Process { .. } | RuntimeHandle::External => pending().await,
+        }
+    }
+
     /// Signal, grace, kill, remove. `Ok` means: it is gone, whole process group or container.
     pub async fn stop(&self, running: &Running, stop: &StopSpec) -> Result<(), Fault> {
         match &running.handle {
             RuntimeHandle::Process { .. } => self.process.stop(running, stop).await,
             RuntimeHandle::Docker { .. } => self.docker.stop(running, stop).await,
             RuntimeHandle::External => Ok(()),
+        }
+    }
+
+    /// Arguments and environment of a running engine; empty where they cannot be seen.
+    pub async fn given(&self, running: &Running) -> Given {
+        match &running.handle {
+            RuntimeHandle::Process { pid, .. } => process::given(*pid),
+            RuntimeHandle::Docker { id, .. } => self.docker.given(id).await,
+            RuntimeHandle::External => Given::default(),
         }
     }
 

@@ -135,11 +135,14 @@ pub enum Refusal {
         waited_ms: u64,
         waiting_for: String,
     },
-    /// Needs more than any GPU set could ever give.
+    /// Needs more than any GPU set, or the host, could ever give.
     CannotFit {
         need: Bytes,
         available: Bytes,
         gpus: u16,
+        /// It is host RAM that is short; `gpus` says nothing.
+        #[serde(default)]
+        host: bool,
     },
     /// The last start failed; the next is tried at `retry_at`.
     StartFailed {

@@ -42,7 +42,7 @@ impl Scheduler {
                     Some(failure.refusal.clone())
                 }
                 (_, None) => self.cannot_fit(spec),
-                (_, Some(_)) => None,
+                (_, Some(_)) => self.runtime_gone(&model),
             },
             (None, _) | (_, None) => Some(Refusal::UnknownModel),
         };
@@ -118,7 +118,7 @@ impl Scheduler {
             .get(&instance)
             .is_some_and(|i| matches!(i.residency, Residency::Lost { .. }))
         {
-            let message = format!("the runtime that holds {model} does not answer");
+            let message = self.runtime_fault.clone();
             self.answer(id, Answer::Refused(Refusal::RuntimeLost { message }));
             return;
         }
@@ -205,6 +205,18 @@ impl Scheduler {
         for ask in self.asks_for(model, |kind| matches!(kind, AskKind::Ready(_))) {
             self.answer(ask, Answer::Refused(refusal.clone()));
         }
+    }
+
+    /// Also those that want it gone: that goes on by itself.
+    pub(super) fn refuse_all_asks(&mut self, model: &ModelName, refusal: &Refusal) {
+        for ask in self.asks_for(model, |_| true) {
+            self.answer(ask, Answer::Refused(refusal.clone()));
+        }
+    }
+
+    /// Somebody waits for the model, or for its end.
+    pub(super) fn is_wanted(&self, model: &ModelName) -> bool {
+        self.queue_len(model) > 0 || self.asks.values().any(|ask| ask.model == *model)
     }
 
     fn asks_for(&self, model: &ModelName, of: impl Fn(AskKind) -> bool) -> Vec<AskId> {

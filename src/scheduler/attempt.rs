@@ -6,6 +6,7 @@ use super::Scheduler;
 use super::memory::{Need, uses_gpu};
 use super::placement::{ELASTIC_SHARE, Plan, Planned, Price, Victim};
 use super::policy::{Candidate, Leaves, Urgency};
+use super::ram::HOST;
 use super::residency::Instance;
 use crate::units::{Bytes, GpuId, ModelName};
 
@@ -25,10 +26,13 @@ type Choice<'a> = Vec<(&'a Instance, Leaves, bool)>;
 
 impl Attempt<'_> {
     pub fn run(&self, wanted: &BTreeSet<GpuId>) -> Result<(Price, Plan), (usize, Planned)> {
+        let short_of_ram = !self.ram_fits(&Vec::new());
+        let places = || self.gpus.iter().copied().chain(short_of_ram.then_some(HOST));
         let blocked = |rank: usize, why: String| {
-            Err((rank, Planned::Blocked { gpus: self.gpus.to_vec(), why }))
+            Err((rank, Planned::Blocked { gpus: places().collect(), why }))
         };
-        if self.gpus.iter().any(|g| wanted.contains(g)) {
+        let takes_ram = self.ram_need() > Bytes::ZERO;
+        if places().chain(takes_ram.then_some(HOST)).any(|g| wanted.contains(&g)) {
             return blocked(9, "a request that waits longer has these GPUs next".to_owned());
         }
         if let Some(model) = self.exclusive_claim() {
@@ -36,10 +40,7 @@ impl Attempt<'_> {
         }
         for asleep in [true, false] {
             let Some(choice) = self.choose(asleep, &|i| self.may_leave(i)) else { continue };
-            let touched: BTreeSet<GpuId> = self
-                .gpus
-                .iter()
-                .copied()
+            let touched: BTreeSet<GpuId> = places()
                 .chain(choice.iter().flat_map(|(i, _, _)| i.gpus.iter().copied()))
                 .collect();
             if !choice.is_empty()
@@ -87,18 +88,19 @@ impl Attempt<'_> {
             .filter(|i| i.model != self.candidate.spec.name)
             .filter_map(|i| may_leave(i).map(|leaves| (i, leaves)))
             .map(|(i, leaves)| {
-                // What a sleeper keeps on a GPU of unknown size cannot be known either.
-                let blind = i.gpus.iter().any(|&g| s.is_blind(g));
-                let sleeps = asleep && i.is_ready() && !blind && i.can_sleep().is_some();
+                let sleeps = asleep && i.is_ready() && i.can_sleep().is_some();
+                let sleeps = sleeps && s.residue_can_be_known(i);
                 (i, leaves, sleeps)
             })
             .collect();
         pool.sort_by_key(|(i, leaves, _)| s.value(i, *leaves));
         let mut chosen: Choice = Vec::new();
-        for entry in pool {
+        for (instance, leaves, sleeps) in pool {
             if self.is_enough(&chosen) {
                 break;
             }
+            let sleeps = sleeps && self.has_ram_to_sleep(instance, &chosen);
+            let entry = (instance, leaves, sleeps);
             if self.helps(&entry, &chosen) {
                 chosen.push(entry);
             }
@@ -118,11 +120,59 @@ impl Attempt<'_> {
             return false;
         }
         let frees = instance.gpus.iter().any(|&g| self.gpus.contains(&g) && !self.fits(g, chosen));
-        frees || (!self.slots_fit(chosen) && self.takes_slot(instance))
+        frees
+            || (!self.slots_fit(chosen) && self.takes_slot(instance))
+            || (!*sleeps && instance.ram() > Bytes::ZERO && !self.ram_fits(chosen))
     }
 
     fn is_enough(&self, chosen: &Choice) -> bool {
-        self.slots_fit(chosen) && self.gpus.iter().all(|&gpu| self.fits(gpu, chosen))
+        self.slots_fit(chosen)
+            && self.ram_fits(chosen)
+            && self.gpus.iter().all(|&gpu| self.fits(gpu, chosen))
+    }
+
+    fn ram_need(&self) -> Bytes {
+        self.scheduler.ram_need(&self.candidate.spec)
+    }
+
+    fn ram_fits(&self, chosen: &Choice) -> bool {
+        self.ram_fits_by_promise(chosen) && self.ram_fits_by_sample(chosen)
+    }
+
+    /// What the candidate and those who fall asleep for it take of the host's RAM, and what
+    /// those who stop give back.
+    fn ram_moved(&self, chosen: &Choice) -> (Bytes, Bytes) {
+        let (sleepers, stopped): (Vec<_>, Vec<_>) =
+            chosen.iter().partition(|(_, _, sleeps)| *sleeps);
+        let asleep: Bytes = sleepers.iter().map(|(i, _, _)| self.scheduler.ram_to_sleep(i)).sum();
+        (self.ram_need() + asleep, stopped.iter().map(|(i, _, _)| i.ram()).sum())
+    }
+
+    fn ram_fits_by_promise(&self, chosen: &Choice) -> bool {
+        let s = self.scheduler;
+        let (taken, freed) = self.ram_moved(chosen);
+        let stays = s.ram_promised() - s.ram_leaving() - freed;
+        let others = s.ram_spoken(self.candidate.swap);
+        taken == Bytes::ZERO
+            || s.ram_capacity().is_none_or(|capacity| stays + others + taken <= capacity)
+    }
+
+    fn ram_fits_by_sample(&self, chosen: &Choice) -> bool {
+        let s = self.scheduler;
+        let (taken, freed) = self.ram_moved(chosen);
+        let others = s.ram_spoken(self.candidate.swap);
+        taken == Bytes::ZERO
+            || s.ram_expected().is_none_or(|left| left + s.ram_leaving() + freed >= others + taken)
+    }
+
+    /// Sleepers take host RAM before those who stop have given theirs back.
+    fn has_ram_to_sleep(&self, instance: &Instance, chosen: &Choice) -> bool {
+        let s = self.scheduler;
+        let before = chosen.iter().filter(|(_, _, sleeps)| *sleeps);
+        let asleep: Bytes = before.map(|(i, _, _)| s.ram_to_sleep(i)).sum();
+        let with: Vec<_> = chosen.iter().copied().chain([(instance, Leaves::Idle, true)]).collect();
+        let weights = s.ram_to_sleep(instance);
+        weights == Bytes::ZERO || (s.has_ram(asleep + weights) && self.ram_fits(&with))
     }
 
     fn need(&self, gpu: GpuId) -> Need {
@@ -173,16 +223,14 @@ impl Attempt<'_> {
         }
         // Without a fresh sample, or while a start takes its bytes: by the books, and by what the
         // driver is known to keep.
-        let (Some(free), true) = (s.fresh_free(gpu), s.unvouched(gpu) == Bytes::ZERO) else {
-            return self.fits_into(s.usable(gpu), gpu, chosen);
-        };
+        let fresh = s.fresh_free(gpu);
+        if (fresh.is_none() || s.unvouched(gpu) > Bytes::ZERO)
+            && !self.fits_into(s.usable(gpu), gpu, chosen)
+        {
+            return false;
+        }
+        let Some(free) = fresh else { return true };
         let here = |i: &Instance| i.gpus.contains(&gpu) && i.promise.is_some();
-        let leaving: Bytes = s
-            .instances
-            .values()
-            .filter(|i| i.is_stopping() && i.trouble.is_none() && here(i))
-            .map(|i| i.held())
-            .sum();
         let freed: Bytes = chosen
             .iter()
             .filter(|(i, _, _)| here(i))
@@ -193,7 +241,9 @@ impl Attempt<'_> {
             .sum();
         let need = self.need(gpu);
         let least = if need.elastic { Bytes(need.bytes.0 / ELASTIC_SHARE) } else { need.bytes };
-        free + leaving + freed + self.own_residue(gpu)
+        let own = s.current(&self.candidate.spec.name).filter(|i| i.is_sleeping());
+        let own = own.map_or(Bytes::ZERO, |i| s.shown_on(i, gpu));
+        free + s.leaving_held(gpu) + freed + own
             >= least + s.spoken(gpu, self.candidate.swap) + s.catalog.settings.gpu.reserve
     }
 
@@ -266,10 +316,16 @@ impl Attempt<'_> {
             .filter_map(|i| self.may_leave(i).map(|leaves| (i, leaves, false)))
             .collect();
         let stuck = s.instances.values().any(|i| {
-            i.is_stopping() && i.trouble.is_some() && i.gpus.iter().any(|g| self.gpus.contains(g))
+            let here = i.gpus.iter().any(|g| self.gpus.contains(g))
+                || (i.ram() > Bytes::ZERO && self.ram_need() > Bytes::ZERO);
+            i.is_stopping() && i.trouble.is_some() && here
         });
-        let by_promise = self.gpus.iter().all(|&g| self.fits_by_promise(g, &everyone));
-        let by_sample = self.gpus.iter().all(|&g| self.fits_by_sample(g, &everyone));
+        let by_promise = self.ram_fits_by_promise(&everyone)
+            && self.gpus.iter().all(|&g| self.fits_by_promise(g, &everyone));
+        let by_sample = |choice: &Choice| {
+            self.ram_fits_by_sample(choice)
+                && self.gpus.iter().all(|&g| self.fits_by_sample(g, choice))
+        };
         // Somebody who may not leave yet is waited for, as long as that would do.
         let eventually: Choice = s
             .instances
@@ -278,27 +334,31 @@ impl Attempt<'_> {
             .filter(|i| !s.is_pinned(i) && !i.is_stopping())
             .map(|i| (i, Leaves::Busy, false))
             .collect();
-        let hopeless = !self.gpus.iter().all(|&g| self.fits_by_sample(g, &eventually));
+        let hopeless = !by_sample(&eventually);
         self.slots_fit(&everyone)
-            && ((by_promise && !by_sample && hopeless)
+            && ((by_promise && !by_sample(&everyone) && hopeless)
                 || (stuck && !by_promise && self.fits_but_for_stuck()))
     }
 
     /// It would fit, were it not for memory that never came back.
     fn fits_but_for_stuck(&self) -> bool {
         let s = self.scheduler;
-        self.gpus.iter().all(|&gpu| {
-            let others: Bytes = s
-                .instances
+        let staying = || {
+            s.instances
                 .values()
                 .filter(|i| i.model != self.candidate.spec.name && !i.is_stopping())
                 .filter(|i| self.may_leave(i).is_none())
-                .map(|i| s.promise_on(i, gpu))
-                .sum();
+        };
+        let ram: Bytes = staying().map(Instance::ram).sum();
+        let need = ram + self.ram_need() + s.ram_spoken(self.candidate.swap);
+        let ram_fits = s.ram_capacity().is_none_or(|capacity| need <= capacity);
+        let on_gpus = self.gpus.iter().all(|&gpu| {
+            let others: Bytes = staying().map(|i| s.promise_on(i, gpu)).sum();
             let need = self.need(gpu);
             let need = if need.elastic { Bytes::ZERO } else { need.bytes };
             others + need + s.spoken(gpu, self.candidate.swap) <= s.capacity(gpu)
-        })
+        });
+        (ram_fits || self.ram_need() == Bytes::ZERO) && on_gpus
     }
 
     /// How far this set is from being usable, and who is in the way.
@@ -306,7 +366,7 @@ impl Attempt<'_> {
         let s = self.scheduler;
         let anyone = |i: &Instance| (!s.is_pinned(i)).then_some(Leaves::Busy);
         let Some(choice) = self.choose(false, &anyone) else {
-            return (NEVER, "what holds the GPUs cannot be moved".to_owned());
+            return (NEVER, "what holds the memory cannot be moved".to_owned());
         };
         let reasons: Vec<String> =
             choice.iter().filter_map(|(i, _, _)| s.may_leave(self.candidate, i).err()).collect();

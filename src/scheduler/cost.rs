@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::Scheduler;
 use super::action::Action;
+use super::event::Request;
 use super::residency::{Instance, MoveKind};
 use crate::units::{Bytes, ModelName};
 
@@ -93,10 +94,25 @@ impl Scheduler {
     }
 
     /// How long a request for this model waits before notice to leave falls due.
-    pub(super) fn max_wait(&self, model: &ModelName, asked: Option<Duration>) -> Duration {
-        asked
-            .or(self.catalog.settings.swap.max_wait)
-            .unwrap_or_else(|| MAX_WAIT_FLOOR.max(self.known_move(model).unwrap_or_default() * 3))
+    pub(super) fn max_wait(&self, request: &Request) -> Duration {
+        let configured = || {
+            self.catalog.settings.swap.max_wait.unwrap_or_else(|| {
+                MAX_WAIT_FLOOR.max(self.known_move(&request.model).unwrap_or_default() * 3)
+            })
+        };
+        match request.max_wait {
+            None => configured(),
+            Some(asked) if request.may_hurry => asked,
+            Some(asked) => asked.max(configured()),
+        }
+    }
+
+    /// What a sleeper keeps is never assumed: it was learned, or a sample will show it.
+    pub(super) fn residue_can_be_known(&self, instance: &Instance) -> bool {
+        let learned =
+            || self.models.get(&instance.model).is_some_and(|m| m.learned.asleep.is_some());
+        let blind = instance.gpus.iter().any(|&gpu| self.is_blind(gpu));
+        !blind && (self.world.proof || learned())
     }
 
     /// Bytes that `instance` would keep on each GPU while asleep.

@@ -50,7 +50,7 @@ pub enum Event {
         swap: SwapId,
         instance: InstanceId,
     },
-    /// A memory reading of every GPU (or why there is none).
+    /// A memory reading of every GPU and of the host (or why there is none).
     MemorySeen(Result<MemorySample, NoProof>),
     /// An instance that was starting, ready or sleeping ended by itself.
     InstanceDied {
@@ -71,8 +71,10 @@ pub enum Event {
     },
     CatalogChanged(Arc<Catalog>),
     /// Docker (say) stopped answering: its instances are `Lost`, their bytes stay promised.
+    /// `why`: what is wrong and the fix, fit for clients.
     RuntimeLost {
         instances: Vec<InstanceId>,
+        why: String,
     },
     /// It answers again: these still live; the other lost ones died.
     RuntimeBack {
@@ -92,6 +94,8 @@ pub struct Request {
     pub priority: Priority,
     /// Asked for by the caller (bounded by its key); `None`: the configured one.
     pub max_wait: Option<Duration>,
+    /// `max_wait` may also be shorter than the configured one.
+    pub may_hurry: bool,
     /// `X-Wharf-Start: never`: serve only if ready, else refuse at once, leaving no trace.
     pub never_start: bool,
     /// 1, or 2 for the one safe retry.
@@ -140,6 +144,17 @@ pub enum Done {
 pub struct MemorySample {
     pub taken_at: Time,
     pub gpus: Vec<GpuMemory>,
+    /// `None`: unknown, only promises count.
+    #[serde(default)]
+    pub host: Option<HostMemory>,
+}
+
+/// Host RAM as the kernel tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostMemory {
+    pub total: Bytes,
+    /// What programs can still get: free, and the page cache that gives way.
+    pub available: Bytes,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -168,18 +183,32 @@ pub struct NoProof {
     pub message: String,
 }
 
-/// Why an effect failed. `message` names the thing and the fix and is fit for clients.
+/// Why an effect failed. `message` names the thing and the fix.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fault {
     pub kind: FaultKind,
     pub message: String,
+    /// `message` for those who may see neither log lines nor arguments; `None`: it holds neither.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public: Option<String>,
     /// The engine's last log lines.
     pub log_tail: Vec<String>,
 }
 
 impl Fault {
     pub fn new(kind: FaultKind, message: impl Into<String>) -> Fault {
-        Fault { kind, message: message.into(), log_tail: Vec::new() }
+        Fault { kind, message: message.into(), public: None, log_tail: Vec::new() }
+    }
+
+    /// What everyone may be told instead of `message`.
+    pub fn or_publicly(mut self, message: impl Into<String>) -> Fault {
+        self.public = Some(message.into());
+        self
+    }
+
+    /// Fit for every client.
+    pub fn public_message(&self) -> &str {
+        self.public.as_deref().unwrap_or(&self.message)
     }
 
     pub fn with_log(mut self, log_tail: Vec<String>) -> Fault {
@@ -219,6 +248,37 @@ pub enum FaultKind {
 }
 
 impl FaultKind {
+    /// As it is written in answers and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            FaultKind::ImageMissing => "image_missing",
+            FaultKind::FetchDenied => "fetch_denied",
+            FaultKind::FetchFailed => "fetch_failed",
+            FaultKind::DiskFull => "disk_full",
+            FaultKind::CommandMissing => "command_missing",
+            FaultKind::BadSpec => "bad_spec",
+            FaultKind::GpuDriverMissing => "gpu_driver_missing",
+            FaultKind::PortTaken => "port_taken",
+            FaultKind::NameConflict => "name_conflict",
+            FaultKind::RuntimeUnreachable => "runtime_unreachable",
+            FaultKind::OutOfMemory => "out_of_memory",
+            FaultKind::Exited => "exited",
+            FaultKind::FatalLogLine => "fatal_log_line",
+            FaultKind::Stalled => "stalled",
+            FaultKind::TimedOut => "timed_out",
+            FaultKind::NeverHealthy => "never_healthy",
+            FaultKind::StrangerOnPort => "stranger_on_port",
+            FaultKind::RunsOnCpu => "runs_on_cpu",
+            FaultKind::NoVramProof => "no_vram_proof",
+            FaultKind::VramNeverFreed => "vram_never_freed",
+            FaultKind::StopFailed => "stop_failed",
+            FaultKind::SleepFailed => "sleep_failed",
+            FaultKind::WakeFailed => "wake_failed",
+            FaultKind::Cancelled => "cancelled",
+            FaultKind::Internal => "internal",
+        }
+    }
+
     /// Worth one immediate retry inside the swap.
     pub const fn is_transient(self) -> bool {
         matches!(self, FaultKind::PortTaken | FaultKind::RuntimeUnreachable)
@@ -239,4 +299,16 @@ pub struct Learned {
     pub wake: Option<Duration>,
     /// Typical duration of each phase of a start, for progress estimates.
     pub phases: BTreeMap<String, Duration>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::FaultKind;
+
+    #[test]
+    fn kinds_are_spelled_alike_in_answers_and_logs() {
+        for kind in [FaultKind::RuntimeUnreachable, FaultKind::RunsOnCpu, FaultKind::NoVramProof] {
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.as_str());
+        }
+    }
 }

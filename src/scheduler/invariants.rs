@@ -38,6 +38,10 @@ impl Scheduler {
                 return Err(format!("GPU {gpu}: {promised} promised, {capacity} to give"));
             }
         }
+        let promised = self.ram_promised();
+        if let Some(capacity) = self.ram_capacity().filter(|&capacity| promised > capacity) {
+            return Err(format!("host RAM: {promised} promised, {capacity} to give"));
+        }
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! What happens to instances from outside: adoption, a runtime that goes away and comes back,
 //! a new configuration, the end of the orchestrator.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::Scheduler;
@@ -9,13 +10,8 @@ use super::event::{Fault, FaultKind};
 use super::memory::{UNSEEN, uses_gpu};
 use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
-use crate::config::catalog::{Catalog, ModelSpec};
+use crate::config::catalog::Catalog;
 use crate::units::{Bytes, GpuId, InstanceId, ModelName};
-
-/// Whether two entries mean the same engine, run the same way.
-pub(super) fn is_same(a: &ModelSpec, b: &ModelSpec) -> bool {
-    ModelSpec { line: b.line, ..a.clone() } == *b
-}
 
 impl Scheduler {
     /// A healthy instance found at start-up is ready at once.
@@ -44,18 +40,19 @@ impl Scheduler {
             instance.promise = known.or(need.map(|n| n.bytes));
         }
         let twin = self.current(model).is_some();
-        self.next_id = self.next_id.max(id.0 + 1);
+        self.next_ids.instance = self.next_ids.instance.max(id.0 + 1);
         self.instances.insert(id, instance);
         if twin {
             let decision = "a second instance of this model".to_owned();
-            let swap = self.begin_unload(id, SwapCause::Evict, decision, Phase::Vacate);
+            let swap = self.begin_unload(id, SwapCause::Cleanup, decision, Phase::Vacate);
             self.emit_stop(swap, id);
         }
     }
 
     /// Its bytes stay promised; nobody new is sent there until the runtime answers again.
-    pub(super) fn runtime_lost(&mut self, instances: &[InstanceId]) {
+    pub(super) fn runtime_lost(&mut self, instances: &[InstanceId], why: String) {
         let now = self.now;
+        self.runtime_fault = why;
         for &id in instances {
             let Some(instance) = self.instances.get_mut(&id) else { continue };
             let asleep = match instance.residency {
@@ -98,10 +95,10 @@ impl Scheduler {
         let now = self.now;
         // Some became ready meanwhile by an answer that was under way.
         let unknown = lost.iter().map(|(id, _)| id).filter(|id| !alive.contains(id));
-        let gone: Vec<InstanceId> = unknown.chain(dead).copied().collect();
+        let gone: BTreeSet<InstanceId> = unknown.chain(dead).copied().collect();
         for &id in &gone {
             let message = "it was gone when its runtime answered again";
-            self.died(id, Fault::new(FaultKind::Exited, message));
+            self.died(id, Fault::new(FaultKind::RuntimeUnreachable, message));
         }
         for (id, asleep) in lost {
             if gone.contains(&id) {
@@ -130,11 +127,12 @@ impl Scheduler {
         }
         for (name, spec) in &catalog.models {
             let state = self.models.entry(name.clone()).or_default();
-            let Some(old) = before.models.get(name).filter(|old| !is_same(old, spec)) else {
+            let Some(old) = before.models.get(name).filter(|old| !old.is_same(spec)) else {
                 continue;
             };
             (state.failure, state.failures, state.deaths) = (None, 0, 0);
-            if old.vram != spec.vram || old.runtime != spec.runtime || old.engine != spec.engine {
+            let same_engine = old.runtime == spec.runtime && old.engine == spec.engine;
+            if !same_engine || old.vram != spec.vram || old.gpus != spec.gpus {
                 state.learned.footprint = None;
                 state.learned.asleep = None;
             }

@@ -9,11 +9,11 @@ use std::collections::BTreeMap;
 
 use super::Scheduler;
 use super::action::Action;
-use super::event::{GpuMemory, MemorySample, NoProof};
+use super::event::{GpuMemory, Holder, MemorySample, NoProof};
 use super::proof::own_bytes;
 use super::residency::{Instance, MoveKind};
 use crate::config::catalog::{EngineKind, GpuRequest, ModelSpec, Vram};
-use crate::units::{Bytes, GpuId, InstanceId, Time};
+use crate::units::{Bytes, GpuId, InstanceId, ModelName, Time};
 
 /// Stands for the GPUs of a machine that shows none: room for one model.
 pub(super) const UNSEEN: GpuId = GpuId(u16::MAX);
@@ -29,6 +29,12 @@ pub(super) struct Memory {
     pub no_proof: Option<NoProof>,
     /// When a move last changed what a GPU holds: older samples do not count.
     pub changed_at: BTreeMap<GpuId, Time>,
+    /// When a move last changed what any GPU or the host holds.
+    pub changed_last: Option<Time>,
+    /// The host's RAM, as last told.
+    pub host_total: Option<Bytes>,
+    /// Host bytes that came free since the last sample, and do not show in it.
+    pub host_freed: Bytes,
     /// Used bytes that no listed process holds, learned while nothing moved.
     pub unlisted: BTreeMap<GpuId, Bytes>,
 }
@@ -77,6 +83,12 @@ impl Scheduler {
         }
     }
 
+    /// Bytes a sleeper holds on one GPU by the newest sample: its promise may rest on a guess.
+    pub(super) fn shown_on(&self, sleeper: &Instance, gpu: GpuId) -> Bytes {
+        let listed = self.sampled(gpu).map(|m| own_bytes(sleeper, m)).unwrap_or_default();
+        if listed > Bytes::ZERO { listed } else { self.promise_on(sleeper, gpu) }
+    }
+
     /// Footprints of all instances on a GPU, until their release is proven.
     pub(super) fn promised(&self, gpu: GpuId) -> Bytes {
         self.instances.values().map(|i| self.promise_on(i, gpu)).sum()
@@ -88,6 +100,16 @@ impl Scheduler {
             .values()
             .filter(|i| i.is_stopping() && i.trouble.is_none())
             .map(|i| self.promise_on(i, gpu))
+            .sum()
+    }
+
+    /// What those who are certain to leave still hold, as far as known.
+    pub(super) fn leaving_held(&self, gpu: GpuId) -> Bytes {
+        self.instances
+            .values()
+            .filter(|i| i.is_stopping() && i.trouble.is_none())
+            .filter(|i| i.gpus.contains(&gpu) && i.promise.is_some())
+            .map(Instance::held)
             .sum()
     }
 
@@ -117,7 +139,9 @@ impl Scheduler {
         if self.is_blind(gpu) {
             return Some(Need { bytes: Bytes(1), elastic: false });
         }
-        if let Some(sleeper) = self.current(&spec.name).filter(|i| i.awake > Bytes::ZERO) {
+        // (One of an older entry does not wake any more.)
+        let sleeper = self.current(&spec.name).filter(|i| i.awake > Bytes::ZERO);
+        if let Some(sleeper) = sleeper.filter(|i| spec.is_same(&i.spec)) {
             return Some(Need { bytes: sleeper.awake, elastic: false });
         }
         let learned = self.models.get(&spec.name).and_then(|m| m.learned.footprint);
@@ -172,6 +196,7 @@ impl Scheduler {
 
     /// Something changed what these GPUs hold: wait for a newer sample.
     pub(super) fn memory_changed(&mut self, gpus: &[GpuId]) {
+        self.memory.changed_last = Some(self.now);
         for &gpu in gpus {
             self.memory.changed_at.insert(gpu, self.now);
         }
@@ -198,7 +223,13 @@ impl Scheduler {
                 if self.memory.sample.as_ref().is_some_and(|old| old.taken_at > sample.taken_at) {
                     return;
                 }
+                if let Some(host) = sample.host.filter(|h| self.memory.host_total != Some(h.total))
+                {
+                    self.memory.host_total = Some(host.total);
+                    self.note_capacity_cut();
+                }
                 self.memory.sample = Some(sample);
+                self.ram_seen();
                 self.note_holders();
                 self.prove_releases();
                 self.note_unlisted();
@@ -236,16 +267,20 @@ impl Scheduler {
         }
     }
 
-    /// Learns what is used without a listed holder, on GPUs where nothing moves.
+    /// Learns what is used without a listed holder, on GPUs where nothing moves and the books
+    /// agree: who died unheard of still has a promise, and would make it seem too small for ever.
     fn note_unlisted(&mut self) {
         let Some(sample) = &self.memory.sample else { return };
         let mut quiet = Vec::new();
         for gpu in &sample.gpus {
             let moves = |i: &Instance| {
+                let vanished = !i.pids.is_empty() && own_bytes(i, gpu) == Bytes::ZERO;
                 i.gpus.contains(&gpu.gpu)
                     && (i.moving.is_some_and(|m| m.kind.touches_memory())
                         || i.release.is_some()
-                        || i.is_stopping())
+                        || i.is_stopping()
+                        || i.is_lost()
+                        || vanished)
             };
             if self.instances.values().any(moves) || self.fresh_free(gpu.gpu).is_none() {
                 continue;
@@ -257,17 +292,32 @@ impl Scheduler {
                 .filter(|i| own_bytes(i, gpu) == Bytes::ZERO)
                 .map(|i| self.promise_on(i, gpu.gpu))
                 .sum();
-            quiet.push((gpu.gpu, gpu.total - gpu.free - listed - ours));
+            let used = gpu.total - gpu.free;
+            if used >= listed + ours {
+                quiet.push((gpu.gpu, used - listed - ours));
+            }
         }
         self.memory.unlisted.extend(quiet);
     }
 
+    /// What a start of this model waits for, or who holds it.
+    pub(super) fn memory_text(
+        &self,
+        model: &ModelName,
+        gpus: &[GpuId],
+        of: Option<InstanceId>,
+    ) -> String {
+        let ram = self.catalog.model(model).and_then(|spec| self.ram_text(spec));
+        ram.unwrap_or_else(|| self.holder_text(gpus, of))
+    }
+
     /// Who holds the memory: the instance's own processes if they are listed, else the largest
-    /// holder that is none of ours.
+    /// holders that are none of ours.
     pub(super) fn holder_text(&self, gpus: &[GpuId], of: Option<InstanceId>) -> String {
         let own = of.and_then(|id| self.instances.get(&id));
         let listed = |ours: bool| {
-            gpus.iter()
+            let mut holders: Vec<(GpuId, &Holder)> = gpus
+                .iter()
                 .filter_map(|&gpu| self.sampled(gpu))
                 .flat_map(|m| m.holders.iter().map(move |h| (m.gpu, h)))
                 .filter(|(_, h)| match (ours, own) {
@@ -275,12 +325,14 @@ impl Scheduler {
                     (true, None) => false,
                     (false, _) => h.instance.is_none_or(|id| !self.instances.contains_key(&id)),
                 })
-                .max_by_key(|(gpu, h)| (h.bytes, std::cmp::Reverse((*gpu, h.pid))))
+                .collect();
+            holders.sort_by_key(|(gpu, h)| (std::cmp::Reverse(h.bytes), *gpu, h.pid));
+            name_holders(&holders, "held", |(gpu, h)| {
+                format!("{} MiB on GPU {gpu}", h.bytes.as_mib())
+            })
         };
         match listed(true).or_else(|| listed(false)) {
-            Some((gpu, h)) => {
-                format!("{} MiB on GPU {gpu} held by pid {} ({})", h.bytes.as_mib(), h.pid, h.label)
-            }
+            Some(text) => text,
             None => match gpus.first().and_then(|&gpu| self.sampled(gpu)) {
                 Some(m) => format!(
                     "{} MiB in use on GPU {} and no process listed as the holder",
@@ -333,4 +385,23 @@ pub(super) fn uses_gpu(spec: &ModelSpec) -> bool {
             GpuRequest::Count(n) => *n > 0,
             GpuRequest::Explicit(names) => !names.is_empty(),
         }
+}
+
+/// "9.1 GiB still held by pid 4711 (vllm), 2.0 GiB by pid 12 (x) and 2 more"; `None`: nobody.
+pub(super) fn name_holders(
+    holders: &[(GpuId, &Holder)],
+    held: &str,
+    bytes: impl Fn(&(GpuId, &Holder)) -> String,
+) -> Option<String> {
+    const NAMED_MAX: usize = 3;
+    let named = holders.iter().take(NAMED_MAX).enumerate().map(|(at, of)| {
+        let verb = if at == 0 { format!(" {held}") } else { String::new() };
+        format!("{}{verb} by pid {} ({})", bytes(of), of.1.pid, of.1.label)
+    });
+    let text = named.collect::<Vec<_>>().join(", ");
+    match holders.len() {
+        0 => None,
+        n if n > NAMED_MAX => Some(format!("{text} and {} more", n - NAMED_MAX)),
+        _ => Some(text),
+    }
 }

@@ -12,6 +12,7 @@
 //! | `policy` | whose turn it is; who may be asked to leave |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `memory`, `proof` | promises, samples; when a release counts as proven |
+//! | `ram` | the same for host RAM, where the end of a process is the proof |
 //! | `swap/` | the way of a swap, phase by phase |
 //! | `gates` | when the gateway may serve by itself |
 #![deny(clippy::wildcard_enum_match_arm)]
@@ -29,6 +30,7 @@ mod placement;
 mod policy;
 mod proof;
 mod queue;
+mod ram;
 pub mod record;
 mod residency;
 mod swap;
@@ -71,11 +73,19 @@ pub struct GpuInfo {
     pub total: Bytes,
 }
 
+/// The next id of each kind: larger than any used before by this installation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NextIds {
+    pub instance: u64,
+    pub swap: u64,
+}
+
 /// Why `next_wake` wants to be woken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum WakeCause {
     MaxWait,
     QueueTimeout,
+    RuntimeWait,
     DrainDeadline,
     VramDeadline,
     StartDeadline,
@@ -93,7 +103,7 @@ pub struct Scheduler {
     catalog: Arc<Catalog>,
     world: World,
     now: Time,
-    next_id: u64,
+    next_ids: NextIds,
     models: BTreeMap<ModelName, Model>,
     instances: BTreeMap<InstanceId, Instance>,
     swaps: BTreeMap<SwapId, Swap>,
@@ -104,7 +114,9 @@ pub struct Scheduler {
     /// When somebody last wanted anything: restores wait for quiet.
     last_demand: Time,
     shutting_down: bool,
-    /// A reload left less to promise than was promised already.
+    /// Why the runtime of lost instances does not answer, as told last.
+    runtime_fault: String,
+    /// A reload (or the host) left less to promise than was promised already.
     capacity_cut: bool,
     /// Counts changes of state, so that settling knows when it is done.
     changes: u64,
@@ -112,15 +124,14 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// Ids of instances and swaps count up from `first_id`, which must be larger than any used
-    /// before by this installation.
-    pub fn new(catalog: Arc<Catalog>, world: World, first_id: u64) -> Scheduler {
+    /// Ids of instances and swaps count up from `next_ids`, each by itself.
+    pub fn new(catalog: Arc<Catalog>, world: World, next_ids: NextIds) -> Scheduler {
         let models = catalog.models.keys().map(|name| (name.clone(), Model::default())).collect();
         Scheduler {
             catalog,
             world,
             now: Time::ZERO,
-            next_id: first_id,
+            next_ids,
             models,
             instances: BTreeMap::new(),
             swaps: BTreeMap::new(),
@@ -129,6 +140,7 @@ impl Scheduler {
             blocked: BTreeMap::new(),
             last_demand: Time::ZERO,
             shutting_down: false,
+            runtime_fault: String::new(),
             capacity_cut: false,
             changes: 0,
             out: Vec::new(),
@@ -174,7 +186,7 @@ impl Scheduler {
                 self.catalog_changed(catalog);
                 self.note_capacity_cut();
             }
-            Event::RuntimeLost { instances } => self.runtime_lost(&instances),
+            Event::RuntimeLost { instances, why } => self.runtime_lost(&instances, why),
             Event::RuntimeBack { alive, dead } => self.runtime_back(&alive, &dead),
             Event::ShuttingDown => self.shut_down(),
             Event::Woke => {}
@@ -205,6 +217,7 @@ impl Scheduler {
         self.expire_failures();
         self.retry_stops();
         self.expire_waiters();
+        self.expire_lost();
         self.expire_asks();
         self.expire_holds();
     }
@@ -231,12 +244,19 @@ impl Scheduler {
 
     fn note_capacity_cut(&mut self) {
         let over = |g: &GpuInfo| self.promised(g.id) > self.capacity(g.id);
-        self.capacity_cut |= self.world.gpus.iter().any(over);
+        self.capacity_cut |= self.world.gpus.iter().any(over)
+            || self.ram_capacity().is_some_and(|capacity| self.ram_promised() > capacity);
     }
 
-    fn take_id(&mut self) -> u64 {
-        let id = self.next_id;
-        self.next_id += 1;
+    fn take_instance_id(&mut self) -> InstanceId {
+        let id = InstanceId(self.next_ids.instance);
+        self.next_ids.instance += 1;
+        id
+    }
+
+    fn take_swap_id(&mut self) -> SwapId {
+        let id = SwapId(self.next_ids.swap);
+        self.next_ids.swap += 1;
         id
     }
 

@@ -7,6 +7,7 @@ use super::action::Refusal;
 use super::attempt::Attempt;
 use super::memory::{UNSEEN, uses_gpu};
 use super::policy::Candidate;
+use super::ram::HOST;
 use super::record::Phase;
 use super::residency::Instance;
 use crate::config::catalog::{GpuRequest, ModelSpec, SwapMode, Vram};
@@ -37,6 +38,7 @@ pub(super) enum Planned {
     Room(Plan),
     /// Not now: somebody there may not leave yet, or another swap has the GPUs.
     Blocked {
+        /// And [`HOST`](super::ram::HOST), if its RAM is short.
         gpus: Vec<GpuId>,
         why: String,
     },
@@ -79,9 +81,13 @@ impl Scheduler {
         combinations(&gpus, count)
     }
 
-    /// Set if no set of GPUs could ever hold the model beside the pinned ones.
+    /// Set if no set of GPUs, or not the host, could ever hold the model beside the pinned ones.
     pub(super) fn cannot_fit(&self, spec: &ModelSpec) -> Option<Refusal> {
-        if !uses_gpu(spec) {
+        if let Some(refusal) = self.ram_cannot_fit(spec) {
+            return Some(refusal);
+        }
+        let pinned_take_places = self.pinned_take_every_place(spec);
+        if !uses_gpu(spec) && !pinned_take_places {
             return None;
         }
         let sets = self.placements(spec);
@@ -101,11 +107,7 @@ impl Scheduler {
             Some(need) => need.bytes.max(Bytes(1)),
             None => Bytes::ZERO,
         };
-        let pinned_holds_slot = self.single_gpu_model()
-            && self.instances.values().any(|i| {
-                i.model != spec.name && self.is_pinned(i) && i.is_ready() && uses_gpu(&i.spec)
-            });
-        if !pinned_holds_slot
+        if !pinned_take_places
             && sets.iter().any(|set| set.iter().all(|&gpu| need(gpu) <= room(gpu)))
         {
             return None;
@@ -117,7 +119,20 @@ impl Scheduler {
             GpuRequest::Explicit(names) => u16::try_from(names.len()).unwrap_or(u16::MAX),
         };
         let asked = sets.iter().flatten().map(|&g| need(g)).max().unwrap_or_default();
-        Some(Refusal::CannotFit { need: asked, available: best.unwrap_or_default(), gpus })
+        let available = best.unwrap_or_default();
+        Some(Refusal::CannotFit { need: asked, available, gpus, host: false })
+    }
+
+    /// Pinned models are up in every place that `max_concurrent_models` or single-active leaves.
+    fn pinned_take_every_place(&self, spec: &ModelSpec) -> bool {
+        let pinned = || {
+            let up = |i: &&Instance| self.is_pinned(i) && i.is_ready() && !i.spec.is_external();
+            self.instances.values().filter(up).filter(|i| i.model != spec.name)
+        };
+        let cap = self.catalog.settings.swap.max_concurrent_models as usize;
+        let capped = cap > 0 && !spec.is_external() && pinned().count() >= cap;
+        let single = || self.single_gpu_model() && pinned().any(|i| uses_gpu(&i.spec));
+        capped || (uses_gpu(spec) && single())
     }
 
     /// Declared bytes of pinned models that can only be on this GPU.
@@ -239,10 +254,13 @@ impl Scheduler {
             .map(|s| &s.model)
     }
 
-    /// GPUs that a swap has to itself while it makes room: its own and its victims'.
+    /// GPUs that a swap has to itself while it makes room: its own and its victims'; and the
+    /// host, if some of its RAM comes free.
     pub(super) fn claimed(&self, swap: &super::swap::Swap) -> BTreeSet<GpuId> {
         let victims = swap.victims.iter().filter_map(|v| self.instances.get(&v.instance));
-        swap.gpus.iter().copied().chain(victims.flat_map(|i| i.gpus.iter().copied())).collect()
+        let host = victims.clone().any(|i| i.ram() > Bytes::ZERO).then_some(HOST);
+        let on = victims.flat_map(|i| i.gpus.iter().copied());
+        swap.gpus.iter().copied().chain(on).chain(host).collect()
     }
 }
 

@@ -59,7 +59,9 @@ impl Scheduler {
         }
         let mut wanted: BTreeSet<GpuId> = BTreeSet::new();
         for candidate in self.candidates() {
-            if self.is_process_left(&candidate.spec.name) {
+            // Somebody of higher rank may just have been given its place.
+            let name = &candidate.spec.name;
+            if self.is_process_left(name) || self.is_leaving(name) {
                 continue;
             }
             if let Some(refusal) = self.cannot_fit(&candidate.spec) {
@@ -73,7 +75,12 @@ impl Scheduler {
             }
             let urgent = candidate.urgency < Urgency::Normal;
             match (self.plan(&candidate, &wanted), candidate.swap) {
-                (Planned::Room(plan), None) => self.begin_load(&candidate, plan),
+                (Planned::Room(plan), None) => {
+                    let swap = self.begin_load(&candidate, &plan);
+                    if self.wakes(swap) {
+                        self.place(swap, &candidate, plan);
+                    }
+                }
                 (Planned::Room(plan), Some(swap)) => self.place(swap, &candidate, plan),
                 (Planned::Held { gpus }, swap) => {
                     // Awake it would take all it had; started anew it takes what is left.
@@ -81,7 +88,7 @@ impl Scheduler {
                         self.stop_sleeper(sleeper);
                         continue;
                     }
-                    let why = self.holder_text(&gpus, None);
+                    let why = self.memory_text(&candidate.spec.name, &gpus, None);
                     self.blocked.insert(candidate.spec.name.clone(), why);
                     self.held(&candidate, swap, gpus);
                     continue;
@@ -98,8 +105,11 @@ impl Scheduler {
                         self.cancel_swap(swap, "the free memory was taken");
                         continue;
                     }
-                    if let Some(swap) = swap {
-                        self.forget_memory_wait(swap);
+                    match swap {
+                        // It keeps others from what a sleeper holds, and has done nothing yet.
+                        Some(swap) if self.wakes(swap) => self.cancel_swap(swap, &why),
+                        Some(swap) => self.forget_memory_wait(swap),
+                        None => {}
                     }
                     self.blocked.insert(candidate.spec.name.clone(), why);
                     continue;
@@ -134,11 +144,7 @@ impl Scheduler {
         if current.is_some_and(|i| i.release.is_some()) {
             return None;
         }
-        // It fell asleep for somebody who has not got the room yet.
-        let makes_room = |i: &Instance| {
-            self.swaps.values().any(|s| s.is_load() && !s.started && s.has_victim(i.id))
-        };
-        if current.is_some_and(makes_room) {
+        if self.is_leaving(&spec.name) {
             return None;
         }
         match current.map(|i| i.residency) {
@@ -153,6 +159,14 @@ impl Scheduler {
             ) => return None,
         }
         self.describe(spec)
+    }
+
+    /// A swap that has not started yet takes its instance away, or put it to sleep to make room;
+    /// or it sleeps and is due to be unloaded.
+    fn is_leaving(&self, model: &ModelName) -> bool {
+        let leaves = |i: &Instance| self.swaps.values().any(|s| !s.started && s.has_victim(i.id));
+        let outdated = |i: &Instance| i.is_sleeping() && self.unload_due(i).is_some();
+        self.current(model).is_some_and(|i| leaves(i) || outdated(i))
     }
 
     /// The candidate behind a model, also while its swap is under way.
@@ -208,7 +222,9 @@ impl Scheduler {
                 | SwapCause::Unload
                 | SwapCause::Ttl
                 | SwapCause::Reload
-                | SwapCause::Evict,
+                | SwapCause::Evict
+                | SwapCause::Died
+                | SwapCause::Cleanup,
             )
             | None => {}
         }
@@ -241,7 +257,7 @@ impl Scheduler {
     /// When the first waiter of a model became (or becomes) overdue.
     pub(super) fn overdue_since(&self, model: &ModelName) -> Option<Time> {
         let queue = &self.models.get(model)?.queue;
-        queue.iter().map(|w| w.overdue_from + self.max_wait(model, w.request.max_wait)).min()
+        queue.iter().map(|w| w.overdue_from + self.max_wait(&w.request)).min()
     }
 
     /// Whether `instance` may be asked to leave for this candidate; else why not, in words.
@@ -366,7 +382,8 @@ impl Scheduler {
             [_] => format!("frees {frees}"),
             _ => format!("frees {frees} on each of {} GPUs", instance.gpus.len()),
         };
-        format!("{state}, cheapest to bring back ({back}), {room}{how}")
+        let host = if sleeps { String::new() } else { instance.ram_text() };
+        format!("{state}, cheapest to bring back ({back}), {room}{host}{how}")
     }
 
     /// Old instances of a model whose process may still be there: a new one would meet its name,

@@ -119,6 +119,9 @@ impl Scheduler {
         };
         let keep = keep.min(instance.promise.unwrap_or_default());
         let gpus = instance.gpus.clone();
+        if instance.is_stopping() {
+            self.memory.host_freed += instance.ram();
+        }
         let free_before = gpus
             .iter()
             .filter_map(|&gpu| Some((gpu, self.sampled(gpu)?.free)))
@@ -152,7 +155,7 @@ impl Scheduler {
         }
         let was_up = instance.served;
         if instance.trouble.is_some() {
-            let text = format!("memory of {model} ({id}) came back after {} s", took.as_secs());
+            let text = format!("memory of {model} came back after {} s", took.as_secs());
             self.emit(Action::Notice { model: Some(model.clone()), text });
         } else if was_up {
             self.learn_move(&model, MoveKind::Stop, took);

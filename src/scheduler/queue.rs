@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Scheduler;
 use super::action::{Action, Refusal};
 use super::event::{Fault, Learned, Request};
-use super::residency::Instance;
+use super::residency::{Instance, Residency};
 use crate::units::{InstanceId, ModelName, Priority, RequestId, SwapId, Time};
 
 /// Head start of one priority class over the next within a model's queue: bounded, so that a
@@ -14,6 +14,8 @@ const CLASS_HEAD_START: Duration = Duration::from_secs(30);
 /// First back-off after a failed start; doubles up to the largest.
 const BACKOFF_FIRST: Duration = Duration::from_secs(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(600);
+/// How long a runtime that stopped answering is waited for: a restart of Docker takes seconds.
+pub(super) const RUNTIME_WAIT: Duration = Duration::from_secs(10);
 
 /// What the scheduler keeps of a model beside its instances.
 #[derive(Clone, Debug, Default)]
@@ -63,7 +65,9 @@ pub(super) struct Failure {
 
 impl Scheduler {
     pub(super) fn arrived(&mut self, request: Request) {
-        self.last_demand = self.now;
+        if !request.never_start {
+            self.last_demand = self.now;
+        }
         let model = request.model.clone();
         if let Err(refusal) = self.admit(&request) {
             self.emit(Action::Refuse { request: request.id, refusal });
@@ -105,7 +109,12 @@ impl Scheduler {
         {
             return Err(failure.refusal.clone());
         }
-        if self.current(&request.model).is_none()
+        if let Some(refusal) = self.runtime_gone(&request.model) {
+            return Err(refusal);
+        }
+        // One that is away, or asleep, and was configured anew meanwhile will not serve again.
+        let serves = |i: &Instance| i.is_ready() || spec.is_same(&i.spec);
+        if !self.current(&request.model).is_some_and(serves)
             && let Some(refusal) = self.cannot_fit(spec)
         {
             return Err(refusal);
@@ -238,6 +247,30 @@ impl Scheduler {
                 };
                 self.emit(Action::Refuse { request: waiter.request.id, refusal });
             }
+            self.changed();
+        }
+    }
+
+    /// When waiting for the lost runtime of the model's instance ends.
+    pub(super) fn runtime_due(&self, model: &ModelName) -> Option<Time> {
+        let instance = self.current(model)?;
+        matches!(instance.residency, Residency::Lost { .. }).then(|| instance.since + RUNTIME_WAIT)
+    }
+
+    /// What those who want a model hear whose runtime has been away for long.
+    pub(super) fn runtime_gone(&self, model: &ModelName) -> Option<Refusal> {
+        let message = self.runtime_fault.clone();
+        (self.runtime_due(model)? <= self.now).then_some(Refusal::RuntimeLost { message })
+    }
+
+    /// Refuses who waited for a runtime to come back; its instances stay lost, their bytes promised.
+    pub(super) fn expire_lost(&mut self) {
+        let names: Vec<ModelName> =
+            self.models.keys().filter(|name| self.is_wanted(name)).cloned().collect();
+        for name in names {
+            let Some(refusal) = self.runtime_gone(&name) else { continue };
+            self.refuse_queue(&name, &refusal);
+            self.refuse_all_asks(&name, &refusal);
             self.changed();
         }
     }

@@ -84,7 +84,12 @@ pub enum SwapCause {
     Unload,
     Ttl,
     Reload,
+    /// Its memory was wanted by another.
     Evict,
+    /// It ended by itself; what it left behind is cleared up.
+    Died,
+    /// A second instance of one model, or one whose first stop failed.
+    Cleanup,
 }
 
 impl SwapCause {
@@ -99,6 +104,8 @@ impl SwapCause {
             SwapCause::Ttl => "ttl",
             SwapCause::Reload => "reload",
             SwapCause::Evict => "evict",
+            SwapCause::Died => "died",
+            SwapCause::Cleanup => "cleanup",
         }
     }
 }
@@ -116,16 +123,29 @@ pub struct Eviction {
 pub enum SwapOutcome {
     Ready,
     Unloaded,
+    /// It had ended by itself; its memory is proven free.
+    Died(Fault),
     Failed(Fault),
-    Cancelled { why: String },
+    Cancelled {
+        why: String,
+    },
 }
 
 impl SwapOutcome {
+    /// What went wrong, if something did.
+    pub const fn fault(&self) -> Option<&Fault> {
+        match self {
+            SwapOutcome::Failed(fault) | SwapOutcome::Died(fault) => Some(fault),
+            SwapOutcome::Ready | SwapOutcome::Unloaded | SwapOutcome::Cancelled { .. } => None,
+        }
+    }
+
     /// Value of the `result` label.
     pub const fn as_str(&self) -> &'static str {
         match self {
             SwapOutcome::Ready => "ready",
             SwapOutcome::Unloaded => "unloaded",
+            SwapOutcome::Died(_) => "died",
             SwapOutcome::Failed(_) => "failed",
             SwapOutcome::Cancelled { .. } => "cancelled",
         }
@@ -171,6 +191,8 @@ impl ResidencyView {
 pub struct SchedulerView {
     pub models: Vec<ModelView>,
     pub gpus: Vec<GpuView>,
+    #[serde(default)]
+    pub ram: RamView,
     /// Swaps under way, oldest first.
     pub swaps: Vec<SwapRecord>,
     pub queued: u32,
@@ -196,6 +218,17 @@ pub struct ModelView {
     pub ready_in: Option<Duration>,
     /// Why it still waits, in words; empty when nothing waits.
     pub waiting_for: String,
+}
+
+/// Host RAM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RamView {
+    /// Declared, else what the kernel says; `None`: unknown, no limit.
+    pub total: Option<Bytes>,
+    /// As last sampled.
+    pub available: Option<Bytes>,
+    pub promised: Bytes,
+    pub promised_to: Vec<ModelName>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -161,6 +161,8 @@ pub(super) struct Instance {
     pub promise: Option<Bytes>,
     /// Bytes kept while asleep.
     pub residue: Bytes,
+    /// Bytes in host RAM because it sleeps at level 1.
+    pub weights: Bytes,
     pub residency: Residency,
     pub since: Time,
     pub moving: Option<Move>,
@@ -203,6 +205,7 @@ impl Instance {
             gpus: Vec::new(),
             promise: None,
             residue: Bytes::ZERO,
+            weights: Bytes::ZERO,
             residency,
             since: now,
             moving: None,
@@ -251,6 +254,10 @@ impl Instance {
         matches!(self.residency, Residency::Sleeping { .. })
     }
 
+    pub fn is_lost(&self) -> bool {
+        matches!(self.residency, Residency::Lost { .. })
+    }
+
     /// The process may still be there.
     pub fn may_run(&self) -> bool {
         !(self.is_stopping() && self.release.is_some())
@@ -295,7 +302,12 @@ impl Instance {
     /// Bytes that a release would bring on each GPU, as far as known.
     pub fn held(&self) -> Bytes {
         let promise = self.promise.unwrap_or_default();
-        self.measured.map_or(promise, |measured| measured.min(promise))
+        match self.measured {
+            // The peak was measured awake; it has slept since.
+            Some(measured) if self.awake > Bytes::ZERO => measured.min(promise),
+            Some(measured) => measured,
+            None => promise,
+        }
     }
 }
 

@@ -19,7 +19,9 @@ impl Scheduler {
         });
         let asks = self.asks.values().map(|a| (a.deadline, WakeCause::AskDeadline));
         let instances = self.instances.values().flat_map(|i| self.instance_deadlines(i));
-        waiters.chain(asks).chain(instances).filter(|(at, _)| *at < Time::MAX)
+        let lost = self.models.keys().filter(|name| self.is_wanted(name));
+        let lost = lost.filter_map(|name| Some((self.runtime_due(name)?, WakeCause::RuntimeWait)));
+        waiters.chain(asks).chain(lost).chain(instances).filter(|(at, _)| *at < Time::MAX)
     }
 
     fn instance_deadlines(&self, i: &Instance) -> impl Iterator<Item = Due> + use<> {

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::Scheduler;
-use super::memory::UNSEEN;
+use super::event::Holder;
+use super::memory::{UNSEEN, name_holders};
 use super::policy::seconds;
 use super::record::{GpuView, ModelView, Phase, ResidencyView, SchedulerView};
 use super::residency::{Instance, Residency};
@@ -28,6 +29,7 @@ impl Scheduler {
                     free: self.sampled(g.id).map(|m| m.free),
                 })
                 .collect(),
+            ram: self.ram_view(),
             swaps: self.swaps.values().map(|s| s.record(self.now, None)).collect(),
             queued: u32::try_from(self.queued()).unwrap_or(u32::MAX),
             no_proof: self.memory.no_proof.as_ref().map(|n| n.message.clone()),
@@ -129,7 +131,7 @@ impl Scheduler {
         let estimate = self
             .ready_in(name)
             .filter(|left| !left.is_zero())
-            .map(|left| format!(", about {}", seconds(left)))
+            .map(|left| format!(", ready in about {}", seconds(left)))
             .unwrap_or_default();
         if let Some(swap) = self.load_of(name) {
             return format!("{}{estimate}", self.swap_waits_for(swap));
@@ -153,7 +155,9 @@ impl Scheduler {
                 let next = next.unwrap_or_else(|| "a restart".to_owned());
                 format!("its next turn, after {next}{estimate}")
             }
-            Residency::Lost { .. } => "its runtime, which does not answer".to_owned(),
+            Residency::Lost { .. } => {
+                format!("its runtime, which does not answer: {}", self.runtime_fault)
+            }
             Residency::FallingAsleep | Residency::Sleeping { .. } => self
                 .blocked
                 .get(name)
@@ -166,8 +170,8 @@ impl Scheduler {
 
     fn leaving_text(&self, leaving: &Instance) -> String {
         match &leaving.trouble {
-            Some(fault) => fault.message.clone(),
-            None => format!("its earlier instance {} to be gone", leaving.id),
+            Some(fault) => fault.public_message().to_owned(),
+            None => format!("the earlier {} to be gone", leaving.model),
         }
     }
 
@@ -219,34 +223,36 @@ impl Scheduler {
                     .filter_map(|&g| Some((g, self.sampled(g)?)))
                     .map(|(g, m)| (g, m.total - m.free))
                     .max_by_key(|(_, used)| *used);
-                let holder = self.largest_holder(swap);
+                let holder = self.leaving_holders(swap);
                 match (holder, held) {
                     (Some(text), _) => text,
                     (None, Some((gpu, used))) => format!("{used} still in use on GPU {gpu}"),
                     (None, None) => "a reading of the GPU memory".to_owned(),
                 }
             }
-            Err(StartBlock::Held) => self.holder_text(&swap.gpus, None),
+            Err(StartBlock::Held) => self.memory_text(&swap.model, &swap.gpus, None),
             Err(StartBlock::Moving(why) | StartBlock::Process(why)) => why,
             Err(StartBlock::NoProof) => "a reading of the GPU memory".to_owned(),
             Err(StartBlock::Stale) | Ok(_) => "start".to_owned(),
         }
     }
 
-    /// "9.1 GiB still held by pid 4711 (vllm)".
-    fn largest_holder(&self, swap: &Swap) -> Option<String> {
+    /// "9.1 GiB still held by pid 4711 (vllm), 2.0 GiB by pid 4712 (vllm)".
+    fn leaving_holders(&self, swap: &Swap) -> Option<String> {
         let leaving = |pid: u32, of: Option<crate::units::InstanceId>| {
             self.instances.values().any(|i| {
                 i.is_stopping() && (of == Some(i.id) || (of.is_none() && i.pids.contains(&pid)))
             })
         };
-        swap.gpus
+        let mut holders: Vec<(GpuId, &Holder)> = swap
+            .gpus
             .iter()
             .filter_map(|&g| self.sampled(g))
-            .flat_map(|m| m.holders.iter())
-            .filter(|h| leaving(h.pid, h.instance))
-            .max_by_key(|h| h.bytes)
-            .map(|h| format!("{} still held by pid {} ({})", h.bytes, h.pid, h.label))
+            .flat_map(|m| m.holders.iter().map(move |h| (m.gpu, h)))
+            .filter(|(_, h)| leaving(h.pid, h.instance))
+            .collect();
+        holders.sort_by_key(|(gpu, h)| (std::cmp::Reverse(h.bytes), *gpu, h.pid));
+        name_holders(&holders, "still held", |(_, h)| h.bytes.to_string())
     }
 }
 

@@ -27,7 +27,8 @@ use self::server::Server;
 use self::workers::Workers;
 
 /// Runs until it is told to end, fails, or crashes as it was told to.
-pub async fn run(options: Options) -> io::Result<ExitCode> {
+pub async fn run(mut options: Options) -> io::Result<ExitCode> {
+    options.take_key_from_env();
     if options.load.worker {
         workers::work().await?;
         return Ok(ExitCode::SUCCESS);

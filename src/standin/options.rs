@@ -33,7 +33,7 @@ pub struct Options {
     /// Which engine it resembles while loading, in its log and on its paths
     #[arg(long, value_enum, default_value_t = Style::Plain)]
     pub style: Style,
-    /// Key that /v1 paths demand as `Authorization: Bearer KEY`
+    /// Key that /v1 paths demand as `Authorization: Bearer KEY`; else VLLM_API_KEY or LLAMA_API_KEY
     #[arg(long)]
     pub api_key: Option<String>,
 
@@ -224,6 +224,16 @@ impl FromStr for Shutdown {
 }
 
 impl Options {
+    /// As the engines it stands in for take their key.
+    pub fn take_key_from_env(&mut self) {
+        let named = |name| std::env::var(name).ok().filter(|key| !key.is_empty());
+        self.api_key = self
+            .api_key
+            .take()
+            .or_else(|| named("VLLM_API_KEY"))
+            .or_else(|| named("LLAMA_API_KEY"));
+    }
+
     /// The name that an answer to `asked` carries; `None`: that model is not served.
     pub fn served_as(&self, asked: &str) -> Option<&str> {
         let first = self.names.first().map_or("standin", String::as_str);

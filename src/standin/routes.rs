@@ -50,7 +50,8 @@ async fn unknown(OriginalUri(uri): OriginalUri) -> Response {
 }
 
 async fn authorize(State(engine): State<Arc<Engine>>, request: Request, next: Next) -> Response {
-    if let Some(key) = &engine.options.api_key {
+    let is_public = engine.options.style == Style::Llamacpp && request.uri().path() == "/v1/models";
+    if let Some(key) = engine.options.api_key.as_ref().filter(|_| !is_public) {
         let given = request.headers().get(header::AUTHORIZATION);
         let given = given.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
         if given != Some(key) {

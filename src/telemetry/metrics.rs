@@ -181,7 +181,7 @@ impl Swaps {
             restarts: counter(
                 r,
                 "orchestrator_instance_restarts_total",
-                "Instances started again after one died by itself.",
+                "Starts that ended ready after the instance before had died by itself.",
                 &["model"],
             ),
         }
@@ -310,13 +310,16 @@ impl Models {
     }
 }
 
-/// Gauges of GPUs and of what Wharf needs, set at each scrape.
+/// Gauges of GPUs, of host RAM and of what Wharf needs, set at each scrape.
 #[derive(Debug)]
 pub(super) struct Machine {
     pub memory_used: GaugeVec,
     pub memory_total: GaugeVec,
     pub memory_promised: GaugeVec,
     pub utilization: GaugeVec,
+    pub host_total: GaugeVec,
+    pub host_available: GaugeVec,
+    pub host_promised: GaugeVec,
     pub component_up: IntGaugeVec,
 }
 
@@ -346,6 +349,24 @@ impl Machine {
                 "orchestrator_gpu_utilization_ratio",
                 "Share of time in which the GPU was busy, 0 to 1.",
                 &["gpu"],
+            ),
+            host_total: gauge_f64(
+                r,
+                "orchestrator_host_memory_total_bytes",
+                "Host RAM, declared or as the kernel says; absent where it is not known.",
+                &[],
+            ),
+            host_available: gauge_f64(
+                r,
+                "orchestrator_host_memory_available_bytes",
+                "Host RAM that programs can still get, as last read; absent where it is not.",
+                &[],
+            ),
+            host_promised: gauge_f64(
+                r,
+                "orchestrator_host_memory_promised_bytes",
+                "Host RAM promised to instances until their end.",
+                &[],
             ),
             component_up: gauge(
                 r,

@@ -45,6 +45,7 @@ pub(super) fn render(metrics: &Metrics, handle: &Handle) -> String {
     }
     read_models(metrics, handle, &catalog, &view);
     read_gpus(metrics, &view);
+    read_host(metrics, &view);
     read_components(metrics, &view);
 
     let mut text = Vec::new();
@@ -188,6 +189,21 @@ fn read_gpus(metrics: &Metrics, view: &View) {
         }
         if let Some(utilization) = gpu.utilization {
             metrics.machine.utilization.with_label_values(&label).set(f64::from(utilization));
+        }
+    }
+}
+
+fn read_host(metrics: &Metrics, view: &View) {
+    let (machine, ram) = (&metrics.machine, &view.scheduler.ram);
+    let known = [
+        (&machine.host_total, ram.total),
+        (&machine.host_available, ram.available),
+        (&machine.host_promised, Some(ram.promised)),
+    ];
+    for (gauge, bytes) in known {
+        gauge.reset();
+        if let Some(bytes) = bytes {
+            gauge.with_label_values::<&str>(&[]).set(bytes.0 as f64);
         }
     }
 }

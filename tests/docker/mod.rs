@@ -15,13 +15,11 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use wharf::config::catalog::{
-    AuthSettings, Catalog, DockerSpec, EngineKind, GpuProvider, GpuRequest, GpuSettings, Health,
-    ModelSpec, OnExit, PullPolicy, QueueSettings, RuntimeSpec, Settings, StopSpec, SwapMode,
-    SwapSettings, Vram, WaitingSettings, WaitingStyle,
+    Catalog, DockerSpec, GpuRequest, Health, ModelSpec, PullPolicy, RuntimeSpec, Settings, StopSpec,
 };
 use wharf::runtime::docker::DockerRuntime;
-use wharf::runtime::{Found, Identity, LaunchSpec, Running};
-use wharf::units::{Bytes, InstanceId, ModelName, Priority};
+use wharf::runtime::{Found, Identity, LaunchKey, LaunchSpec, Running, RuntimeHandle};
+use wharf::units::{InstanceId, ModelName};
 
 pub const BUSYBOX: &str = "wharf-test/busybox:1";
 /// Ample for a machine that is busy with other things.
@@ -112,6 +110,7 @@ impl Yard {
             container_port: 8000,
             args: Vec::new(),
             env: BTreeMap::new(),
+            api_key: LaunchKey::None,
             log_dir: PathBuf::new(),
         }
     }
@@ -125,8 +124,22 @@ impl Yard {
         list.into_iter().filter_map(|container| container.id).collect()
     }
 
+    /// Docker removes what ends by itself (`auto_remove`) a moment after we are told of the end.
+    pub async fn nothing_is_left(&self) {
+        eventually("nothing is left", async || self.containers().await.is_empty().then_some(()))
+            .await;
+    }
+
     pub async fn found(&self) -> Vec<Found> {
-        self.runtime.find(&self.installation).await.expect("the containers")
+        let all = self.runtime.find(&self.installation).await.expect("the containers");
+        assert!(all.silent.is_empty(), "{all:?}");
+        all.found
+    }
+
+    pub async fn is_alive(&self, running: &Running) -> bool {
+        let RuntimeHandle::Docker { id, .. } = &running.handle else { panic!("no container") };
+        let ids = [id.clone()];
+        self.runtime.running_of(&ids).await.expect("an answer").contains(id)
     }
 
     pub async fn clean(&self) {
@@ -155,79 +168,20 @@ impl Drop for Yard {
 
 pub fn model(runtime: RuntimeSpec) -> ModelSpec {
     ModelSpec {
-        name: ModelName::new("org/busy:1"),
-        aliases: Vec::new(),
-        display_name: None,
-        description: None,
-        model_type: "llm".to_owned(),
-        tags: Vec::new(),
-        unlisted: false,
-        engine: EngineKind::Openai,
         runtime,
         gpus: GpuRequest::None,
-        vram: Vram::Unknown,
-        ram: None,
-        size_gb: None,
-        priority: Priority::Normal,
-        pinned: false,
-        warmup: false,
-        ttl: None,
-        concurrency: None,
         health: Health { path: Some("/health".to_owned()), stall: DEADLINE },
-        start_timeout: None,
         stop: stop_spec(5),
-        canary: false,
-        upstream_name: None,
-        port: None,
-        waiting: None,
-        sleep: None,
-        line: 1,
+        ..ModelSpec::plain("org/busy:1")
     }
 }
 
 /// Those models, with settings of no importance here.
 pub fn catalog(models: impl IntoIterator<Item = (ModelName, Arc<ModelSpec>)>) -> Catalog {
-    let second = Duration::from_secs(1);
-    let nowhere = ([127, 0, 0, 1], 0).into();
     Catalog {
         models: models.into_iter().collect(),
         aliases: BTreeMap::new(),
-        settings: Settings {
-            gateway: nowhere,
-            orchestrator: nowhere,
-            swap: SwapSettings {
-                mode: SwapMode::MultiActive,
-                max_concurrent_models: 0,
-                max_wait: None,
-                min_residency: second,
-                drain_timeout: second,
-                vram_timeout: second,
-                start_timeout: second,
-                shutdown_timeout: second,
-                on_exit: OnExit::Stop,
-            },
-            queue: QueueSettings {
-                limit: 1,
-                per_model: 1,
-                timeout: second,
-                body_limit: Bytes::mib(1),
-                total_bodies: Bytes::mib(1),
-            },
-            gpu: GpuSettings {
-                provider: GpuProvider::None,
-                reserve: Bytes::ZERO,
-                memory: Vec::new(),
-                release_lag: Duration::ZERO,
-                foreign: Vec::new(),
-            },
-            engine_ports: (18051, 18999),
-            store: PathBuf::new(),
-            auth: AuthSettings::default(),
-            docker_host: None,
-            cors: Vec::new(),
-            hosts: Vec::new(),
-            waiting: WaitingSettings { style: WaitingStyle::Off, after: second },
-        },
+        settings: Settings::default(),
     }
 }
 

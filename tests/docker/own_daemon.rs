@@ -36,7 +36,7 @@ async fn the_daemon_may_go_away_and_come_back() {
     daemon.up();
     health.wait_for(|health| health.ok).await.expect("healthy again");
     exit_of(&dying).await;
-    assert!(yard.runtime.is_alive(&lasting).await.expect("an answer"));
+    assert!(yard.is_alive(&lasting).await);
     assert!(lasting.exit.borrow().is_none());
     healthy(&lasting.endpoint.base).await;
     yard.runtime.stop(&lasting, &stop_spec(2)).await.expect("a stop");
@@ -61,7 +61,7 @@ async fn containers_that_end_with_the_daemon_are_reported() {
     daemon.up();
     health.wait_for(|health| health.ok).await.expect("healthy again");
     exit_of(&running).await;
-    assert!(!yard.runtime.is_alive(&running).await.expect("an answer"));
+    assert!(!yard.is_alive(&running).await);
     yard.clean().await;
 }
 

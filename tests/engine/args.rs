@@ -140,7 +140,7 @@ fn contradictions_name_argument_and_fix() {
         ("--enable-sleep-mode", |_| {}, "--enable-sleep-mode", "sleep: 1"),
         ("-tp 4", |spec| spec.gpus = GpuRequest::Count(2), "--tensor-parallel-size", "gpus: 4"),
         ("--host localhost", |_| {}, "--host", "0.0.0.0"),
-        ("--api-key x", |_| {}, "--api-key", "remove"),
+        ("--ssl-keyfile k.pem", |_| {}, "--ssl-keyfile", "remove"),
         (
             "--port 9",
             |spec| {
@@ -166,12 +166,20 @@ fn agreement_is_no_contradiction() {
         (1, "vllm serve x --served-model-name x coder --port ${PORT} --host 127.0.0.1"),
         (4, "vllm serve x --served-model-name ${MODEL} -tp 2 -pp 2"),
         (1, "vllm serve x --gpu-memory-utilization 0.9"),
+        (1, "vllm serve x --api-key pa$$word"),
     ];
     for (gpus, command) in fine {
         let mut spec = model(EngineKind::Vllm, process(command));
         spec.gpus = GpuRequest::Count(gpus);
         assert_eq!(contradictions(&spec), Vec::new(), "{command}");
     }
+    let hidden =
+        model(EngineKind::Vllm, process("sh -c 'exec vllm serve x --port ${PORT} --api-key $K'"));
+    let found = contradictions(&hidden);
+    assert!(
+        found.iter().any(|(flag, why)| flag == "--api-key" && why.contains("${env.")),
+        "{found:?}"
+    );
     let generic = model(EngineKind::Openai, process("server --api-key x --port 9"));
     assert_eq!(contradictions(&generic), Vec::new());
 }

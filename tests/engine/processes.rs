@@ -3,12 +3,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::model_support::{model, process};
 use crate::world::{LONG, skip};
 use tokio::time::Instant;
-use wharf::config::catalog::{EngineKind, ModelSpec};
-use wharf::engine::{canary, derive, sleep, wait_ready, wake};
+use wharf::config::catalog::{EngineKind, ModelSpec, RuntimeSpec};
+use wharf::engine::{canary, derive, launch_key, sleep, wait_ready, wake};
 use wharf::runtime::process::ProcessRuntime;
 use wharf::runtime::{GpuDevice, Identity, LaunchSpec, Progress, ProgressNow, Running};
 use wharf::scheduler::event::{Fault, FaultKind};
@@ -44,8 +45,12 @@ impl Started {
     }
 
     async fn ready(&self) -> (Result<(), Fault>, ProgressNow) {
+        self.ready_within(LONG).await
+    }
+
+    async fn ready_within(&self, limit: Duration) -> (Result<(), Fault>, ProgressNow) {
         let (progress, seen) = Progress::new();
-        let deadline = Instant::now() + LONG;
+        let deadline = Instant::now() + limit;
         let result = wait_ready(&self.spec, &self.running, &progress, deadline).await;
         let seen = seen.borrow().clone();
         (result, seen)
@@ -73,6 +78,7 @@ fn launch(spec: &Arc<ModelSpec>, port: u16, logs: &Path) -> LaunchSpec {
         container_port: derived.container_port,
         args: derived.args,
         env: derived.env,
+        api_key: launch_key(spec, |_| None).expect("randomness"),
         log_dir: logs.to_owned(),
     }
 }
@@ -128,6 +134,23 @@ async fn a_crash_while_loading_is_seen_at_once() {
     let fault = started.ready().await.0.expect_err("a fault");
     assert_eq!(fault.kind, FaultKind::Exited, "{fault:?}");
     assert!(fault.message.contains("it broke"), "{}", fault.message);
+    started.stop().await;
+}
+
+/// As llama.cpp prints its load: dots, of which the line ends with the load.
+#[tokio::test]
+async fn dots_on_one_line_are_no_stall() {
+    let mut spec = model(EngineKind::Llamacpp, process("x"));
+    let RuntimeSpec::Process(process) = &mut spec.runtime else { panic!("a process") };
+    let script = "while :; do printf .; sleep 0.05; done";
+    process.argv = ["sh", "-c", script].map(str::to_owned).into();
+    spec.health.stall = Duration::from_secs(2);
+    let started = Started::new(spec).await;
+    let (result, progress) = started.ready_within(Duration::from_secs(4)).await;
+    let fault = result.expect_err("never ready");
+    assert_eq!(fault.kind, FaultKind::TimedOut, "{fault:?}");
+    assert_eq!(progress.stage, "load_weights");
+    assert!(progress.fraction.is_some(), "{progress:?}");
     started.stop().await;
 }
 

@@ -163,6 +163,30 @@ async fn log_lines_put_a_stall_off() {
 }
 
 #[tokio::test]
+async fn a_line_that_grows_puts_a_stall_off_and_tells_how_far_it_is() {
+    let world = World::silent();
+    let mut spec = spec(EngineKind::Llamacpp);
+    spec.health.stall = SHORT * 4;
+    let log = world.running.log.clone();
+    let dots = async move {
+        for count in 1..=40 {
+            log.grow(&".".repeat(count));
+            tokio::time::sleep(SHORT / 5).await;
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        (result, progress) = world.ready(&spec, SHORT * 8) => {
+            assert_fault(result, FaultKind::TimedOut, &["start_timeout", "phase load_weights"]);
+            assert_eq!(progress.stage, "load_weights");
+            assert!(progress.fraction.is_some_and(|part| part > 0.04), "{progress:?}");
+        }
+        () = dots => {}
+    }
+    assert!(world.running.log.last(9).is_empty());
+}
+
+#[tokio::test]
 async fn an_engine_that_answers_wrongly_is_never_healthy() {
     let world = World::serving(|_, _| (500, "it is broken".to_owned())).await;
     let mut spec = spec(EngineKind::Openai);
@@ -221,9 +245,18 @@ async fn a_stranger_on_the_port_is_not_vouched_for() {
 }
 
 #[tokio::test]
-async fn https_is_refused_clearly() {
-    let mut world = World::silent();
-    world.running.endpoint.base = "https://gpu2.lan:8000".to_owned();
+async fn a_path_of_the_endpoint_precedes_that_of_the_question() {
+    let mut world = World::serving(|_, _| (200, String::new())).await;
+    world.running.endpoint.base.push_str("/api");
     let (result, _) = world.ready(&spec(EngineKind::Openai), LONG).await;
-    assert_fault(result, FaultKind::BadSpec, &["https"]);
+    assert_eq!(result, Ok(()));
+    assert!(world.asked()[0].starts_with("GET /api/"), "{:?}", world.asked());
+}
+
+#[tokio::test]
+async fn what_is_no_http_url_is_refused_clearly() {
+    let mut world = World::silent();
+    world.running.endpoint.base = "ftp://gpu2.lan:8000".to_owned();
+    let (result, _) = world.ready(&spec(EngineKind::Openai), LONG).await;
+    assert_fault(result, FaultKind::BadSpec, &["ftp://gpu2.lan:8000", "http://"]);
 }

@@ -76,7 +76,7 @@ impl World {
                 gpus: vec![GpuId(0)],
                 port,
             },
-            endpoint: Endpoint { base: format!("http://127.0.0.1:{port}"), api_key: None },
+            endpoint: Endpoint::new(format!("http://127.0.0.1:{port}"), None),
             handle: RuntimeHandle::External,
             log: LogTail::new(),
             exit: ended,

@@ -75,10 +75,23 @@ async fn short_paths_and_other_content_types_work() {
 }
 
 #[tokio::test]
+async fn a_path_of_the_endpoint_precedes_that_of_the_request() {
+    let mut world = World::new().await;
+    let mut endpoint = world.engine.endpoint();
+    endpoint.base.push_str("/api");
+    world.gate(1, endpoint, 8);
+    let reply = world.spawn(world.post(CHAT, ASK));
+    let exchange = world.engine.request().await;
+    assert!(exchange.head.starts_with("post /api/v1/chat/completions "), "{}", exchange.head);
+    exchange.answer_json("{}").await;
+    assert_eq!(reply.await.unwrap().status(), 200);
+}
+
+#[tokio::test]
 async fn credentials_and_hop_by_hop_headers_stay_here() {
     let mut world = World::new().await;
     let mut endpoint = world.engine.endpoint();
-    endpoint.api_key = Some("engine-key".into());
+    endpoint.api_key = wharf::runtime::EngineKey::new("engine-key");
     world.gate(1, endpoint, 8);
     let mut request = world.post(CHAT, ASK);
     for (name, value) in [
@@ -244,19 +257,21 @@ async fn never_start_asks_the_owner_without_touching_an_idle_model() {
     assert!(message.contains("X-Wharf-Start"), "{message}");
 
     let gate = world.ready();
-    let used = world.handle.last_used_for_tests(&gate);
+    let before = Handle::demand_for_tests(&gate);
     // The owner's clock counts milliseconds: a trace would show.
-    until("time passed", || world.handle.now() > used + Duration::from_millis(2)).await;
+    until("time passed", || world.handle.now() > before.last_used + Duration::from_millis(2)).await;
     let reply = world.spawn(never(&world));
     world.engine.request().await.answer_json("{}").await;
     assert_eq!(reply.await.unwrap().status(), 200);
     until("the lease ended", || gate.in_flight() == 0).await;
-    assert_eq!(world.handle.last_used_for_tests(&gate), used);
+    assert_eq!(Handle::demand_for_tests(&gate), before);
+    assert_eq!(gate.granted(), 1, "but it was served");
 
     let reply = world.spawn(world.post(CHAT, ASK));
     world.engine.request().await.answer_json("{}").await;
     reply.await.unwrap();
-    assert!(world.handle.last_used_for_tests(&gate) > used);
+    let after = Handle::demand_for_tests(&gate);
+    assert!(after.last_used > before.last_used && after.granted == 1);
 }
 
 #[tokio::test]

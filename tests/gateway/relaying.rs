@@ -1,14 +1,17 @@
 //! Streams: frame by frame, and every way in which they end.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use http_body_util::BodyExt;
 use tokio::io::AsyncWriteExt;
+use tokio::task::JoinHandle;
 use wharf::config::catalog::{Catalog, EngineKind};
 use wharf::gateway::Limits;
 use wharf::orchestrator::Handle;
 
-use crate::support::{World, timely, until};
+use crate::support::{Exchange, Reply, World, timely, until};
 
 const CHAT: &str = "/v1/chat/completions";
 const STREAM: &str = r#"{"model":"mistral","stream":true}"#;
@@ -21,13 +24,28 @@ const USAGE: &str =
     "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2}}\n\n";
 const DONE: &str = "data: [DONE]\n\n";
 
+/// A request that is with its engine, which has sent the head of a stream.
+async fn forwarded(world: &mut World, body: &'static str) -> (JoinHandle<Reply>, Exchange) {
+    let reply = world.spawn(world.post(CHAT, body));
+    let mut exchange = world.engine.request().await;
+    exchange.stream().await;
+    (reply, exchange)
+}
+
+/// A stream whose first event has reached the client.
+async fn begun(world: &mut World) -> (Reply, Exchange) {
+    let (reply, mut exchange) = forwarded(world, STREAM).await;
+    exchange.chunk(&event("a")).await;
+    let mut reply = reply.await.unwrap();
+    assert_eq!(reply.part().await.unwrap(), event("a"));
+    (reply, exchange)
+}
+
 #[tokio::test]
 async fn every_frame_leaves_before_the_next_one_comes() {
     let mut world = World::new().await;
     let gate = world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
+    let (reply, mut exchange) = forwarded(&mut world, STREAM).await;
     let mut reply = reply.await.unwrap();
     assert_eq!(reply.headers()["content-type"], "text/event-stream");
     assert!(reply.headers()["server-timing"].to_str().unwrap().contains("upstream;dur="));
@@ -47,13 +65,11 @@ async fn every_frame_leaves_before_the_next_one_comes() {
 async fn usage_is_asked_for_and_taken_out_again() {
     let mut world = World::new().await;
     world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
+    let (reply, mut exchange) = forwarded(&mut world, STREAM).await;
     assert_eq!(
         exchange.body,
         br#"{"stream_options":{"include_usage":true},"model":"mistral","stream":true}"#
     );
-    exchange.stream().await;
     exchange.chunk(&event("a")).await;
     // Cut in the middle: the client sees none of it.
     let (head, tail) = USAGE.split_at(30);
@@ -68,10 +84,8 @@ async fn usage_that_the_client_asked_for_reaches_it() {
     let mut world = World::new().await;
     world.ready();
     let body = r#"{"model":"mistral","stream":true,"stream_options":{"include_usage":true}}"#;
-    let reply = world.spawn(world.post(CHAT, body));
-    let mut exchange = world.engine.request().await;
+    let (reply, mut exchange) = forwarded(&mut world, body).await;
     assert_eq!(exchange.body, body.as_bytes());
-    exchange.stream().await;
     exchange.chunk(&format!("{}{USAGE}{DONE}", event("a"))).await;
     exchange.end().await;
     assert_eq!(reply.await.unwrap().text().await, format!("{}{USAGE}{DONE}", event("a")));
@@ -84,15 +98,17 @@ async fn streams_stay_untouched_where_usage_is_not_wanted() {
             std::sync::Arc::make_mut(spec).engine = EngineKind::Llamacpp;
         }
     };
-    let off = Limits { inject_usage: false, ..Limits::default() };
+    let off = |catalog: &mut Catalog| {
+        for spec in catalog.models.values_mut() {
+            std::sync::Arc::make_mut(spec).include_usage = false;
+        }
+    };
     for mut world in
-        [World::with(llamacpp, Limits::default()).await, World::with(|_| {}, off).await]
+        [World::with(llamacpp, Limits::default()).await, World::with(off, Limits::default()).await]
     {
         world.ready();
-        let reply = world.spawn(world.post(CHAT, STREAM));
-        let mut exchange = world.engine.request().await;
+        let (reply, mut exchange) = forwarded(&mut world, STREAM).await;
         assert_eq!(exchange.body, STREAM.as_bytes());
-        exchange.stream().await;
         exchange.chunk(USAGE).await;
         exchange.end().await;
         assert_eq!(reply.await.unwrap().text().await, USAGE);
@@ -103,12 +119,7 @@ async fn streams_stay_untouched_where_usage_is_not_wanted() {
 async fn a_client_that_leaves_closes_the_upstream_connection() {
     let mut world = World::new().await;
     let gate = world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
-    exchange.chunk(&event("a")).await;
-    let mut reply = reply.await.unwrap();
-    reply.part().await.unwrap();
+    let (reply, exchange) = begun(&mut world).await;
     assert_eq!(gate.in_flight(), 1);
     drop(reply);
     exchange.closed().await;
@@ -119,14 +130,9 @@ async fn a_client_that_leaves_closes_the_upstream_connection() {
 async fn a_cancelled_stream_ends_with_an_error_event_and_without_done() {
     let mut world = World::new().await;
     let gate = world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
-    exchange.chunk(&event("a")).await;
+    let (mut reply, mut exchange) = begun(&mut world).await;
     // Half an event must not run into the error.
     exchange.chunk("data: {\"choi").await;
-    let mut reply = reply.await.unwrap();
-    assert_eq!(reply.part().await.unwrap(), event("a"));
     gate.cancel_leases();
     exchange.closed().await;
     let last = reply.part().await.unwrap();
@@ -142,17 +148,34 @@ async fn a_cancelled_stream_ends_with_an_error_event_and_without_done() {
 async fn an_engine_that_breaks_off_a_stream_is_told_to_the_client() {
     let mut world = World::new().await;
     world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
-    exchange.chunk(&event("a")).await;
-    let mut reply = reply.await.unwrap();
-    reply.part().await.unwrap();
+    let (mut reply, exchange) = begun(&mut world).await;
     exchange.reset();
     let last = reply.part().await.unwrap();
     assert!(last.contains("\"code\":\"upstream_error\""), "{last}");
     assert_eq!(reply.part().await, None);
     assert!(world.engine.has_none(), "never again after a head");
+}
+
+#[tokio::test]
+async fn a_whole_answer_is_counted_with_its_tokens() {
+    let mut world = World::new().await;
+    world.ready();
+    let reply = world.spawn(world.post(CHAT, r#"{"model":"mistral"}"#));
+    let usage = r#"{"usage":{"prompt_tokens":3,"completion_tokens":2}}"#;
+    world.engine.request().await.answer_json(usage).await;
+    assert_eq!(reply.await.unwrap().text().await, usage);
+    let counted = async {
+        let ok = "orchestrator_requests_total{model=\"mistral\",outcome=\"ok\"} 1\n";
+        let tokens = "orchestrator_tokens_total{kind=\"completion\",model=\"mistral\"} 2\n";
+        loop {
+            let text = world.get("/metrics").await.text().await;
+            if text.contains(ok) && text.contains(tokens) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timely(counted).await;
 }
 
 #[tokio::test]
@@ -186,17 +209,24 @@ async fn a_reader_that_stalls_is_dropped_under_notice_only() {
     client.write_all(format!("{head}{STREAM}").as_bytes()).await.unwrap();
     let mut exchange = world.engine.request().await;
     exchange.stream().await;
-    // Until every buffer on the way is full.
-    let block = event(&"x".repeat(60_000));
-    let filled = async {
-        loop {
-            exchange.chunk(&block).await;
+    // More than every buffer on the way holds, until the gateway hangs up.
+    let sent = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&sent);
+    let filling = tokio::spawn(async move {
+        let block = event(&"x".repeat(60_000));
+        while exchange.try_chunk(&block).await {
+            count.fetch_add(1, Ordering::Relaxed);
         }
-    };
-    assert!(tokio::time::timeout(Duration::from_millis(700), filled).await.is_err());
+    });
+    let mut before = u64::MAX;
+    while before != sent.load(Ordering::Relaxed) {
+        before = sent.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
     assert_eq!(gate.in_flight(), 1, "without notice it may take its time");
     Handle::close_for_tests(&gate);
     until("the lease ended", || gate.in_flight() == 0).await;
+    filling.await.unwrap();
     drop(client);
 }
 
@@ -209,12 +239,7 @@ async fn a_silent_stream_is_given_up() {
     };
     let mut world = World::with(|_| {}, limits).await;
     world.ready();
-    let reply = world.spawn(world.post(CHAT, STREAM));
-    let mut exchange = world.engine.request().await;
-    exchange.stream().await;
-    exchange.chunk(&event("a")).await;
-    let mut reply = reply.await.unwrap();
-    reply.part().await.unwrap();
+    let (mut reply, exchange) = begun(&mut world).await;
     assert!(reply.part().await.unwrap().contains("\"code\":\"upstream_timeout\""));
     exchange.closed().await;
 }
@@ -225,9 +250,7 @@ async fn shutdown_lets_requests_end_and_then_cuts_them() {
     world.ready();
     let whole = world.spawn(world.post(CHAT, r#"{"model":"mistral"}"#));
     let first = world.engine.request().await;
-    let endless = world.spawn(world.post(CHAT, STREAM));
-    let mut second = world.engine.request().await;
-    second.stream().await;
+    let (endless, second) = forwarded(&mut world, STREAM).await;
     let mut endless = endless.await.unwrap();
     world.shutdown.cancel();
     first.answer_json("{}").await;
@@ -284,4 +307,24 @@ async fn many_clients_that_leave_at_any_point_leak_nothing() {
     assert_eq!(whole, CLIENTS / 4);
     until("every lease ended", || gate.in_flight() == 0).await;
     serving.abort();
+}
+
+#[tokio::test]
+async fn a_whole_answer_counts_as_such_with_its_tokens() {
+    let mut world = World::new().await;
+    let gate = world.ready();
+    let usage = r#"{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}"#;
+    for body in [usage, usage, ""] {
+        let reply = world.spawn(world.post(CHAT, r#"{"model":"mistral"}"#));
+        let exchange = world.engine.request().await;
+        assert_eq!(exchange.connection, 1, "the connection is used again");
+        exchange.answer_json(body).await;
+        assert_eq!(reply.await.unwrap().text().await, body);
+    }
+    until("the leases ended", || gate.in_flight() == 0).await;
+    let metrics = world.get("/metrics").await.text().await;
+    let ok = "orchestrator_requests_total{model=\"mistral\",outcome=\"ok\"} 3";
+    assert!(metrics.contains(ok) && !metrics.contains("outcome=\"client_gone\""), "{metrics}");
+    let tokens = "orchestrator_tokens_total{kind=\"prompt\",model=\"mistral\"} 6";
+    assert!(metrics.contains(tokens), "{metrics}");
 }

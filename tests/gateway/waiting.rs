@@ -79,7 +79,12 @@ async fn refusals_before_the_head_keep_their_status() {
             "qwen drains",
         ),
         (
-            Refusal::CannotFit { need: Bytes::gib(30), available: Bytes::gib(20), gpus: 1 },
+            Refusal::CannotFit {
+                need: Bytes::gib(30),
+                available: Bytes::gib(20),
+                gpus: 1,
+                host: false,
+            },
             507,
             "cannot_fit",
             "30.0 GiB",
@@ -236,7 +241,7 @@ async fn an_upstream_error_after_the_head_is_an_error_event() {
     exchange.answer("400 Bad Request", "content-type: application/json\r\n", body).await;
     let text = reply.text().await;
     let last = text.trim_end().rsplit("\n\n").next().unwrap();
-    assert_eq!(last, "data: {\"error\":{\"code\":400,\"message\":\"too long\"}}");
+    assert_eq!(last, "data: {\"error\":{\"message\":\"too long\",\"code\":400}}");
 }
 
 #[tokio::test]

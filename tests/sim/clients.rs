@@ -83,6 +83,7 @@ impl World {
             model: client.plan.model.clone(),
             priority: client.plan.priority,
             max_wait: client.plan.max_wait,
+            may_hurry: true,
             never_start: client.plan.never_start,
             attempt: client.attempt,
             arrived: Time(client.arrived),

@@ -33,6 +33,7 @@ impl World {
             }
             Step::Reload(catalog, truth) => self.reload(catalog, truth),
             Step::Foreign { gpu, bytes, for_ms } => self.foreign(gpu, bytes, for_ms),
+            Step::HostForeign { bytes, for_ms } => self.host_foreign(bytes, for_ms),
             Step::NoProof { for_ms } => {
                 self.no_proof = true;
                 self.after(for_ms, Next::ProofBack);
@@ -48,7 +49,7 @@ impl World {
         let id = InstanceId(FIRST_ID - 50);
         self.instance(id, &model, gpus.clone(), Real::Ready);
         if let Some(inst) = self.machine.insts.get_mut(&id) {
-            inst.held = inst.need;
+            (inst.held, inst.ram_held) = (inst.need, inst.ram_need);
             let footprint = inst.need;
             let event = Event::Adopted { instance: id, model, gpus, footprint };
             self.after(0, Next::Tell(event));
@@ -84,7 +85,7 @@ impl World {
             .map(|(&id, _)| id)
             .collect();
         let instances = self.lost.clone();
-        self.deliver(Event::RuntimeLost { instances });
+        self.deliver(Event::RuntimeLost { instances, why: "Docker is away".to_owned() });
         self.after(for_ms + 4, Next::RuntimeUp);
     }
 
@@ -120,6 +121,7 @@ impl World {
         for gpu in &mut self.machine.gpus {
             gpu.foreign.clear();
         }
+        self.machine.host = self.scenario.host;
         for truth in self.truth.values_mut() {
             (truth.broken, truth.never_frees) = (false, false);
         }

@@ -145,6 +145,8 @@ impl World {
             pid: self.machine.pid(),
             pid_visible: true,
             stuck: false,
+            ram_need: truth.ram,
+            ram_held: Bytes::ZERO,
         };
         self.machine.insts.insert(id, inst);
         self.machine.gates.insert(id, Gate::default());
@@ -212,14 +214,19 @@ impl World {
     pub fn allocate(&mut self, id: u64, whole: bool) {
         let Some(effect) = self.effects.get(&id) else { return };
         let instance = effect.instance;
-        let Some(inst) = self.machine.insts.get(&instance) else { return };
+        // What died meanwhile takes nothing more.
+        let loads = |inst: &&Inst| matches!(inst.real, Real::Launching | Real::Waking);
+        let Some(inst) = self.machine.insts.get(&instance).filter(loads) else { return };
         let want = if whole { inst.need } else { Bytes(inst.need.0 / 3) };
         let more = want - inst.held;
-        if inst.gpus.iter().any(|&gpu| self.machine.free(gpu) < more) {
+        let ram = if whole { inst.ram_need } else { Bytes(inst.ram_need.0 / 3) };
+        let too_much = self.machine.host_free() < ram - inst.ram_held;
+        if too_much || inst.gpus.iter().any(|&gpu| self.machine.free(gpu) < more) {
             self.note(|| format!("{instance} meets an out-of-memory"));
             self.end_after(id, 1, Some(fault(FaultKind::OutOfMemory)));
         } else if let Some(inst) = self.machine.insts.get_mut(&instance) {
             inst.held = inst.held.max(want);
+            inst.ram_held = inst.ram_held.max(ram);
         }
     }
 
@@ -326,10 +333,12 @@ impl World {
         match (effect.kind, inst.real) {
             (Kind::Start, Real::Launching) | (Kind::Wake, Real::Waking) => {
                 inst.real = Real::Ready;
+                inst.ram_held = inst.ram_need;
                 Ok(bytes.map(|()| inst.held))
             }
             (Kind::Sleep, Real::FallingAsleep) => {
                 inst.real = Real::Asleep;
+                inst.ram_held += inst.weights();
                 inst.held = inst.residue.min(inst.held);
                 Ok(bytes.map(|()| inst.held))
             }
@@ -374,7 +383,7 @@ impl World {
         if inst.real == Real::Gone {
             return;
         }
-        inst.real = Real::Gone;
+        (inst.real, inst.ram_held) = (Real::Gone, Bytes::ZERO);
         let truth = &self.truth[&inst.model];
         let mut ms = self.rng.within(truth.release_ms);
         inst.stuck = truth.never_frees
@@ -436,10 +445,14 @@ impl World {
         let seen = if self.no_proof {
             Err(NoProof { message: "Failed to initialize NVML: Unknown Error".to_owned() })
         } else {
-            Ok(self.machine.sample(self.now))
+            Ok(self.machine.sample(self.now, self.scenario.proof))
         };
-        if self.scenario.proof {
+        if self.is_sampled() {
             self.tell(Event::MemorySeen(seen));
         }
+    }
+
+    pub fn is_sampled(&self) -> bool {
+        self.scenario.proof || self.machine.host.is_some_and(|host| host.sampled)
     }
 }

@@ -8,6 +8,8 @@ use wharf::config::catalog::{ModelSpec, RuntimeSpec};
 use wharf::scheduler::event::{GateCount, GpuMemory, Holder, MemorySample};
 use wharf::units::{Bytes, GpuId, InstanceId, ModelName, Time};
 
+use crate::host::Host;
+
 #[derive(Clone, Debug)]
 pub struct Gpu {
     pub total: Bytes,
@@ -52,6 +54,9 @@ pub struct Inst {
     pub pid_visible: bool,
     /// Memory that comes back only when the faults stop.
     pub stuck: bool,
+    /// Host RAM that it takes, and holds now.
+    pub ram_need: Bytes,
+    pub ram_held: Bytes,
 }
 
 impl Inst {
@@ -85,14 +90,15 @@ pub struct Gate {
 #[derive(Debug, Default)]
 pub struct Machine {
     pub gpus: Vec<Gpu>,
+    pub host: Option<Host>,
     pub insts: BTreeMap<InstanceId, Inst>,
     pub gates: BTreeMap<InstanceId, Gate>,
     next_pid: u32,
 }
 
 impl Machine {
-    pub fn new(gpus: Vec<Gpu>) -> Machine {
-        Machine { gpus, next_pid: 1000, ..Machine::default() }
+    pub fn new(gpus: Vec<Gpu>, host: Option<Host>) -> Machine {
+        Machine { gpus, host, next_pid: 1000, ..Machine::default() }
     }
 
     pub fn pid(&mut self) -> u32 {
@@ -110,9 +116,11 @@ impl Machine {
         card.total - card.base - card.foreign_bytes() - held
     }
 
-    pub fn sample(&self, now: u64) -> MemorySample {
-        let gpus = (0..self.gpus.len()).map(|n| self.gpu_memory(GpuId(n as u16))).collect();
-        MemorySample { taken_at: Time(now), gpus }
+    /// `proof`: the GPUs can be read, too.
+    pub fn sample(&self, now: u64, proof: bool) -> MemorySample {
+        let read = if proof { self.gpus.len() } else { 0 };
+        let gpus = (0..read).map(|n| self.gpu_memory(GpuId(n as u16))).collect();
+        MemorySample { taken_at: Time(now), gpus, host: self.host_memory() }
     }
 
     fn gpu_memory(&self, gpu: GpuId) -> GpuMemory {

@@ -13,6 +13,7 @@ mod checker;
 mod clients;
 mod disturb;
 mod effects;
+mod host;
 mod machine;
 mod random;
 mod rng;

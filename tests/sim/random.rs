@@ -36,6 +36,7 @@ pub fn scenario(seed: u64) -> Scenario {
         seed,
         proof,
         unseen,
+        host: None,
         truth,
         faults: if calm { Faults::default() } else { faults(rng) },
         sample_every: *rng.pick(&[1000, 2000, 5000]),
@@ -53,6 +54,7 @@ pub fn scenario(seed: u64) -> Scenario {
     if !calm {
         disturb(rng, &mut scenario);
     }
+    crate::host::limit(&mut scenario);
     scenario.probes = probes(&scenario);
     scenario
 }
@@ -186,7 +188,7 @@ impl Models<'_> {
         let rng = &mut *self.rng;
         if spec.gpus == GpuRequest::None && rng.chance(400) {
             let url = "http://127.0.0.1:9000".to_owned();
-            spec.runtime = RuntimeSpec::External(ExternalSpec { url, api_key: None });
+            spec.runtime = RuntimeSpec::External(ExternalSpec { url, api_key: None, ca: None });
         } else if rng.chance(500) {
             spec.runtime = RuntimeSpec::Docker(DockerSpec::default());
         }
@@ -214,6 +216,7 @@ impl Models<'_> {
             wake_ms: (100, 1500),
             broken: !self.calm && rng.chance(40),
             never_frees: false,
+            ram: Bytes::ZERO,
         }
     }
 }
@@ -375,6 +378,13 @@ fn reload(
             let mut models = Models { rng, gpus, settings: &settings, calm: false, proof };
             let (mut spec, real) = models.one(0);
             spec.name = victim.clone();
+            // What takes other memory is run by another command.
+            let size = format!("--size={}", real.awake.0);
+            match &mut spec.runtime {
+                RuntimeSpec::Process(process) => process.argv.push(size),
+                RuntimeSpec::Docker(docker) => docker.args.push(size),
+                RuntimeSpec::External(_) => {}
+            }
             truth.insert(victim.clone(), real);
             next.models.insert(victim, Arc::new(spec));
         }
@@ -417,16 +427,19 @@ fn probes(scenario: &Scenario) -> Vec<ModelName> {
         _ => None,
     });
     let last = reloads.max_by_key(|(at, _)| **at).map_or(&scenario.catalog, |(_, last)| last);
+    let host = scenario.host.map(|host| host.total);
     let on_gpu = |spec: &ModelSpec| spec.gpus != GpuRequest::None;
     let swap = &last.settings.swap;
-    let places =
-        scenario.unseen || swap.mode == SwapMode::SingleActive || swap.max_concurrent_models > 0;
+    let places = scenario.unseen
+        || host.is_some()
+        || swap.mode == SwapMode::SingleActive
+        || swap.max_concurrent_models > 0;
     let pinned = last.models.values().any(|spec| spec.pinned && (places || on_gpu(spec)));
     let able = |spec: &&Arc<ModelSpec>| {
         !shut
             && last.settings.queue.timeout >= Duration::from_secs(300)
             && (!pinned || (!places && !on_gpu(spec)))
-            && fits(last, scenario.told_gpus(), spec) == Some(true)
+            && fits(last, scenario.told_gpus(), host, spec) == Some(true)
     };
     last.models.values().filter(able).map(|spec| spec.name.clone()).collect()
 }

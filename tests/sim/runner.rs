@@ -112,6 +112,7 @@ fn view(world: &World) -> String {
         let free = gpu.free.unwrap_or_default();
         text.push_str(&format!("GPU {}: {} promised, {free} free\n", gpu.gpu, gpu.promised));
     }
+    text.push_str(&format!("{:?}\n", view.ram));
     text
 }
 
@@ -124,16 +125,20 @@ fn summary(world: &World) -> String {
         "seed {}: calm {}, proof {}, GPUs {gpus:?}, quiet from {} ms\n{swap:?}\n{queue:?}\n{:?}\n",
         scenario.seed, scenario.calm, scenario.proof, scenario.quiet_from, scenario.faults
     );
+    if let Some(host) = scenario.host {
+        text.push_str(&format!("{host:?} {:?}\n", scenario.catalog.settings.ram));
+    }
     for spec in scenario.catalog.models.values() {
         let truth = &scenario.truth[&spec.name];
         text.push_str(&format!(
-            "{}: {:?} {:?} {:?} real {} start {:?} stop {:?} release {:?} conc {:?} ttl {:?} \
+            "{}: {:?} {:?} {:?} real {} ram {:?} start {:?} stop {:?} release {:?} conc {:?} ttl {:?} \
              sleep {:?} pinned {} warmup {} broken {}\n",
             spec.name,
             spec.engine,
             spec.gpus,
             spec.vram,
             truth.awake,
+            spec.ram,
             truth.start_ms,
             truth.stop_ms,
             truth.release_ms,

@@ -1,19 +1,16 @@
 //! What one run consists of: a machine, a catalog, how engines really behave, and a script.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use wharf::config::catalog::{
-    AuthSettings, Catalog, EngineKind, GpuProvider, GpuRequest, GpuSettings, Health, ModelSpec,
-    OnExit, ProcessSpec, QueueSettings, RuntimeSpec, Settings, StopSpec, SwapMode, SwapSettings,
-    Vram, WaitingSettings, WaitingStyle,
+    Catalog, GpuProvider, GpuRequest, GpuSettings, ModelSpec, Settings, SwapSettings, Vram,
 };
 use wharf::scheduler::event::{EnsureKind, Learned};
 use wharf::units::{Bytes, GpuId, ModelName, Priority};
 
+use crate::host::Host;
 use crate::machine::Gpu;
 
 /// How an engine really behaves. Times in milliseconds, (least, most).
@@ -33,6 +30,8 @@ pub struct Truth {
     pub broken: bool,
     /// Its memory is not released before the faults stop.
     pub never_frees: bool,
+    /// Host RAM that it takes while its process lives.
+    pub ram: Bytes,
 }
 
 impl Truth {
@@ -48,6 +47,7 @@ impl Truth {
             wake_ms: (200, 200),
             broken: false,
             never_frees: false,
+            ram: Bytes::ZERO,
         }
     }
 }
@@ -135,6 +135,10 @@ pub enum Step {
         bytes: Bytes,
         for_ms: u64,
     },
+    HostForeign {
+        bytes: Bytes,
+        for_ms: u64,
+    },
     NoProof {
         for_ms: u64,
     },
@@ -152,6 +156,8 @@ pub enum Step {
 pub struct Scenario {
     pub seed: u64,
     pub gpus: Vec<Gpu>,
+    /// `None`: host RAM is no matter.
+    pub host: Option<Host>,
     pub proof: bool,
     /// The scheduler is told of no GPU at all: room for one model at a time.
     pub unseen: bool,
@@ -174,77 +180,26 @@ pub struct Scenario {
 }
 
 pub fn settings(gpus: &[Gpu]) -> Settings {
+    let usual = Settings::default();
     Settings {
-        gateway: SocketAddr::from(([127, 0, 0, 1], 8080)),
-        orchestrator: SocketAddr::from(([127, 0, 0, 1], 8888)),
         swap: SwapSettings {
-            mode: SwapMode::MultiActive,
-            max_concurrent_models: 0,
             max_wait: Some(Duration::from_secs(10)),
-            min_residency: Duration::from_secs(3),
             drain_timeout: Duration::from_secs(20),
             vram_timeout: Duration::from_secs(10),
             start_timeout: Duration::from_secs(120),
-            shutdown_timeout: Duration::from_secs(60),
-            on_exit: OnExit::Keep,
-        },
-        queue: QueueSettings {
-            limit: 1024,
-            per_model: 256,
-            timeout: Duration::from_secs(540),
-            body_limit: Bytes::mib(64),
-            total_bodies: Bytes::gib(1),
+            ..usual.swap
         },
         gpu: GpuSettings {
             provider: GpuProvider::Simulated,
-            reserve: Bytes::mib(512),
             memory: gpus.iter().map(|gpu| gpu.total).collect(),
-            release_lag: Duration::ZERO,
-            foreign: Vec::new(),
+            ..usual.gpu
         },
-        engine_ports: (18051, 18999),
-        store: PathBuf::from("sim.db"),
-        auth: AuthSettings::default(),
-        docker_host: None,
-        cors: Vec::new(),
-        hosts: Vec::new(),
-        waiting: WAITING,
+        ..usual
     }
 }
 
-const WAITING: WaitingSettings =
-    WaitingSettings { style: WaitingStyle::Comment, after: Duration::from_secs(10) };
-
 pub fn spec(name: &str, gpus: GpuRequest, vram: Vram) -> ModelSpec {
-    ModelSpec {
-        name: ModelName::new(name),
-        aliases: Vec::new(),
-        display_name: None,
-        description: None,
-        model_type: "llm".to_owned(),
-        tags: Vec::new(),
-        unlisted: false,
-        engine: EngineKind::Openai,
-        runtime: RuntimeSpec::Process(ProcessSpec::default()),
-        gpus,
-        vram,
-        ram: None,
-        size_gb: None,
-        priority: Priority::Normal,
-        pinned: false,
-        warmup: false,
-        ttl: None,
-        concurrency: None,
-        health: Health { path: None, stall: Duration::from_secs(60) },
-        start_timeout: None,
-        stop: StopSpec { signal: "SIGTERM".to_owned(), grace: Duration::from_secs(10) },
-        canary: false,
-        upstream_name: None,
-        port: None,
-        waiting: None,
-        sleep: None,
-        line: 1,
-    }
+    ModelSpec { gpus, vram, ..ModelSpec::plain(name) }
 }
 
 pub fn catalog(settings: Settings, models: impl IntoIterator<Item = ModelSpec>) -> Catalog {
@@ -260,7 +215,16 @@ impl Scenario {
 }
 
 /// Whether the model could ever run here, pinned models left aside. `None`: cannot be said.
-pub fn fits(catalog: &Catalog, gpus: &[Gpu], spec: &ModelSpec) -> Option<bool> {
+pub fn fits(
+    catalog: &Catalog,
+    gpus: &[Gpu],
+    host: Option<Bytes>,
+    spec: &ModelSpec,
+) -> Option<bool> {
+    let ram = spec.ram.filter(|_| !spec.is_external()).unwrap_or_default();
+    if host.is_some_and(|total| ram > total - catalog.settings.ram.reserve) {
+        return Some(false);
+    }
     if gpus.is_empty() {
         return Some(true);
     }

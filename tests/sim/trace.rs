@@ -26,7 +26,9 @@ pub fn event(event: &Event) -> String {
                     format!("[{}] {} free ({})", gpu.gpu, gpu.free, holders.join(", "))
                 })
                 .collect();
-            format!("MemorySeen @{}: {}", sample.taken_at.0, gpus.join("; "))
+            let host = sample.host.map(|host| format!("; {} host RAM", host.available));
+            let host = host.unwrap_or_default();
+            format!("MemorySeen @{}: {}{host}", sample.taken_at.0, gpus.join("; "))
         }
         event => cut(event),
     }

@@ -35,6 +35,7 @@ impl Trap {
             seed: 1,
             proof: true,
             unseen: false,
+            host: None,
             truth: BTreeMap::new(),
             faults: Faults::default(),
             sample_every: 1000,

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use wharf::config::catalog::Catalog;
 use wharf::scheduler::action::Action;
 use wharf::scheduler::event::{EnsureKind, Event};
-use wharf::scheduler::{GpuInfo, Scheduler, World as Told};
-use wharf::units::{AskId, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
+use wharf::scheduler::{GpuInfo, NextIds, Scheduler, World as Told};
+use wharf::units::{AskId, Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
 
 use crate::checker::Checker;
 use crate::clients::{Client, Lease, LeaseEnd};
@@ -45,6 +45,7 @@ pub enum Next {
     Ping(InstanceId),
     Turn(usize),
     ForeignGone { gpu: GpuId, pid: u32 },
+    HostForeignGone(Bytes),
     ProofBack,
     RuntimeUp,
     Probe(usize),
@@ -100,12 +101,12 @@ pub fn scheduler(scenario: &Scenario) -> Scheduler {
     };
     let gpus = scenario.told_gpus().iter().enumerate().map(gpu).collect();
     let told = Told { gpus, proof: scenario.proof };
-    Scheduler::new(Arc::clone(&scenario.catalog), told, FIRST_ID)
+    Scheduler::new(Arc::clone(&scenario.catalog), told, NextIds { instance: FIRST_ID, swap: 1 })
 }
 
 impl World {
     pub fn new(scenario: Scenario) -> World {
-        let machine = Machine::new(scenario.gpus.clone());
+        let machine = Machine::new(scenario.gpus.clone(), scenario.host);
         let mut world = World {
             now: 0,
             next: BTreeMap::new(),
@@ -147,8 +148,8 @@ impl World {
         for (model, learned) in self.scenario.remembered.clone() {
             self.after(0, Next::Tell(Event::Remembered { model, learned }));
         }
-        if self.scenario.proof {
-            let sample = self.machine.sample(0);
+        if self.is_sampled() {
+            let sample = self.machine.sample(0, self.scenario.proof);
             self.after(0, Next::Tell(Event::MemorySeen(Ok(sample))));
             self.after(self.scenario.sample_every, Next::Background);
         }
@@ -287,6 +288,7 @@ impl World {
             Next::ForeignGone { gpu, pid } => {
                 self.machine.gpus[usize::from(gpu.0)].foreign.remove(&pid);
             }
+            Next::HostForeignGone(bytes) => self.host_foreign_gone(bytes),
             Next::ProofBack => self.no_proof = false,
             Next::RuntimeUp => self.runtime_up(),
             Next::Probe(index) => {
@@ -363,6 +365,7 @@ impl World {
             }
             self.perform(action);
         }
+        self.checker.host_holds(&self.machine);
         if let Err(message) = crate::invariants(&self.scheduler) {
             self.checker.fail(format!("check_invariants: {message}"));
         }

@@ -58,6 +58,7 @@ open_ports = [(name, port) for name, service in services.items() for port in ser
               if port.get("host_ip") != "127.0.0.1"]
 assert not open_ports, f"published beyond this machine: {open_ports}"
 assert len(services) == 3, list(services)
+assert all(service.get("init") for name, service in services.items() if name.startswith("wharf")), "no init"
 print(f"profile {sys.argv[2]} validates: {', '.join(sorted(services))}")
 PY
 done
@@ -87,6 +88,18 @@ echo "healthy after $((SECONDS - began)) s"
 user=$(docker top "$WHARF_NAME" -eo pid,uid,comm | awk '$3 == "wharf" { print $2 }')
 [ "$user" = 10001 ] || fail "Wharf runs as user $user, although the socket's group may write"
 echo "Wharf runs as user $user"
+
+# An orphan in a session of its own falls to the container's first process, which must bury it.
+docker exec "$WHARF_NAME" sh -c '(i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done) >/dev/null 2>&1 &'
+first=$(docker inspect --format '{{.State.Pid}}' "$WHARF_NAME")
+orphans() { ps --ppid "$first" -o stat=,comm= | awk '$2 != "wharf"' || true; }
+for _ in $(seq 100); do
+    left=$(orphans)
+    [ -n "$left" ] || break
+    sleep 0.1
+done
+[ -z "$left" ] || fail "not buried: $left"
+echo "no zombie is left"
 
 # 4. One request per model, with the key that was made at first start.
 key=$(docker exec "$WHARF_NAME" cat /var/lib/wharf/key)

@@ -191,7 +191,7 @@ impl Scene {
             assert!(message.contains(word), "no {word:?} in {}", context());
         }
         let id = body["swap_id"].as_str().unwrap_or_else(|| panic!("no swap: {}", context()));
-        let swap = self.world.server.talk.get(&format!("/swaps/{id}")).await.unwrap();
+        let swap = self.ended_swap(id).await;
         assert_eq!(swap["result"], "failed", "{swap:#}");
         assert_eq!(swap["fault"], kind, "{swap:#}");
         let told = swap["message"].as_str().unwrap_or_default();
@@ -203,6 +203,18 @@ impl Scene {
         assert!(in_log, "{model}: no {:?} in the log:\n{log}", words[0]);
         eprintln!("{model}: {message}");
         body
+    }
+
+    /// What is published may be some milliseconds behind an answer.
+    async fn ended_swap(&self, id: &str) -> Value {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            let swap = self.world.server.talk.get(&format!("/swaps/{id}")).await.unwrap();
+            if !swap["result"].is_null() || Instant::now() >= end {
+                return swap;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     pub async fn until(&self, what: &str, mut wanted: impl FnMut(&Scene) -> bool) {

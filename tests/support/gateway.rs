@@ -32,73 +32,20 @@ use wharf::units::{self, InstanceId, ModelName};
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn settings() -> Settings {
-    Settings {
-        gateway: "127.0.0.1:8080".parse().unwrap(),
-        orchestrator: "127.0.0.1:8888".parse().unwrap(),
-        swap: SwapSettings {
-            mode: SwapMode::MultiActive,
-            max_concurrent_models: 0,
-            max_wait: None,
-            min_residency: Duration::from_secs(3),
-            drain_timeout: Duration::from_secs(300),
-            vram_timeout: Duration::from_secs(30),
-            start_timeout: Duration::from_secs(600),
-            shutdown_timeout: Duration::from_secs(60),
-            on_exit: OnExit::Keep,
-        },
-        queue: QueueSettings {
-            limit: 1024,
-            per_model: 256,
-            timeout: Duration::from_secs(540),
-            body_limit: units::Bytes::mib(64),
-            total_bodies: units::Bytes::gib(1),
-        },
-        gpu: GpuSettings {
-            provider: GpuProvider::None,
-            reserve: units::Bytes::ZERO,
-            memory: Vec::new(),
-            release_lag: Duration::ZERO,
-            foreign: Vec::new(),
-        },
-        engine_ports: (18051, 18999),
-        store: "wharf.db".into(),
-        auth: AuthSettings::default(),
-        docker_host: None,
-        cors: Vec::new(),
-        hosts: Vec::new(),
-        waiting: WaitingSettings { style: WaitingStyle::Comment, after: Duration::from_secs(10) },
-    }
+    let gpu = GpuSettings {
+        provider: GpuProvider::None,
+        reserve: units::Bytes::ZERO,
+        ..Settings::default().gpu
+    };
+    Settings { gpu, ..Settings::default() }
 }
 
 pub fn model(name: &str, aliases: &[&str]) -> ModelSpec {
     ModelSpec {
-        name: name.into(),
         aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
-        display_name: None,
-        description: None,
-        model_type: "llm".into(),
-        tags: Vec::new(),
-        unlisted: false,
         engine: EngineKind::Vllm,
-        runtime: RuntimeSpec::Process(ProcessSpec::default()),
         gpus: GpuRequest::None,
-        vram: Vram::Unknown,
-        ram: None,
-        size_gb: None,
-        priority: units::Priority::Normal,
-        pinned: false,
-        warmup: false,
-        ttl: None,
-        concurrency: None,
-        health: Health { path: None, stall: Duration::from_secs(60) },
-        start_timeout: None,
-        stop: StopSpec { signal: "SIGTERM".into(), grace: Duration::from_secs(10) },
-        canary: false,
-        upstream_name: None,
-        port: None,
-        waiting: None,
-        sleep: None,
-        line: 1,
+        ..ModelSpec::plain(name)
     }
 }
 
@@ -132,11 +79,13 @@ impl World {
 
     pub async fn with(change: impl FnOnce(&mut Catalog), limits: Limits) -> World {
         let models = vec![model("mistral", &["gpt-4o"]), model("org/qwen:7b", &[])];
-        let mut catalog = catalog(models, settings());
-        change(&mut catalog);
-        let (handle, messages) = Handle::for_tests(Arc::new(catalog));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let mut catalog = catalog(models, settings());
+        // `/health` knocks there: it must be this gateway, whatever else runs on the machine.
+        catalog.settings.gateway = address;
+        change(&mut catalog);
+        let (handle, messages) = Handle::for_tests(Arc::new(catalog));
         let shutdown = CancellationToken::new();
         let router = gateway::router_with(handle.clone(), Arc::new(Metrics::new()), limits);
         let grace = Duration::from_millis(300);
@@ -291,7 +240,7 @@ impl Engine {
     }
 
     pub fn endpoint(&self) -> Endpoint {
-        Endpoint { base: format!("http://{}", self.address), api_key: None }
+        Endpoint::new(format!("http://{}", self.address), None)
     }
 
     /// Stops listening: connects are refused from now on.

@@ -110,6 +110,20 @@ impl World {
     }
 }
 
+/// Asks a server at `base` itself, past Wharf.
+pub async fn status_of(base: &str, path: &str, key: Option<&str>) -> u16 {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let address = base.trim_start_matches("http://");
+    let mut stream = tokio::net::TcpStream::connect(address).await.expect("a connection");
+    let key = key.map_or(String::new(), |key| format!("Authorization: Bearer {key}\r\n"));
+    let ask = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{key}\r\n");
+    stream.write_all(ask.as_bytes()).await.expect("sent");
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.expect("an answer");
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    answer.split(' ').nth(1).and_then(|status| status.parse().ok()).expect(&answer)
+}
+
 /// A test that cannot run here is counted and named in the last lines of the test command.
 pub fn skip(why: &str) {
     eprintln!("SKIPPED: {why}");

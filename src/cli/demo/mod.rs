@@ -3,6 +3,7 @@
 //! `server` and `talk` serve the end-to-end tests too.
 
 mod exercise;
+mod guests;
 mod screen;
 pub mod server;
 pub mod talk;
@@ -11,12 +12,16 @@ mod worlds;
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::units::Bytes;
+
+use guests::Guests;
 use screen::Screen;
 use server::Server;
+use talk::Talk;
 use worlds::{Llama, Stage, World};
 
 #[derive(Debug, Args)]
@@ -46,6 +51,9 @@ pub struct DemoArgs {
 }
 
 pub async fn run(args: DemoArgs) -> anyhow::Result<()> {
+    if args.llama_server.is_some() && args.world != World::Laptop {
+        bail!("--llama-server has one world, laptop: leave --world out");
+    }
     let exe = std::env::current_exe().context("where is this program?")?;
     let llama = match args.llama_server {
         Some(server) => Some(Llama {
@@ -64,19 +72,20 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<()> {
     std::fs::create_dir_all(&dir)?;
     let screen = Screen::new();
     let ended = told_to_end()?;
-    let mut server = Server::start(&exe, &dir, (8080, 8888), &[], |gateway, orchestrator| {
+    let env = [("WHARF_LOG", guests::LOG_FILTER)];
+    let mut server = Server::start(&exe, &dir, (8080, 8888), &env, |gateway, orchestrator| {
         stage.yaml(gateway, orchestrator)
     })
     .await?;
-    introduce(&screen, &server, &stage);
-    let follow = screen.follow(server.talk.clone());
+    introduce(&screen, args.world, &server.talk, &stage);
+    let follow = screen.follow(server.talk.clone(), Guests::new(dir.join("wharf.log")));
     let shown = async {
         if args.exercise {
             return exercise::run(&screen, &server.talk.clone(), &stage, names_itself).await;
         }
         tour::run(args.world, &screen, &mut server, &stage).await?;
         if !args.once {
-            screen.say("still serving: try the lines above; Ctrl-C ends");
+            screen.plain(format!("\nStill serving; Ctrl-C ends. {}", to_try(&server.talk, &stage)));
             std::future::pending::<()>().await;
         }
         Ok(())
@@ -110,26 +119,35 @@ fn told_to_end() -> std::io::Result<impl Future<Output = ()>> {
     })
 }
 
-fn introduce(screen: &Screen, server: &Server, stage: &Stage) {
-    let talk = &server.talk;
-    let first = stage.models.first().map_or("model", |model| model.name.as_str());
-    // Not loaded after the tour, so that trying it swaps.
-    let other = stage.models.get(1).map_or(first, |model| model.name.as_str());
-    let wanted: crate::units::Bytes = stage.models.iter().map(|model| model.vram).sum();
-    let there: crate::units::Bytes = stage.gpus.iter().copied().sum();
+fn introduce(screen: &Screen, world: World, talk: &Talk, stage: &Stage) {
+    let wanted: Bytes = stage.models.iter().map(|model| model.vram).sum();
+    let there: Bytes = stage.gpus.iter().copied().sum();
     let kind = if stage.simulated { "simulated" } else { "declared" };
+    let gpus = match stage.gpus.len() {
+        1 => format!("1 {kind} GPU"),
+        n => format!("{n} {kind} GPUs"),
+    };
     screen.plain(format!(
-        "gateway      {}\norchestrator {}\n{} models that want {wanted}, on {} {kind} GPU(s) with {there}\n\n\
-         Try in another terminal:\n  \
-         curl {}/v1/chat/completions -d '{{\"model\":\"{other}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}]}}'\n  \
-         curl -X POST {}/ensure_model -d '{{\"model\":\"{first}\"}}'\n  \
-         curl {}/status\n",
+        "gateway      {}   (inference: point an OpenAI client at {}/v1)\n\
+         orchestrator {}   (control: status, swaps, load, unload)\n\
+         {} models that want {wanted}, on {gpus} with {there}; {}\n\n{}\n",
+        talk.gateway,
         talk.gateway,
         talk.orchestrator,
         stage.models.len(),
-        stage.gpus.len(),
-        talk.gateway,
-        talk.orchestrator,
-        talk.orchestrator,
+        world.about(),
+        to_try(talk, stage),
     ));
+}
+
+/// Lines to copy. Their models are not loaded after the tour, so that trying them swaps.
+fn to_try(talk: &Talk, stage: &Stage) -> String {
+    let (asked, ensured) = stage.to_try();
+    format!(
+        "Try in another terminal:\n  \
+         curl {}/v1/chat/completions -d '{{\"model\":\"{asked}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}]}}'\n  \
+         curl -X POST {}/ensure_model -d '{{\"model\":\"{ensured}\"}}'\n  \
+         curl {}/status",
+        talk.gateway, talk.orchestrator, talk.orchestrator,
+    )
 }

@@ -1,6 +1,6 @@
 //! What happens, as it happens: one bar per GPU, and a line for every change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write as _};
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,9 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::Value;
 use tokio::task::JoinHandle;
 
+use super::guests::Guests;
 use super::talk::Talk;
+use crate::scheduler::record::Phase;
 use crate::units::Bytes;
 
 const POLL: Duration = Duration::from_millis(60);
@@ -46,15 +48,19 @@ impl Screen {
     }
 
     /// Follows the orchestrator until the handle is aborted.
-    pub fn follow(&self, talk: Talk) -> JoinHandle<()> {
+    pub fn follow(&self, talk: Talk, mut guests: Guests) -> JoinHandle<()> {
         let screen = self.clone();
         tokio::spawn(async move {
             let mut seen = Seen::default();
             loop {
-                if let (Ok(gpus), Ok(status)) = (talk.get("/gpus").await, talk.get("/status").await)
-                {
+                if let (Ok(gpus), Ok(status), Ok(swaps)) = (
+                    talk.get("/gpus").await,
+                    talk.get("/status").await,
+                    talk.get("/swaps?limit=50").await,
+                ) {
                     screen.show_gpus(&mut seen, &gpus);
-                    for line in seen.news(&status) {
+                    let arrivals = guests.news(&status);
+                    for line in arrivals.into_iter().chain(seen.news(&status, &swaps)) {
                         screen.say(line);
                     }
                 }
@@ -108,26 +114,25 @@ struct Seen {
     bars: BTreeMap<u64, ProgressBar>,
     swaps: BTreeMap<String, String>,
     waits: BTreeMap<String, String>,
-    last_ended: Option<String>,
-    begun: bool,
+    ended: BTreeSet<String>,
+    /// Phases that were explained.
+    explained: BTreeSet<Phase>,
 }
 
 impl Seen {
-    fn news(&mut self, status: &Value) -> Vec<String> {
+    fn news(&mut self, status: &Value, swaps: &Value) -> Vec<String> {
         let mut lines = Vec::new();
         for swap in status["swaps"].as_array().into_iter().flatten() {
             self.swap_news(swap, &mut lines);
         }
-        let last = &status["last_swap"];
-        if let Some(id) = last["id"].as_str()
-            && self.last_ended.as_deref() != Some(id)
-        {
-            if self.begun {
-                lines.push(ended(last));
+        // The newest come first.
+        for swap in swaps["swaps"].as_array().into_iter().flatten().rev() {
+            if let (Some(id), true) = (swap["id"].as_str(), swap["result"].is_string())
+                && self.ended.insert(id.to_owned())
+            {
+                lines.push(ended(swap));
             }
-            self.last_ended = Some(id.to_owned());
         }
-        self.begun = true;
         lines
     }
 
@@ -144,15 +149,32 @@ impl Seen {
             if !self.swaps.contains_key(&id) {
                 lines.push(format!("{model}: swap {id} begins: {}", text(&swap["decision"])));
             }
-            lines.push(format!("{model}: {shown}"));
+            let phase = Phase::ALL.into_iter().find(|each| swap["phase"] == each.as_str());
+            let meaning = phase.filter(|phase| self.explained.insert(*phase)).map(meaning);
+            let meaning = meaning.map(|text| format!("   ({text})")).unwrap_or_default();
+            lines.push(format!("{model}: {shown}{meaning}"));
             self.swaps.insert(id.clone(), shown);
         }
         let waiting = text(&swap["waiting_for"]);
         let coarse = without_numbers(&waiting);
-        if waiting.contains("held by") && self.waits.get(&id) != Some(&coarse) {
+        let worth_telling = ["held by", "measures its memory"].iter().any(|s| waiting.contains(s));
+        if worth_telling && self.waits.get(&id) != Some(&coarse) {
             lines.push(format!("{model}: {waiting}"));
             self.waits.insert(id, coarse);
         }
+    }
+}
+
+/// What a phase is for, told when it is first met.
+const fn meaning(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Preflight => "command and ports are checked before anything is touched",
+        Phase::Fetch => "image and weights are brought here first",
+        Phase::Drain => "whoever has to leave ends its requests",
+        Phase::Vacate => "whoever has to leave is stopped",
+        Phase::Prove => "nothing starts before the GPU memory is seen to be free",
+        Phase::Start => "the engine starts; its log tells how far it is",
+        Phase::Vouch => "it must answer, and hold the memory it declared",
     }
 }
 
@@ -162,12 +184,11 @@ fn without_numbers(text: &str) -> String {
 }
 
 fn ended(swap: &Value) -> String {
-    let phases: Vec<String> = swap["phases"]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(_, seconds)| seconds.as_f64().is_some_and(|seconds| seconds >= 0.005))
-        .map(|(phase, seconds)| format!("{phase} {:.2} s", seconds.as_f64().unwrap_or(0.0)))
+    let phases: Vec<String> = Phase::ALL
+        .iter()
+        .filter_map(|phase| Some((phase.as_str(), swap["phases"][phase.as_str()].as_f64()?)))
+        .filter(|(_, seconds)| *seconds >= 0.005)
+        .map(|(phase, seconds)| format!("{phase} {seconds:.2} s"))
         .collect();
     format!(
         "{}: {} after {:.2} s ({})",

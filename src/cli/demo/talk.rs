@@ -11,6 +11,8 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::{Value, json};
 
+/// `X-Request-Id` of the demo's own requests.
+pub const OWN_ID: &str = "wharf-demo";
 /// Long enough for every swap of the demo, short enough to end.
 const ANSWER_WITHIN: Duration = Duration::from_secs(120);
 
@@ -75,7 +77,8 @@ impl Talk {
         let mut request = Request::builder()
             .method(Method::POST)
             .uri(format!("{}/v1/chat/completions", self.gateway))
-            .header("content-type", "application/json");
+            .header("content-type", "application/json")
+            .header("x-request-id", OWN_ID);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }

@@ -43,6 +43,7 @@ async fn one_after_another(screen: &Screen, talk: &Talk, stage: &Stage) -> anyho
 async fn team(screen: &Screen, server: &mut Server, stage: &Stage) -> anyhow::Result<()> {
     let talk = server.talk.clone();
     let wanted = stage.models.iter().take(8);
+    screen.say("→ requests for 8 of the 25 models arrive at once");
     let answers = join_all(
         wanted
             .map(|model| async { (model.name.as_str(), talk.chat(&model.name, true, &[]).await) }),
@@ -83,12 +84,14 @@ async fn team(screen: &Screen, server: &mut Server, stage: &Stage) -> anyhow::Re
 async fn agents(screen: &Screen, talk: &Talk) -> anyhow::Result<()> {
     screen.say(format!("{TASKS} agents, each alternates planner and coder, {STEPS} steps"));
     let in_order = Mutex::new(());
+    screen.say("round 1 of 2: strictly in order of arrival, as a plain proxy does; about 50 s");
     let fifo = alternate(talk, Some(&in_order)).await?;
+    screen.say("round 2 of 2: the same requests, in the order that Wharf chooses");
     let ours = alternate(talk, None).await?;
     screen.plain("");
     screen
         .plain(format!("{:<24} {:>6} {:>9} {:>15}", "order", "swaps", "seconds", "answers/minute"));
-    for (order, (swaps, took)) in [("fifo", fifo), ("wharf (default policy)", ours)] {
+    for (order, (swaps, took)) in [("order of arrival", fifo), ("wharf (default policy)", ours)] {
         let per_minute = (TASKS * STEPS) as f64 / took.as_secs_f64() * 60.0;
         screen.plain(format!(
             "{order:<24} {swaps:>6} {:>9.1} {per_minute:>15.1}",

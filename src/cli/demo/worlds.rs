@@ -47,6 +47,18 @@ pub struct Llama {
 }
 
 impl World {
+    /// What is special about it, in a line.
+    pub const fn about(self) -> &'static str {
+        match self {
+            World::Laptop => "two of them at most fit at once",
+            World::Homelab => {
+                "whisper is pinned (it never leaves), and a stranger's program holds 5 GiB of GPU 1"
+            }
+            World::Team => "one model per GPU or two; Wharf is killed on the way and comes back",
+            World::Agents => "they never fit together, and agents want them in turn",
+        }
+    }
+
     pub fn stage(self, exe: &Path, llama: Option<&Llama>) -> Stage {
         if let Some(llama) = llama {
             return llama_stage(llama);
@@ -134,6 +146,25 @@ fn llama_stage(llama: &Llama) -> Stage {
 }
 
 impl Stage {
+    /// Two models to ask for that are not loaded after the tour: one is asked, one ensured.
+    pub fn to_try(&self) -> (&str, &str) {
+        let evictable: Vec<&str> = self
+            .models
+            .iter()
+            .filter(|model| model.extra.is_empty())
+            .map(|model| model.name.as_str())
+            .collect();
+        // After the tour of a small world its last model is loaded, or all but these two.
+        match evictable.as_slice() {
+            [first, second, _] => (second, first),
+            [first, _, third, _] => (first, third),
+            [first, second] => (second, first),
+            [.., asked, ensured] => (asked, ensured),
+            [only] => (only, only),
+            [] => ("model", "model"),
+        }
+    }
+
     /// The models.yaml of this stage.
     pub fn yaml(&self, gateway: u16, orchestrator: u16) -> String {
         let sizes = |sizes: &[Bytes]| {

@@ -156,10 +156,18 @@ fn default_host() -> String {
     }
 }
 
-/// Seconds since 1970 of an RFC 3339 time in UTC.
+/// Seconds since 1970 of an RFC 3339 time; the daemon writes its own in its local time.
 pub fn epoch_seconds(time: &str) -> Option<u64> {
-    let time = humantime::parse_rfc3339_weak(time).ok()?;
-    Some(time.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs())
+    let (date, clock) = time.split_at_checked(10)?;
+    let (clock, offset) = match clock.find(['+', '-']) {
+        Some(at) => clock.split_at(at),
+        None => (clock, "+00:00"),
+    };
+    let parsed = humantime::parse_rfc3339_weak(&format!("{date}{clock}")).ok()?;
+    let seconds = parsed.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs();
+    let (hours, minutes) = offset.get(1..)?.split_once(':')?;
+    let ahead = hours.parse::<u64>().ok()? * 3600 + minutes.parse::<u64>().ok()? * 60;
+    if offset.starts_with('-') { seconds.checked_add(ahead) } else { seconds.checked_sub(ahead) }
 }
 
 #[cfg(test)]
@@ -172,6 +180,24 @@ mod tests {
         assert_eq!(host("tcp://127.0.0.1:2375").as_deref(), Some("127.0.0.1"));
         assert_eq!(host("tcp://[::1]:2375/").as_deref(), Some("::1"));
         assert_eq!(host("unix:///run/docker.sock"), None);
+    }
+
+    #[test]
+    fn the_daemons_clock_is_read_in_any_zone() {
+        let seconds = 1_767_225_600;
+        for time in [
+            "2026-01-01T00:00:00Z",
+            "2026-01-01T00:00:00.123456789Z",
+            "2026-01-01 00:00:00",
+            "2026-01-01T01:00:00.123456789+01:00",
+            "2025-12-31T19:00:00-05:00",
+            "2026-01-01T05:45:00+05:45",
+        ] {
+            assert_eq!(epoch_seconds(time), Some(seconds), "{time}");
+        }
+        for time in ["", "2026-01-01", "2026-01-01T00:00:00+", "2026-01-01T00:00:00+a:b", "é"] {
+            assert_eq!(epoch_seconds(time), None, "{time}");
+        }
     }
 
     #[tokio::test]

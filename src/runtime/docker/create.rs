@@ -136,6 +136,7 @@ fn environment(spec: &LaunchSpec, docker: &DockerSpec, daemon: &Daemon) -> Vec<S
         env.insert("NVIDIA_VISIBLE_DEVICES".to_owned(), visible);
     }
     env.extend(spec.env.clone());
+    env.extend(spec.api_key.env());
     env.extend(docker.env.clone());
     env.into_iter().map(|(key, value)| format!("{key}={value}")).collect()
 }

@@ -6,7 +6,7 @@
 //! While it is away nothing is reported as ended. The events stream makes an end known within
 //! milliseconds; a periodic look at all watched containers makes sure that none is missed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::client::{Client, PROMPT};
 use super::errors;
-use super::watched::Watched;
+use super::watched::{NOT_CONNECTED, Watched};
 use crate::scheduler::event::{Fault, FaultKind};
 
 /// How often the daemon is pinged and all watched containers are looked at.
@@ -43,8 +43,15 @@ pub async fn follow(client: Client, watched: Arc<Watched>) {
             Err(fault) => fault,
         };
         client.forget();
-        if watched.health().borrow().ok {
+        // Told once, here: what fails for this reason meanwhile repeats it in answers only.
+        let known = watched.health().borrow().clone();
+        if known.ok {
             tracing::warn!(host = client.host(), reason = fault.message, "Docker went away");
+        } else if known.detail == NOT_CONNECTED {
+            tracing::warn!(
+                "{}; what an earlier run left there is looked up when it answers",
+                fault.message
+            );
         }
         watched.set_health(false, fault.message);
         tokio::time::sleep(waits.next().unwrap_or(RECONNECT_MAX)).await;
@@ -126,14 +133,24 @@ async fn look_at_all(client: &Client, watched: &Arc<Watched>) -> Result<(), Faul
         let ping = ping.map_err(|_| errors::silent(client.host(), PROMPT))?;
         return ping.map(drop).map_err(|error| errors::fault(client.host(), "answer", &error));
     }
-    let filters = HashMap::from([("id", ids.clone()), ("status", running_states())]);
-    let options = ListContainersOptionsBuilder::new().all(true).filters(&filters).build();
-    let running = client.within(PROMPT, docker.list_containers(Some(options))).await?;
-    let running: Vec<String> = running.into_iter().filter_map(|container| container.id).collect();
-    for id in ids.iter().filter(|id| !running.contains(id)) {
+    let running = running_of(client, &ids).await?;
+    for id in ids.iter().filter(|id| !running.contains(*id)) {
         watched.look(client, id, None).await;
     }
     Ok(())
+}
+
+/// Which of these containers run; the others ended or are gone. It asks for a list, which takes no
+/// container's lock: one that hangs does not hide the others.
+pub async fn running_of(client: &Client, ids: &[String]) -> Result<BTreeSet<String>, Fault> {
+    if ids.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let docker = client.docker().await?;
+    let filters = HashMap::from([("id", ids.to_vec()), ("status", running_states())]);
+    let options = ListContainersOptionsBuilder::new().all(true).filters(&filters).build();
+    let running = client.within(PROMPT, docker.list_containers(Some(options))).await?;
+    Ok(running.into_iter().filter_map(|container| container.id).collect())
 }
 
 fn running_states() -> Vec<String> {

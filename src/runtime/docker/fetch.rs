@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bollard::models::CreateImageInfo;
 use bollard::query_parameters::CreateImageOptionsBuilder;
 use futures_util::StreamExt as _;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use super::client::{Client, PROMPT};
 use super::registry::{self, Reference};
@@ -16,8 +16,9 @@ use crate::runtime::Progress;
 use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::Bytes;
 
-/// A pull that reports nothing for this long is given up; unpacking reports too.
-const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// A pull that neither brings nor unpacks anything for this long is given up, whatever it reports.
+/// There is no other limit: a download takes as long as it takes.
+const STALL: Duration = Duration::from_secs(300);
 /// A disk with less than this is not even tried.
 const DISK_FREE_MIN: Bytes = Bytes::mib(256);
 
@@ -82,8 +83,9 @@ async fn pull(runtime: &DockerRuntime, image: &str, progress: &Progress) -> Resu
     let mut reports = docker.create_image(Some(options.build()), None, credentials);
     progress.set("pull", None, format!("asking {} for {image}", reference.registry));
     let mut layers = Layers::default();
+    let mut moved = tokio::time::Instant::now();
     loop {
-        let report = match timeout(SILENCE_MAX, reports.next()).await {
+        let report = match timeout_at(moved + STALL, reports.next()).await {
             Ok(Some(Ok(report))) => report,
             Ok(Some(Err(error))) => {
                 return Err(errors::pull_fault(client.host(), image, &reference.registry, &error));
@@ -91,7 +93,9 @@ async fn pull(runtime: &DockerRuntime, image: &str, progress: &Progress) -> Resu
             Ok(None) => break,
             Err(_) => return Err(stalled(image, &reference.registry)),
         };
-        layers.note(report, Instant::now());
+        if layers.note(report, Instant::now()) {
+            moved = tokio::time::Instant::now();
+        }
         // Docker keeps at least the unpacked image, and while unpacking the download beside it.
         disk.has_room(layers.to_come(), image)?;
         progress.set("pull", layers.fraction(), layers.detail());
@@ -110,9 +114,9 @@ fn stalled(image: &str, registry: &str) -> Fault {
     Fault::new(
         FaultKind::FetchFailed,
         format!(
-            "the pull of {image} from {registry} stalled: nothing for {} s; it continues where it \
-             was at the next attempt",
-            SILENCE_MAX.as_secs()
+            "the pull of {image} from {registry} stalled: nothing came for {} s; it continues where \
+             it was at the next attempt",
+            STALL.as_secs()
         ),
     )
 }
@@ -158,19 +162,24 @@ struct Layers {
     unpacking: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Layer {
     done: u64,
     total: u64,
-    unpacked: bool,
+    extracted: Option<i64>,
+    /// How much of the download may be unpacked by now.
+    unpacked: u64,
 }
 
 impl Layers {
-    fn note(&mut self, report: CreateImageInfo, now: Instant) {
-        let (Some(id), Some(status)) = (report.id, report.status) else { return };
+    /// True if it tells of progress: "Waiting" and "Retrying" may go on for ever.
+    fn note(&mut self, report: CreateImageInfo, now: Instant) -> bool {
+        let (Some(id), Some(status)) = (report.id, report.status) else { return false };
         let detail = report.progress_detail.unwrap_or_default();
         let bytes = |n: Option<i64>| n.and_then(|n| u64::try_from(n).ok());
+        let is_new = !self.by_id.contains_key(&id);
         let layer = self.by_id.entry(id).or_default();
+        let before = *layer;
         match status.as_str() {
             "Downloading" => {
                 layer.done = bytes(detail.current).unwrap_or(layer.done);
@@ -179,12 +188,21 @@ impl Layers {
             "Extracting" | "Download complete" | "Verifying Checksum" => layer.done = layer.total,
             "Pull complete" | "Already exists" => {
                 layer.done = layer.total;
-                layer.unpacked = true;
+                layer.unpacked = layer.total;
             }
             _ => {}
         }
+        if status == "Extracting" {
+            // Units differ (bytes, or seconds of a containerd store): any change will do.
+            layer.extracted = detail.current;
+            let is_bytes = bytes(detail.total) == Some(layer.total);
+            let unpacked = bytes(detail.current).filter(|_| is_bytes);
+            layer.unpacked = unpacked.unwrap_or(layer.total);
+        }
+        let moved = is_new || *layer != before;
         self.unpacking = status == "Extracting";
         self.pace.note(self.done(), now);
+        moved
     }
 
     fn done(&self) -> u64 {
@@ -197,8 +215,10 @@ impl Layers {
 
     /// Bytes that will certainly still be written: unpacked layers are at least as large.
     fn to_come(&self) -> Bytes {
-        let waiting = self.by_id.values().filter(|layer| !layer.unpacked);
-        Bytes(waiting.map(|layer| layer.total + layer.total - layer.done).sum())
+        let to_come = |layer: &Layer| {
+            layer.total.saturating_sub(layer.done) + layer.total.saturating_sub(layer.unpacked)
+        };
+        Bytes(self.by_id.values().map(to_come).sum())
     }
 
     fn fraction(&self) -> Option<f32> {
@@ -235,6 +255,25 @@ mod tests {
     }
 
     #[test]
+    fn only_bytes_and_layers_are_progress() {
+        let (now, mut layers) = (Instant::now(), Layers::default());
+        for (status, current, moved) in [
+            ("Pulling fs layer", 0, true),
+            ("Waiting", 0, false),
+            ("Downloading", 10, true),
+            ("Downloading", 10, false),
+            ("Retrying in 5 seconds", 0, false),
+            ("Downloading", 11, true),
+            ("Extracting", 3, true),
+            ("Extracting", 3, false),
+            ("Extracting", 4, true),
+            ("Pull complete", 0, true),
+        ] {
+            assert_eq!(layers.note(report("a", status, current, 100), now), moved, "{status}");
+        }
+    }
+
+    #[test]
     fn progress_adds_up_over_layers() {
         let (start, mut layers) = (Instant::now(), Layers::default());
         let mib = 1 << 20;
@@ -246,8 +285,24 @@ mod tests {
         assert_eq!(layers.fraction(), Some(0.25));
         assert_eq!(layers.detail(), "100.0 MiB of 400.0 MiB, 50.0 MiB/s");
         assert_eq!(layers.to_come(), Bytes::mib(200 + 500));
+        layers.note(report("a", "Download complete", 0, 0), later);
+        assert_eq!(layers.to_come(), Bytes::mib(100 + 500));
+        layers.note(report("a", "Extracting", 80 * mib, 100 * mib), later);
+        assert_eq!(layers.to_come(), Bytes::mib(20 + 500), "most of it is on the disk already");
         layers.note(report("a", "Pull complete", 0, 0), later);
         assert_eq!(layers.fraction(), Some(0.5));
         assert_eq!(layers.to_come(), Bytes::mib(500));
+    }
+
+    #[test]
+    fn a_layer_that_is_unpacked_at_an_unknown_rate_asks_for_no_room() {
+        let (now, mut layers) = (Instant::now(), Layers::default());
+        layers.note(report("a", "Downloading", 50, 100), now);
+        assert_eq!(layers.to_come(), Bytes(50 + 100));
+        layers.note(report("a", "Download complete", 0, 0), now);
+        assert_eq!(layers.to_come(), Bytes(100));
+        // Seconds, without a total.
+        layers.note(report("a", "Extracting", 3, 0), now);
+        assert_eq!(layers.to_come(), Bytes(0));
     }
 }

@@ -4,12 +4,14 @@ use std::collections::HashMap;
 
 use bollard::models::{ContainerInspectResponse, HostConfig};
 use bollard::query_parameters::ListContainersOptionsBuilder;
+use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::client::{Client, PROMPT};
-use super::{DockerRuntime, errors, labels, place, start, stop, watched};
-use crate::runtime::{Endpoint, Foreign, Found, Identity, LogTail, Running, RuntimeHandle};
+use super::{DockerRuntime, errors, labels, place, start, watched};
+use crate::runtime::redact::Secrets;
+use crate::runtime::{Endpoint, Foreign, Found, Given, Identity, LogTail, Running, RuntimeHandle};
 use crate::scheduler::event::Fault;
 
 /// A container named in the configuration.
@@ -20,16 +22,24 @@ pub struct NamedContainer {
     pub alive: bool,
 }
 
+/// What a look through all containers brought.
+#[derive(Debug)]
+pub struct FoundAll {
+    pub found: Vec<Found>,
+    /// Containers of ours that Docker lists but could not say more of, each with the reason.
+    pub silent: Vec<(String, Fault)>,
+}
+
 /// Every container with this installation's label, running or not. A fetch of weights that an
 /// earlier run left behind is removed; so this is for the start of Wharf only.
-pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<Vec<Found>, Fault> {
+pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<FoundAll, Fault> {
     let client = &runtime.client;
     let docker = client.docker().await?;
     let label = format!("{}={installation}", labels::INSTALLATION);
     let filters = HashMap::from([("label", vec![label])]);
     let options = ListContainersOptionsBuilder::new().all(true).filters(&filters).build();
     let ours = client.within(PROMPT, docker.list_containers(Some(options))).await?;
-    let mut found = Vec::new();
+    let mut ids = Vec::new();
     for summary in ours {
         let Some(id) = summary.id else { continue };
         if summary.labels.as_ref().is_some_and(labels::is_errand) {
@@ -39,15 +49,31 @@ pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<Vec<Fou
             }
             continue;
         }
-        match timeout(PROMPT, docker.inspect_container(&id, None)).await {
-            Ok(Ok(container)) => found.extend(adopt(runtime, container).await?),
-            Ok(Err(error)) if errors::is_missing(&error) => {}
-            Ok(Err(error)) => return Err(errors::fault(client.host(), "inspect", &error)),
-            Err(_) => return Err(errors::silent(client.host(), PROMPT)),
+        ids.push(id);
+    }
+    // At once, and each for itself: one that Docker holds locked must not delay or hide the others.
+    let looks = join_all(ids.iter().map(|id| look(runtime, id))).await;
+    let (mut found, mut silent) = (Vec::new(), Vec::new());
+    for (id, look) in ids.into_iter().zip(looks) {
+        match look {
+            Ok(one) => found.extend(one),
+            Err(fault) => silent.push((id, fault)),
         }
     }
     found.sort_by_key(|found: &Found| found.running.identity.instance);
-    Ok(found)
+    Ok(FoundAll { found, silent })
+}
+
+/// `None`: gone meanwhile, or not really ours.
+async fn look(runtime: &DockerRuntime, id: &str) -> Result<Option<Found>, Fault> {
+    let client = &runtime.client;
+    let docker = client.docker().await?;
+    match timeout(PROMPT, docker.inspect_container(id, None)).await {
+        Ok(Ok(container)) => adopt(runtime, container).await,
+        Ok(Err(error)) if errors::is_missing(&error) => Ok(None),
+        Ok(Err(error)) => Err(errors::fault(client.host(), "inspect", &error)),
+        Err(_) => Err(errors::silent(client.host(), PROMPT)),
+    }
 }
 
 async fn adopt(
@@ -65,7 +91,7 @@ async fn adopt(
     let ended = container.state.as_ref().and_then(watched::ended);
     let alive = ended.is_none();
     let (log, exit) = if alive {
-        runtime.watched.watch(client, &id, None)
+        runtime.watched.watch(client, &id, None, secrets(&container))
     } else {
         // The sender is dropped: nothing more will happen to it.
         (LogTail::new(), watch::channel(ended).1)
@@ -77,7 +103,7 @@ async fn adopt(
         Err(_) => format!("http://127.0.0.1:{}", identity.port),
     };
     let handle = RuntimeHandle::Docker { id, name, named: false };
-    let endpoint = Endpoint { base, api_key: None };
+    let endpoint = Endpoint::new(base, None);
     Ok(Some(Found { running: Running { identity, endpoint, handle, log, exit }, alive }))
 }
 
@@ -116,22 +142,37 @@ pub async fn adopt_named(
     }
     let earlier_run = container.state.as_ref().and_then(|state| state.finished_at.as_deref());
     let id = container.id.clone().unwrap_or_default();
-    let (log, exit) = runtime.watched.watch(client, &id, earlier_run);
+    let (log, exit) = runtime.watched.watch(client, &id, earlier_run, secrets(&container));
     let place = runtime.place.get(client).await?;
     let base = place::endpoint(client, place, &container, container_port).await?;
     Ok(Some(Running {
         identity,
-        endpoint: Endpoint { base, api_key: None },
+        endpoint: Endpoint::new(base, None),
         handle: RuntimeHandle::Docker { id, name: name.to_owned(), named: true },
         log,
         exit,
     }))
 }
 
-pub async fn is_alive(client: &Client, running: &Running) -> Result<bool, Fault> {
-    let RuntimeHandle::Docker { id, .. } = &running.handle else { return Ok(false) };
-    let docker = client.docker().await?;
-    stop::running(client, &docker, id).await
+/// What of a container's environment its log must not show.
+pub fn secrets(container: &ContainerInspectResponse) -> Secrets {
+    let env = container.config.iter().flat_map(|config| config.env.iter().flatten());
+    Secrets::of_env(env.filter_map(|entry| entry.split_once('=')))
+}
+
+/// What a container was given; nothing where it cannot be looked at.
+pub async fn given(client: &Client, id: &str) -> Given {
+    let Ok(docker) = client.docker().await else { return Given::default() };
+    let Ok(container) = client.within(PROMPT, docker.inspect_container(id, None)).await else {
+        return Given::default();
+    };
+    let args = container.path.into_iter().chain(container.args.into_iter().flatten()).collect();
+    let env = container.config.and_then(|config| config.env).unwrap_or_default();
+    let pair = |entry: &String| {
+        let (name, value) = entry.split_once('=')?;
+        Some((name.to_owned(), value.to_owned()))
+    };
+    Given { args, env: env.iter().filter_map(pair).collect() }
 }
 
 /// Host pids of a running container; empty where they cannot be read.

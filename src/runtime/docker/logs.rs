@@ -1,10 +1,11 @@
 //! A container's log, followed into a [`LogTail`], over restarts of the daemon.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use bollard::container::LogOutput;
 use bollard::errors::Error;
-use bollard::query_parameters::{LogsOptions, LogsOptionsBuilder};
+use bollard::query_parameters::{AttachContainerOptionsBuilder, LogsOptions, LogsOptionsBuilder};
 use futures_util::StreamExt as _;
 
 use super::client::{Client, PROMPT, epoch_seconds};
@@ -13,6 +14,8 @@ use crate::runtime::LogTail;
 
 /// Lines of its past that an adopted container brings along.
 const PAST_LINES: &str = "500";
+/// A line that does not end is cut here.
+const LINE_BYTES_MAX: usize = 8 << 10;
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
@@ -34,6 +37,42 @@ pub async fn follow(client: Client, id: String, log: LogTail, after: Option<Stri
             }
         }
         tokio::time::sleep(waits.next().unwrap_or(RETRY_MAX)).await;
+    }
+}
+
+/// Tells the log of lines that grow, for as long as it is polled. Docker keeps a line to itself
+/// until it ends (or 16 KiB); attached, everything is seen when it is written. Only for a short
+/// while, since Docker lets the engine wait for a reader that reads no further.
+pub async fn follow_unfinished(client: &Client, id: &str, log: &LogTail) -> Infallible {
+    let options = AttachContainerOptionsBuilder::new().stream(true).stdout(true).stderr(true);
+    let options = options.build();
+    loop {
+        if let Ok(docker) = client.docker().await
+            && let Ok(mut attached) = docker.attach_container(id, Some(options.clone())).await
+        {
+            let mut unfinished = Vec::new();
+            while let Some(Ok(written)) = attached.output.next().await {
+                grow(&mut unfinished, written.as_ref(), log);
+            }
+        }
+        tokio::time::sleep(RETRY_MAX).await;
+    }
+}
+
+fn grow(unfinished: &mut Vec<u8>, written: &[u8], log: &LogTail) {
+    let rest = match written.iter().rposition(|byte| matches!(byte, b'\n' | b'\r')) {
+        Some(end) => {
+            unfinished.clear();
+            &written[end + 1..]
+        }
+        None => written,
+    };
+    if unfinished.len() + rest.len() > LINE_BYTES_MAX {
+        unfinished.clear();
+    }
+    unfinished.extend_from_slice(&rest[..rest.len().min(LINE_BYTES_MAX)]);
+    if !unfinished.is_empty() {
+        log.grow(&String::from_utf8_lossy(unfinished));
     }
 }
 
@@ -108,6 +147,30 @@ mod tests {
         push(&frame(one), &log, &seen, &mut last);
         push(&frame(two), &log, &seen, &mut last);
         assert_eq!(log.last(9), ["10%", "20%", "one"]);
+    }
+
+    #[test]
+    fn a_line_that_grows_is_told_of_before_it_ends() {
+        let (log, mut unfinished) = (LogTail::new(), Vec::new());
+        let mut seen = log.unfinished();
+        for (written, line) in [
+            ("loading\n..", Some("..")),
+            (".", Some("...")),
+            ("\n", None),
+            ("\rshards:  25%", Some("shards:  25%")),
+            ("\rshards:  50%", Some("shards:  50%")),
+            ("\r\n", None),
+        ] {
+            grow(&mut unfinished, written.as_bytes(), &log);
+            assert_eq!(seen.has_changed().expect("a sender"), line.is_some(), "{written:?}");
+            if let Some(line) = line {
+                assert_eq!(&**seen.borrow_and_update(), line);
+            }
+        }
+        for _ in 0..100 {
+            grow(&mut unfinished, &[b'.'; 1000], &log);
+            assert!(unfinished.len() <= LINE_BYTES_MAX, "{}", unfinished.len());
+        }
     }
 
     #[test]

@@ -22,17 +22,19 @@ mod watched;
 mod weights;
 mod weights_report;
 
+use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::sync::{Arc, OnceLock};
 
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Foreign, Found, Identity, LaunchSpec, Progress, Running, RuntimeHandle};
+use super::{Foreign, Given, Identity, LaunchSpec, LogTail, Progress, Running, RuntimeHandle};
 use crate::config::catalog::{DockerSpec, ModelSpec, RuntimeSpec, StopSpec};
 use crate::orchestrator::view::Health;
 use crate::scheduler::event::{Fault, FaultKind};
 
-pub use find::NamedContainer;
+pub use find::{FoundAll, NamedContainer};
 pub use weights::Weights;
 
 /// Cheap to clone; connects lazily, so that a machine without Docker costs nothing.
@@ -113,8 +115,9 @@ impl DockerRuntime {
         }
     }
 
-    /// Every container of this installation by label, running or not.
-    pub async fn find(&self, installation: &str) -> Result<Vec<Found>, Fault> {
+    /// Every container of this installation by label, running or not, as far as each can be
+    /// looked at.
+    pub async fn find(&self, installation: &str) -> Result<FoundAll, Fault> {
         self.connect();
         find::find(self, installation).await
     }
@@ -135,9 +138,19 @@ impl DockerRuntime {
         find::adopt_named(self, name, identity, container_port).await
     }
 
-    /// Is it (still) running? Used when the daemon came back.
-    pub async fn is_alive(&self, running: &Running) -> Result<bool, Fault> {
-        find::is_alive(&self.client, running).await
+    /// Which of these containers (still) run, by id. Used when the daemon came back.
+    pub async fn running_of(&self, ids: &[String]) -> Result<BTreeSet<String>, Fault> {
+        events::running_of(&self.client, ids).await
+    }
+
+    /// Tells the log of lines that grow before they end, for as long as it is polled.
+    pub async fn follow_unfinished(&self, id: &str, log: &LogTail) -> Infallible {
+        logs::follow_unfinished(&self.client, id, log).await
+    }
+
+    /// What the container was given; nothing where it cannot be looked at.
+    pub async fn given(&self, id: &str) -> Given {
+        find::given(&self.client, id).await
     }
 
     /// Host pids of the container; empty where they cannot be read.

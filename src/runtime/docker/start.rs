@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 
 use super::client::{Client, PROMPT};
 use super::errors::{self, Subject};
-use super::{DockerRuntime, create, labels, place, stop, watched};
+use super::{DockerRuntime, create, find, labels, place, stop, watched};
 use crate::config::catalog::{DockerSpec, StopSpec};
 use crate::runtime::{Endpoint, LaunchSpec, Running, RuntimeHandle};
 use crate::scheduler::event::{Fault, FaultKind};
@@ -218,6 +218,7 @@ async fn begin(runtime: &DockerRuntime, spec: &LaunchSpec, undo: &Undo) -> Resul
     let docker = client.docker().await?;
     let place = runtime.place.get(client).await?;
     let before = client.within(PROMPT, docker.inspect_container(&undo.id, None)).await?;
+    let secrets = find::secrets(&before).and(spec.api_key.key());
     let earlier_run = before.state.and_then(|state| state.finished_at);
     if let Err(error) = docker.start_container(&undo.id, None).await {
         let mut fault = refused(client, spec, docker_spec, &error);
@@ -229,7 +230,7 @@ async fn begin(runtime: &DockerRuntime, spec: &LaunchSpec, undo: &Undo) -> Resul
         return Err(fault);
     }
     // Watched only now: a container that was not yet started looks like one that ended.
-    let (log, exit) = runtime.watched.watch(client, &undo.id, earlier_run.as_deref());
+    let (log, exit) = runtime.watched.watch(client, &undo.id, earlier_run.as_deref(), secrets);
     let container = client.within(PROMPT, docker.inspect_container(&undo.id, None)).await?;
     let base = match container.state.as_ref().and_then(watched::ended) {
         None => place::endpoint(client, place, &container, spec.container_port).await?,
@@ -242,7 +243,7 @@ async fn begin(runtime: &DockerRuntime, spec: &LaunchSpec, undo: &Undo) -> Resul
     let name = container.name.unwrap_or_default().trim_start_matches('/').to_owned();
     Ok(Running {
         identity: spec.identity.clone(),
-        endpoint: Endpoint { base, api_key: None },
+        endpoint: Endpoint::new(base, spec.api_key.key()),
         handle: RuntimeHandle::Docker { id: undo.id.clone(), name, named: undo.named.is_some() },
         log,
         exit,

@@ -14,10 +14,14 @@ use tokio_util::task::AbortOnDropHandle;
 use super::client::{Client, PROMPT};
 use super::{errors, logs};
 use crate::orchestrator::view::Health;
+use crate::runtime::redact::Secrets;
 use crate::runtime::{ExitReport, LogTail};
 
 /// The last lines of a container arrive just after it ended; an exit waits this long for them.
 const LAST_LINES: Duration = Duration::from_millis(250);
+
+/// Before the first attempt to connect has ended.
+pub const NOT_CONNECTED: &str = "not connected yet";
 
 pub type Exit = watch::Receiver<Option<ExitReport>>;
 
@@ -36,7 +40,7 @@ struct Entry {
 
 impl Watched {
     pub fn new() -> Watched {
-        let detail = "not connected yet".to_owned();
+        let detail = NOT_CONNECTED.to_owned();
         let (health, _) = watch::channel(Health { ok: false, detail });
         Watched { by_id: Mutex::default(), health }
     }
@@ -56,10 +60,17 @@ impl Watched {
 
     /// Begins to watch a running container and to follow its log, or joins who does already.
     /// `log_after`: leave out lines up to this time (they belong to an earlier run).
-    pub fn watch(&self, client: &Client, id: &str, log_after: Option<&str>) -> (LogTail, Exit) {
+    /// `secrets`: what its log must not show.
+    pub fn watch(
+        &self,
+        client: &Client,
+        id: &str,
+        log_after: Option<&str>,
+        secrets: Secrets,
+    ) -> (LogTail, Exit) {
         let mut by_id = self.lock();
         let entry = by_id.entry(id.to_owned()).or_insert_with(|| {
-            let log = LogTail::new();
+            let log = LogTail::hiding(secrets);
             let follow = logs::follow(
                 client.clone(),
                 id.to_owned(),

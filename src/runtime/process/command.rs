@@ -20,8 +20,7 @@ const PORT: &str = "WHARF_PORT";
 /// Not `WHARF_LOG`: that sets the log filter of Wharf itself, which an engine may be too.
 pub const LOG_FILE: &str = "WHARF_LOG_FILE";
 
-/// A command with everything replaced and looked up.
-#[derive(Debug)]
+/// A command with everything replaced and looked up. No `Debug`: its environment holds secrets.
 pub struct Command {
     /// Absolute.
     pub program: PathBuf,
@@ -58,6 +57,7 @@ pub fn resolve(spec: &LaunchSpec, log: &Path) -> Result<Command, Fault> {
     // which we know our own.
     env.insert("SPT_NOENV".to_owned(), "1".to_owned());
     env.extend(spec.env.clone());
+    env.extend(spec.api_key.env());
     env.extend(process.env.iter().map(|(key, value)| (key.clone(), fill(value))));
     env.extend(identity_env(&spec.identity, log));
 

@@ -103,6 +103,9 @@ impl Tail {
             self.split(&buffer[..read]);
         }
         if total > 0 {
+            if !self.partial.is_empty() {
+                self.log.grow(&String::from_utf8_lossy(&self.partial));
+            }
             self.keep_small()?;
         }
         Ok(total > 0)
@@ -142,10 +145,18 @@ impl Tail {
         if self.file.metadata()?.blocks() * BLOCK <= DISK_BYTES_MAX {
             return Ok(());
         }
+        // After a burst most of it may be unread: that stays.
         let cut = self.offset.saturating_sub(DISK_BYTES_KEPT).cast_signed();
+        if cut == 0 {
+            return Ok(());
+        }
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         if fallocate(&self.file, flags, 0, cut).is_err() {
-            // A file system without holes: lines written since the last read are lost.
+            // A file system without holes: all of it goes, once all of it was read. Lines written
+            // in this very moment are lost.
+            if self.file.metadata()?.len() > self.offset {
+                return Ok(());
+            }
             self.file.set_len(0)?;
             self.offset = 0;
         }
@@ -199,6 +210,45 @@ mod tests {
         let lines = again.last(usize::MAX);
         assert!(lines.len() > 50, "{}", lines.len());
         assert!(lines.iter().all(|line| line.len() > 1000), "only whole lines");
+    }
+
+    #[test]
+    fn a_line_that_grows_is_told_of_before_it_ends() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = path(dir.path(), InstanceId(1));
+        let mut file = create(&path).expect("a file");
+        let log = LogTail::new();
+        let mut tail = Tail::open(&path, log.clone()).expect("a tail");
+        let mut unfinished = log.unfinished();
+        for dots in [".", "..", "..."] {
+            file.write_all(b".").expect("written");
+            tail.read_new().expect("read");
+            assert!(unfinished.has_changed().expect("a sender"));
+            assert_eq!(&**unfinished.borrow_and_update(), dots);
+        }
+        tail.read_new().expect("read");
+        assert!(!unfinished.has_changed().expect("a sender"), "nothing was written");
+        file.write_all(b"\n").expect("written");
+        tail.read_new().expect("read");
+        assert!(!unfinished.has_changed().expect("a sender"), "it ended");
+        assert_eq!(log.last(9), ["..."]);
+    }
+
+    #[test]
+    fn a_burst_larger_than_what_is_kept_is_read_to_its_end() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = path(dir.path(), InstanceId(1));
+        let mut file = create(&path).expect("a file");
+        let log = LogTail::new();
+        let mut tail = Tail::open(&path, log.clone()).expect("a tail");
+        file.write_all(&b"loading\n".repeat(600 << 10)).expect("written");
+        file.write_all(b"CUDA out of memory\n").expect("written");
+        assert!(tail.read_new().expect("read"));
+        assert_eq!(tail.offset, READ_BYTES_MAX as u64, "the first look ends within the burst");
+        tail.finish();
+        assert_eq!(log.last(1), ["CUDA out of memory"]);
+        let disk = std::fs::metadata(&path).expect("there").blocks() * 512;
+        assert!(disk <= DISK_BYTES_MAX, "{disk} bytes on disk");
     }
 
     #[test]

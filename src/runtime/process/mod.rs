@@ -32,7 +32,8 @@ use self::logfile::Tail;
 use self::pidfd::ExitWatch;
 pub use self::procfs::Occupant;
 use self::supervise::Supervised;
-use super::{Endpoint, Found, Identity, LaunchSpec, LogTail, Running, RuntimeHandle};
+use super::redact::Secrets;
+use super::{Endpoint, Found, Given, Identity, LaunchSpec, LogTail, Running, RuntimeHandle};
 use crate::config::catalog::StopSpec;
 use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::InstanceId;
@@ -97,10 +98,13 @@ impl ProcessRuntime {
             Some(occupant) => occupant.to_string(),
             None => "a process that this user cannot see".to_owned(),
         };
-        let message = format!(
-            "model {model}: port {port} is taken by {by}: end it, or change `port` or `engine_ports`"
-        );
-        Err(Fault::new(FaultKind::PortTaken, message))
+        let message = |by: &str| {
+            format!(
+                "model {model}: port {port} is taken by {by}: end it, or change `port` or \
+                 `engine_ports`"
+            )
+        };
+        Err(Fault::new(FaultKind::PortTaken, message(&by)).or_publicly(message("another program")))
     }
 
     /// Returns once the process runs. There is no await between its birth and its supervision, so
@@ -115,7 +119,13 @@ impl ProcessRuntime {
             Fault::new(FaultKind::Internal, message)
         };
         let file = logfile::create(&path).map_err(log_failed)?;
-        let log = LogTail::new();
+        // It also inherits what Wharf was given.
+        let inherited: Vec<(String, String)> = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        let env = inherited.iter().map(|(name, value)| (name, value)).chain(&command.env);
+        let secrets = Secrets::of_env(env.map(|(name, value)| (name.as_str(), value.as_str())));
+        let log = LogTail::hiding(secrets.and(spec.api_key.key()));
         let tail = Tail::open(&path, log.clone()).map_err(log_failed)?;
         let mut child = spawn(&command, file).map_err(|error| {
             let message = format!("model {model}: {}: {error}", command.program.display());
@@ -127,7 +137,10 @@ impl ProcessRuntime {
             return Err(Fault::new(FaultKind::Internal, "/proc cannot be read"));
         };
         let handle = (stat.pid, stat.start_ticks);
-        Ok(self.supervise(spec.identity.clone(), handle, Some(child), Some(tail), log))
+        let mut running =
+            self.supervise(spec.identity.clone(), handle, Some(child), Some(tail), log);
+        running.endpoint.api_key = spec.api_key.key();
+        Ok(running)
     }
 
     /// Signal to the group, grace, SIGKILL to the group and to whoever else carries its identity.
@@ -174,7 +187,9 @@ impl ProcessRuntime {
     }
 
     fn adopt(&self, remains: find::Remains) -> Found {
-        let log = LogTail::new();
+        let env = procfs::environ(remains.leader.0);
+        let env = env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let log = LogTail::hiding(Secrets::of_env(env));
         if !remains.alive {
             let (_, exit) = watch::channel(Some(super::ExitReport {
                 code: None,
@@ -256,9 +271,14 @@ fn running(
     log: LogTail,
     exit: watch::Receiver<Option<super::ExitReport>>,
 ) -> Running {
-    let endpoint = Endpoint { base: format!("http://127.0.0.1:{}", identity.port), api_key: None };
+    let endpoint = Endpoint::new(format!("http://127.0.0.1:{}", identity.port), None);
     let handle = RuntimeHandle::Process { pid, start_ticks };
     Running { identity, endpoint, handle, log, exit }
+}
+
+/// What a process was given when it began.
+pub fn given(pid: u32) -> Given {
+    Given { args: procfs::args(pid), env: procfs::environ(pid) }
 }
 
 fn spawn(command: &command::Command, log: std::fs::File) -> io::Result<Child> {

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
+use crate::runtime::redact::Secrets;
+
 /// The columns of /proc/PID/stat that tell one process from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stat {
@@ -56,15 +58,31 @@ fn pids() -> impl Iterator<Item = u32> {
 
 /// The `WHARF_*` part of a process's first environment; empty where it may not be read.
 pub fn wharf_environ(pid: u32) -> BTreeMap<String, String> {
+    environ_where(pid, |entry| entry.starts_with(b"WHARF_"))
+}
+
+/// A process's whole first environment: it holds secrets. Empty where it may not be read.
+pub fn environ(pid: u32) -> BTreeMap<String, String> {
+    environ_where(pid, |_| true)
+}
+
+fn environ_where(pid: u32, wanted: impl Fn(&[u8]) -> bool) -> BTreeMap<String, String> {
     let bytes = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     bytes
         .split(|byte| *byte == 0)
-        .filter(|entry| entry.starts_with(b"WHARF_"))
+        .filter(|entry| wanted(entry))
         .filter_map(|entry| {
             let (key, value) = std::str::from_utf8(entry).ok()?.split_once('=')?;
             Some((key.to_owned(), value.to_owned()))
         })
         .collect()
+}
+
+/// A process's arguments, its program first: they may hold secrets.
+pub fn args(pid: u32) -> Vec<String> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words = bytes.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+    words.map(|word| String::from_utf8_lossy(word).into_owned()).collect()
 }
 
 /// Command line for messages, cut to a readable length.
@@ -76,7 +94,7 @@ pub fn command_line(pid: u32) -> String {
         "" => fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default(),
         line => line.to_owned(),
     };
-    line.trim().chars().take(CHARS_MAX).collect()
+    Secrets::default().redact(line.trim()).chars().take(CHARS_MAX).collect()
 }
 
 /// `roots` and everything that descends from them, as far as `all` shows it.

@@ -11,6 +11,7 @@ use super::super::placement::Plan;
 use super::super::policy::{Candidate, Urgency};
 use super::super::record::{Eviction, Phase, SwapCause};
 use super::super::residency::{Drain, Instance, Residency};
+use super::Swap;
 use crate::units::{InstanceId, SwapId};
 
 /// From cancelling the leases of an instance to stopping it whether they ended or not.
@@ -162,14 +163,16 @@ impl Scheduler {
         }
     }
 
+    /// It wakes a sleeper, which it has not done yet.
+    pub(in crate::scheduler) fn wakes(&self, id: SwapId) -> bool {
+        let sleeps = |s: &Swap| self.instances.get(&s.instance).is_some_and(Instance::is_sleeping);
+        self.swaps.get(&id).is_some_and(|s| s.is_load() && sleeps(s))
+    }
+
     /// Takes the plan of a swap back; `choose` makes another.
     pub(in crate::scheduler) fn unplace(&mut self, id: SwapId, why: &str) {
         self.rescue_victims(id);
-        let wakes = self
-            .swaps
-            .get(&id)
-            .is_some_and(|s| self.instances.get(&s.instance).is_some_and(Instance::is_sleeping));
-        if wakes {
+        if self.wakes(id) {
             return self.cancel_swap(id, why);
         }
         if let Some(swap) = self.swaps.get_mut(&id) {

@@ -1,5 +1,6 @@
 //! Fetch: image and weights are brought here before anybody is asked to leave. It may take as
-//! long as a download takes; after a second its GPUs are free for others.
+//! long as a download takes (the effect itself gives up when no bytes come any more); after a
+//! second its GPUs are free for others.
 
 use super::super::Scheduler;
 use super::super::action::Action;

@@ -67,6 +67,8 @@ pub(in crate::scheduler) struct Swap {
     /// Since when only memory is missing.
     pub memory_wait: Option<Time>,
     pub watching: bool,
+    /// Unload: the instance had ended by itself, and why.
+    pub death: Option<Fault>,
 }
 
 impl Swap {
@@ -116,15 +118,20 @@ impl Scheduler {
         self.swaps.values().find(|s| s.is_load() && s.model == *model)
     }
 
-    /// A candidate got room (or needs none): its swap begins.
-    pub(in crate::scheduler) fn begin_load(&mut self, candidate: &Candidate, plan: Plan) {
+    /// A candidate got room (or needs none, or waits for memory that nobody accounts for): its
+    /// swap begins. That of a sleeper has nothing to check or fetch and can be placed at once.
+    pub(in crate::scheduler) fn begin_load(
+        &mut self,
+        candidate: &Candidate,
+        plan: &Plan,
+    ) -> SwapId {
         let name = candidate.spec.name.clone();
-        let id = SwapId(self.take_id());
+        let id = self.take_swap_id();
         let sleeper = self.current(&name).filter(|i| i.is_sleeping()).map(|i| i.id);
         let instance = match sleeper {
             Some(sleeper) => sleeper,
             None => {
-                let new = InstanceId(self.take_id());
+                let new = self.take_instance_id();
                 let residency = Residency::Starting { phase: Phase::Preflight };
                 let mut instance = Instance::new(new, &candidate.spec, residency, self.now);
                 instance.gpus.clone_from(&plan.gpus);
@@ -137,7 +144,7 @@ impl Scheduler {
             model: name,
             kind: SwapKind::Load,
             cause: candidate.cause,
-            decision: self.decision(candidate, &plan),
+            decision: self.decision(candidate, plan),
             instance,
             gpus: plan.gpus.clone(),
             victims: plan.victims.clone(),
@@ -156,15 +163,15 @@ impl Scheduler {
             rethought: false,
             memory_wait: None,
             watching: false,
+            death: None,
         };
         self.swaps.insert(id, swap);
         self.changed();
         self.record(id);
-        if sleeper.is_some() {
-            self.place(id, candidate, plan);
-        } else {
+        if sleeper.is_none() {
             self.emit_preflight(id);
         }
+        id
     }
 
     /// Why now and why these, in words.
@@ -172,7 +179,7 @@ impl Scheduler {
         let waiting = self.queue_len(&candidate.spec.name);
         let age = super::policy::seconds(self.now.since(candidate.oldest));
         let why = match candidate.urgency {
-            Urgency::Ensure(ask) => format!("asked for by {ask}"),
+            Urgency::Ensure(_) => format!("asked for ({})", candidate.cause.as_str()),
             Urgency::Overdue(_) => format!("{waiting} waiting, the oldest {age}: overdue"),
             Urgency::Normal if waiting > 0 => format!("{waiting} waiting, the oldest {age}"),
             Urgency::Normal => "its caller left; what it began goes on".to_owned(),
@@ -253,7 +260,9 @@ impl Scheduler {
             | SwapCause::Unload
             | SwapCause::Ttl
             | SwapCause::Reload
-            | SwapCause::Evict => false,
+            | SwapCause::Evict
+            | SwapCause::Died
+            | SwapCause::Cleanup => false,
         }
     }
 
@@ -385,10 +394,15 @@ impl Scheduler {
 
     pub(super) fn watch(&mut self, id: SwapId) {
         let proof = self.world.proof;
-        let Some(swap) = self.swaps.get_mut(&id).filter(|s| proof && !s.watching) else { return };
+        let Some(swap) = self.swaps.get(&id) else { return };
+        let ram = self.is_ram_sampled()
+            && self.catalog.model(&swap.model).is_some_and(|spec| spec.ram.is_some());
+        let Some(swap) = self.swaps.get_mut(&id).filter(|s| (proof || ram) && !s.watching) else {
+            return;
+        };
         let gpus: Vec<GpuId> =
             swap.gpus.iter().copied().filter(|&g| g != super::memory::UNSEEN).collect();
-        if gpus.is_empty() {
+        if gpus.is_empty() && !ram {
             return;
         }
         swap.watching = true;

@@ -86,7 +86,9 @@ impl Scheduler {
         gpus: Vec<GpuId>,
     ) {
         match swap {
-            None => self.begin_load(candidate, Plan { gpus, victims: Vec::new() }),
+            None => {
+                self.begin_load(candidate, &Plan { gpus, victims: Vec::new() });
+            }
             Some(swap) => self.wait_for_memory(swap),
         }
     }
@@ -109,18 +111,27 @@ impl Scheduler {
             return;
         }
         let swap = swap.clone();
+        // What a sleeper keeps beyond its residue may be all that is missing: one that cannot wake
+        // is replaced by a fresh start, once.
+        if self.wakes(id) && self.use_retry(id) {
+            self.forget_memory_wait(id);
+            return self.start_again(id, swap.instance);
+        }
+        let shares = |i: &Instance| i.gpus.iter().any(|g| swap.gpus.contains(g));
+        let needs_ram =
+            self.catalog.model(&swap.model).is_some_and(|m| self.ram_need(m) > Bytes::ZERO);
         let holder = self
             .instances
             .values()
-            .find(|i| i.is_stopping() && i.gpus.iter().any(|g| swap.gpus.contains(g)))
+            .find(|i| i.is_stopping() && (shares(i) || (needs_ram && i.ram() > Bytes::ZERO)))
             .map(|i| i.id);
         let stuck = holder.and_then(|id| self.instances.get(&id)).and_then(|i| i.trouble.clone());
         let fault = stuck.unwrap_or_else(|| {
             let message = format!(
-                "GPU memory for {} was not free within {} s: {}",
+                "memory for {} was not free within {} s: {}",
                 swap.model,
                 timeout.as_secs(),
-                self.holder_text(&swap.gpus, holder)
+                self.memory_text(&swap.model, &swap.gpus, holder)
             );
             Fault::new(FaultKind::VramNeverFreed, message)
         });
@@ -139,6 +150,7 @@ impl Scheduler {
             return Err(StartBlock::Process(format!("the earlier {} to be gone", swap.model)));
         }
         self.slot_block(target)?;
+        self.ram_block(target)?;
         if !uses_gpu(&target.spec) {
             return Ok(Bytes::ZERO);
         }
@@ -179,7 +191,7 @@ impl Scheduler {
         }
         let free = self.fresh_free(gpu).ok_or(StartBlock::NoSample)?;
         let loading = self.unvouched(gpu);
-        let free = free - self.catalog.settings.gpu.reserve + residue;
+        let free = free - self.catalog.settings.gpu.reserve + self.shown_on(target, gpu);
         let left = free - loading;
         let least = if need.elastic { Bytes(need.bytes.0 / ELASTIC_SHARE) } else { need.bytes };
         if left >= least.max(Bytes(1)) {
@@ -187,6 +199,8 @@ impl Scheduler {
         } else if free >= least && loading > Bytes::ZERO {
             // Whether it fits shows once the neighbour has taken its bytes.
             Err(StartBlock::Moving("another model loads there first".to_owned()))
+        } else if left + self.leaving_held(gpu) >= least {
+            Err(self.why_short(gpu))
         } else {
             Err(StartBlock::Held)
         }
@@ -233,7 +247,10 @@ impl Scheduler {
     fn advance_unload_proof(&mut self, id: SwapId) {
         let Some(swap) = self.swaps.get(&id) else { return };
         match self.instances.get(&swap.instance) {
-            None => self.end_swap(id, SwapOutcome::Unloaded),
+            None => {
+                let death = swap.death.clone();
+                self.end_swap(id, death.map_or(SwapOutcome::Unloaded, SwapOutcome::Died));
+            }
             Some(instance) => match instance.trouble.clone() {
                 Some(fault) => self.end_swap(id, SwapOutcome::Failed(fault)),
                 None => self.watch(id),

@@ -60,10 +60,7 @@ impl Scheduler {
     ) {
         match result {
             Ok(measured) => self.vouched(id, instance, under_way, measured),
-            Err(fault) if fault.kind.is_transient() && self.use_retry(id) => {
-                self.start_again(id, instance);
-            }
-            Err(fault) => self.start_failed(id, instance, fault),
+            Err(fault) => self.try_again(id, instance, fault),
         }
     }
 
@@ -82,6 +79,15 @@ impl Scheduler {
         }
     }
 
+    /// A taken port or a runtime that was briefly away is worth the one retry.
+    fn try_again(&mut self, id: SwapId, instance: InstanceId, fault: Fault) {
+        if fault.kind.is_transient() && self.use_retry(id) {
+            self.start_again(id, instance);
+        } else {
+            self.start_failed(id, instance, fault);
+        }
+    }
+
     /// Whatever is left of the failed start is taken away; waiters hear the cause at once.
     pub(in crate::scheduler) fn start_failed(
         &mut self,
@@ -94,9 +100,9 @@ impl Scheduler {
     }
 
     /// The one retry: a new instance (so a new port) on the same GPUs, once the old one is gone.
-    fn start_again(&mut self, id: SwapId, old: InstanceId) {
+    pub(super) fn start_again(&mut self, id: SwapId, old: InstanceId) {
         self.emit_stop(id, old);
-        let new = InstanceId(self.take_id());
+        let new = self.take_instance_id();
         let Some(swap) = self.swaps.get_mut(&id) else { return };
         let Some(spec) = self.catalog.model(&swap.model) else { return };
         let residency = Residency::Starting { phase: Phase::Prove };
@@ -133,12 +139,12 @@ impl Scheduler {
         self.changed();
         let Some(instance) = self.instances.get(&id) else { return };
         let model = instance.model.clone();
-        let text = format!("{model} ({id}) ended by itself: {}", fault.message);
+        let text = format!("{model} ended by itself: {}", fault.message);
         match instance.residency {
             Residency::Starting { .. } | Residency::Waking => {
                 let swap = self.swaps.values().find(|s| s.instance == id).map(|s| s.id);
                 match swap {
-                    Some(swap) if instance.launched => self.start_failed(swap, id, fault),
+                    Some(swap) if instance.launched => self.try_again(swap, id, fault),
                     Some(_) | None => {}
                 }
             }
@@ -194,7 +200,10 @@ impl Scheduler {
     /// away, and the proof of release follows.
     fn bury(&mut self, id: InstanceId, fault: &Fault, what: &str) {
         let decision = format!("{what}: {}", fault.message);
-        let swap = self.begin_unload(id, SwapCause::Evict, decision, Phase::Vacate);
+        let swap = self.begin_unload(id, SwapCause::Died, decision, Phase::Vacate);
+        if let Some(swap) = self.swaps.get_mut(&swap) {
+            swap.death = Some(fault.clone());
+        }
         self.emit_stop(swap, id);
     }
 

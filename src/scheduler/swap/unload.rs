@@ -16,7 +16,7 @@ impl Scheduler {
         decision: String,
         phase: Phase,
     ) -> SwapId {
-        let swap = SwapId(self.take_id());
+        let swap = self.take_swap_id();
         // An earlier attempt to take the same instance away ends here.
         let earlier: Vec<SwapId> = self
             .swaps
@@ -59,6 +59,7 @@ impl Scheduler {
                 rethought: false,
                 memory_wait: None,
                 watching: false,
+                death: None,
             },
         );
         self.changed();
@@ -73,7 +74,10 @@ impl Scheduler {
             .instances
             .values()
             .filter(|i| i.is_ready() || (i.is_sleeping() && i.release.is_none()))
-            .filter(|i| !self.swaps.values().any(|s| s.instance == i.id || s.has_victim(i.id)))
+            .filter(|i| {
+                let takes = |s: &Swap| s.instance == i.id || (!s.started && s.has_victim(i.id));
+                !self.swaps.values().any(takes)
+            })
             .filter_map(|i| self.unload_due(i).map(|(cause, why)| (i.id, cause, why)))
             .collect();
         for (id, cause, why) in due {
@@ -89,7 +93,10 @@ impl Scheduler {
         }
     }
 
-    fn unload_due(&self, instance: &Instance) -> Option<(SwapCause, String)> {
+    pub(in crate::scheduler) fn unload_due(
+        &self,
+        instance: &Instance,
+    ) -> Option<(SwapCause, String)> {
         if instance.unload.is_some() {
             return Some((SwapCause::Unload, "asked for by an operator".to_owned()));
         }
@@ -97,7 +104,7 @@ impl Scheduler {
             None => {
                 return Some((SwapCause::Reload, "removed from the configuration".to_owned()));
             }
-            Some(spec) if !super::super::lifecycle::is_same(spec, &instance.spec) => {
+            Some(spec) if !spec.is_same(&instance.spec) => {
                 return Some((SwapCause::Reload, "its configuration changed".to_owned()));
             }
             Some(_) => {}

@@ -72,7 +72,9 @@ impl Scheduler {
         if let Some(swap) = self.swaps.get_mut(&swap) {
             swap.vacated = true;
         }
-        if asleep {
+        // What had room when it was planned may have none any more.
+        let has_room = self.instances.get(&id).is_some_and(|i| self.has_ram(self.ram_to_sleep(i)));
+        if asleep && has_room {
             self.emit_sleep(swap, id);
         } else {
             self.emit_stop(swap, id);
@@ -95,7 +97,9 @@ impl Scheduler {
     fn emit_sleep(&mut self, swap: SwapId, id: InstanceId) {
         let now = self.now;
         let deadline = self.stop_deadline(id);
+        let weights = self.instances.get(&id).map(|i| self.ram_to_sleep(i)).unwrap_or_default();
         if let Some(instance) = self.instances.get_mut(&id) {
+            instance.weights = weights;
             instance.drain = None;
             instance.awake = instance.promise.unwrap_or_default();
             instance.enter(Residency::FallingAsleep, now);
@@ -197,7 +201,7 @@ impl Scheduler {
             .collect();
         for id in due {
             let decision = "its last stop failed".to_owned();
-            let swap = self.begin_unload(id, SwapCause::Evict, decision, Phase::Vacate);
+            let swap = self.begin_unload(id, SwapCause::Cleanup, decision, Phase::Vacate);
             if let Some(instance) = self.instances.get_mut(&id) {
                 instance.trouble = None;
             }

@@ -28,7 +28,8 @@ impl Scheduler {
         target.enter(Residency::Ready, now);
         target.ready_at = now;
         (target.served, target.unvouched) = (true, false);
-        (target.residue, target.awake) = (Bytes::ZERO, Bytes::ZERO);
+        self.memory.host_freed += target.weights;
+        (target.residue, target.awake, target.weights) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
         let mut gate = GateState::default();
         // A woken instance keeps its gate, and with it the counters.
         if under_way.kind == super::super::residency::MoveKind::Wake {

@@ -50,7 +50,7 @@ impl Sim {
                 free: self.free(g.id),
                 holders: if self.hide_pids { Vec::new() } else { self.holders(g.id) },
             });
-            Ok(MemorySample { taken_at: self.now, gpus: gpus.collect() })
+            Ok(MemorySample { taken_at: self.now, gpus: gpus.collect(), host: self.host })
         };
         self.send(Event::MemorySeen(sample));
     }

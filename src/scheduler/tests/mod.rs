@@ -5,6 +5,8 @@ mod control;
 mod fairness;
 mod faults;
 mod look;
+mod ram;
 mod random;
+mod sleepers;
 mod swaps;
 mod world;

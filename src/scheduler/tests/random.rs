@@ -89,7 +89,7 @@ fn mishap(sim: &mut Sim, dice: &mut Dice, model: &str, base: &Catalog) {
         }
         7 => {
             let instances: Vec<InstanceId> = sim.running.keys().copied().collect();
-            sim.send(Event::RuntimeLost { instances: instances.clone() });
+            sim.send(Event::RuntimeLost { instances: instances.clone(), why: "away".to_owned() });
             sim.run_for(Duration::from_millis(dice.roll(5000)));
             let alive = instances.into_iter().filter(|i| sim.running.contains_key(i)).collect();
             sim.send(Event::RuntimeBack { alive, dead: Vec::new() });

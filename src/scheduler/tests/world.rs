@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Action, Answer, Refusal};
 use crate::scheduler::event::*;
-use crate::scheduler::{GpuInfo, Scheduler, World};
+use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
 use crate::units::*;
 
 #[derive(Clone, Debug)]
@@ -47,6 +47,8 @@ pub struct Sim {
     /// Memory still held after the end of its process, and until when.
     pub ghosts: Vec<(InstanceId, Vec<GpuId>, Bytes, Time)>,
     pub strangers: BTreeMap<GpuId, Bytes>,
+    /// What samples say of host RAM.
+    pub host: Option<HostMemory>,
     pub faults: Faults,
     pub start_takes: Duration,
     pub lag: Duration,
@@ -82,13 +84,14 @@ impl Sim {
             .collect();
         let world = World { gpus: gpus.clone(), proof };
         let mut sim = Sim {
-            scheduler: Scheduler::new(Arc::new(catalog), world, 1),
+            scheduler: Scheduler::new(Arc::new(catalog), world, NextIds { instance: 1, swap: 1 }),
             now: Time::ZERO,
             gpus,
             proof,
             running: BTreeMap::new(),
             ghosts: Vec::new(),
             strangers: BTreeMap::new(),
+            host: None,
             faults: Faults::default(),
             start_takes: Duration::from_secs(4),
             lag: Duration::from_millis(700),
@@ -119,6 +122,7 @@ impl Sim {
             model: model.into(),
             priority: Priority::Normal,
             max_wait: None,
+            may_hurry: true,
             never_start: false,
             attempt: 1,
             arrived: self.now,

@@ -14,6 +14,7 @@ impl Checker {
             return;
         }
         self.sampled_at = taken_at;
+        self.host_seen = sample.host.or(self.host_seen);
         for gpu in &sample.gpus {
             let strangers = gpu.holders.iter().filter(|holder| holder.instance.is_none());
             self.foreign_seen[usize::from(gpu.gpu.0)] = strangers.map(|holder| holder.bytes).sum();

@@ -2,97 +2,29 @@
 //! actions, and looks at the machine as it really is.
 
 mod actions;
+mod asks;
+mod host;
+mod known;
 mod memory;
+mod moves;
+mod queue;
+mod refusals;
+mod rest;
 mod swaps;
 mod waits;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
 
-use wharf::config::catalog::{Catalog, GpuRequest, ModelSpec, SwapMode};
-use wharf::scheduler::event::{Done, EnsureKind, Event, FaultKind, Request};
-use wharf::scheduler::record::{ResidencyView, SchedulerView, SwapRecord};
-use wharf::units::{AskId, Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId};
+use wharf::config::catalog::Catalog;
+use wharf::scheduler::event::{Event, HostMemory};
+use wharf::scheduler::record::SwapRecord;
+use wharf::units::{AskId, Bytes, InstanceId, ModelName, RequestId, SwapId};
 
-use crate::scenario::{Scenario, fits};
-
-/// What the scheduler was told of an instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Told {
-    Preparing,
-    Starting,
-    Ready,
-    FallingAsleep,
-    Asleep,
-    Waking,
-    Stopping,
-    /// A stop failed: it may still be there.
-    StopFailed,
-    Gone,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Move {
-    Preflight,
-    Fetch,
-    Start,
-    Stop,
-    Sleep,
-    Wake,
-}
-
-#[derive(Clone, Debug)]
-pub struct Known {
-    pub model: ModelName,
-    pub spec: Arc<ModelSpec>,
-    pub gpus: Vec<GpuId>,
-    pub told: Told,
-    /// Set by the start action.
-    pub footprint: Option<Bytes>,
-    pub under_way: Option<(Move, SwapId)>,
-    pub preflight: bool,
-    pub fetched: bool,
-    pub open: bool,
-    pub closed_at: Option<u64>,
-    /// First named as the one that leaves.
-    pub listed_at: Option<u64>,
-    /// The swap of its last move.
-    pub last_for: Option<SwapId>,
-    pub launched: bool,
-    /// Of unknown size, beside a pinned one: nobody can say what it will take.
-    pub gamble: bool,
-    pub cancelled: bool,
-    pub lost: bool,
-    /// vLLM between start and the end of its profiling.
-    pub profiling: bool,
-    /// Told leases in flight.
-    pub in_flight: u32,
-}
-
-#[derive(Clone, Debug)]
-pub struct Waiting {
-    pub model: ModelName,
-    pub never_start: bool,
-    pub max_wait: Option<Duration>,
-    /// `queue.timeout` passes.
-    pub due: u64,
-    /// Since when its turn is awaited.
-    pub clock: u64,
-    /// Arrived just now: must be decided at once if it can never be served.
-    pub at: u64,
-}
-
-#[derive(Clone, Debug)]
-pub struct Asked {
-    pub model: ModelName,
-    /// `None`: unload.
-    pub kind: Option<EnsureKind>,
-    pub deadline: u64,
-    /// The newest instance there was.
-    pub newest: InstanceId,
-    pub gone: bool,
-}
+use crate::scenario::Scenario;
+use asks::Asked;
+use known::{Known, Move, Told};
+use queue::Waiting;
 
 pub struct Checker {
     pub failure: Option<String>,
@@ -122,6 +54,10 @@ pub struct Checker {
     /// Strangers' bytes in the newest sample that was told, per GPU.
     foreign_seen: Vec<Bytes>,
     sampled_at: u64,
+    /// Host RAM in the newest sample that was told.
+    host_seen: Option<HostMemory>,
+    /// Something was there before the scheduler.
+    adopts: bool,
     no_proof: bool,
     ever_lost: bool,
     shutting_down: bool,
@@ -166,6 +102,8 @@ impl Checker {
             failed_models: BTreeSet::new(),
             foreign_seen: scenario.gpus.iter().map(crate::machine::Gpu::foreign_bytes).collect(),
             sampled_at: 0,
+            host_seen: None,
+            adopts: !scenario.adopted.is_empty(),
             no_proof: false,
             ever_lost: false,
             shutting_down: false,
@@ -223,10 +161,7 @@ impl Checker {
             Event::MemorySeen(Ok(sample)) => self.sampled(sample),
             Event::MemorySeen(Err(_)) => self.no_proof = true,
             Event::InstanceDied { instance, .. } => {
-                if let Some(known) = self.insts.get(instance) {
-                    self.failed_models.insert(known.model.clone());
-                }
-                self.told_gone(*instance);
+                self.told_dead(*instance);
             }
             Event::Adopted { instance, model, gpus, footprint } => {
                 self.adopted(*instance, model, gpus, *footprint);
@@ -235,7 +170,7 @@ impl Checker {
                 self.catalog = Arc::clone(catalog);
                 self.queue_changed = true;
             }
-            Event::RuntimeLost { instances } => {
+            Event::RuntimeLost { instances, .. } => {
                 self.ever_lost = true;
                 for instance in instances {
                     if let Some(known) = self.insts.get_mut(instance) {
@@ -249,119 +184,11 @@ impl Checker {
                         known.lost = false;
                     }
                 }
-                dead.iter().for_each(|&instance| self.told_gone(instance));
+                // Whoever went down with its runtime died like any other.
+                dead.iter().for_each(|&instance| self.told_dead(instance));
             }
             Event::ShuttingDown => (self.shutting_down, self.queue_changed) = (true, true),
             Event::Remembered { .. } | Event::Woke => {}
-        }
-    }
-
-    fn arrived(&mut self, now: u64, request: &Request) {
-        let timeout = self.catalog.settings.queue.timeout.as_millis() as u64;
-        let due = now.max(request.arrived.0) + timeout;
-        let waiting = Waiting {
-            model: request.model.clone(),
-            never_start: request.never_start,
-            max_wait: request.max_wait,
-            due,
-            clock: now,
-            at: now,
-        };
-        self.queue_changed = true;
-        self.due.insert((due, request.id));
-        self.waiting.insert(request.id, waiting);
-    }
-
-    /// Out of the queue, if it was there.
-    fn forget(&mut self, request: RequestId) -> Option<Waiting> {
-        let waiting = self.waiting.remove(&request)?;
-        self.due.remove(&(waiting.due, request));
-        self.decided.insert(request);
-        Some(waiting)
-    }
-
-    fn asked(&mut self, ask: AskId, model: &ModelName, kind: Option<EnsureKind>, deadline: u64) {
-        let newest = self.insts.keys().next_back().copied().unwrap_or(InstanceId(0));
-        let asked = Asked { model: model.clone(), kind, deadline, newest, gone: false };
-        self.asks.insert(ask, asked);
-    }
-
-    fn adopted(
-        &mut self,
-        instance: InstanceId,
-        model: &ModelName,
-        gpus: &[GpuId],
-        footprint: Bytes,
-    ) {
-        let Some(spec) = self.catalog.model(model).cloned() else { return };
-        let known = Known {
-            footprint: Some(footprint),
-            told: Told::Ready,
-            preflight: true,
-            fetched: true,
-            launched: true,
-            ..Known::new(model, spec, gpus)
-        };
-        self.insts.insert(instance, known);
-        self.live.insert(instance);
-    }
-
-    fn told_gone(&mut self, instance: InstanceId) {
-        if let Some(known) = self.insts.get_mut(&instance) {
-            known.told = Told::Gone;
-            (known.profiling, known.lost) = (false, false);
-            self.live.remove(&instance);
-            self.forced.remove(&known.model);
-            if matches!(known.under_way, Some((Move::Start | Move::Wake | Move::Sleep, _))) {
-                known.under_way = None;
-            }
-        }
-    }
-
-    fn move_done(&mut self, swap: SwapId, instance: InstanceId, done: &Done) {
-        let Some(known) = self.insts.get_mut(&instance) else { return };
-        let ended = match done {
-            Done::Preflight(_) => Move::Preflight,
-            Done::Fetch(_) => Move::Fetch,
-            Done::Start(_) => Move::Start,
-            Done::Stop(_) => Move::Stop,
-            Done::Sleep(_) => Move::Sleep,
-            Done::Wake(_) => Move::Wake,
-        };
-        if known.under_way != Some((ended, swap)) {
-            return;
-        }
-        known.under_way = None;
-        let failed = known.model.clone();
-        match done {
-            Done::Preflight(result) => known.preflight = result.is_ok(),
-            Done::Fetch(result) => known.fetched = result.is_ok(),
-            // It answers, whatever its runtime does.
-            Done::Start(Ok(_)) | Done::Wake(Ok(_)) => {
-                (known.told, known.lost) = (Told::Ready, false);
-            }
-            Done::Sleep(Ok(_)) => (known.told, known.lost) = (Told::Asleep, false),
-            Done::Sleep(Err(_)) => known.told = Told::Ready,
-            Done::Wake(Err(_)) => known.told = Told::Asleep,
-            Done::Stop(Err(_)) if known.told != Told::Gone => known.told = Told::StopFailed,
-            Done::Stop(_) | Done::Start(Err(_)) => known.told = Told::Gone,
-        }
-        if ended == Move::Start {
-            known.profiling = false;
-        }
-        if known.told == Told::Gone {
-            self.live.remove(&instance);
-            self.forced.remove(&failed);
-        }
-        let fault = match done {
-            Done::Preflight(Err(fault))
-            | Done::Fetch(Err(fault))
-            | Done::Start(Err(fault))
-            | Done::Wake(Err(fault)) => Some(fault),
-            _ => None,
-        };
-        if fault.is_some_and(|fault| fault.kind != FaultKind::Cancelled) {
-            self.failed_models.insert(failed);
         }
     }
 
@@ -377,155 +204,5 @@ impl Checker {
         self.check_due(now);
         self.check_asks(now);
         self.check_waits(now);
-    }
-
-    fn check_due(&mut self, now: u64) {
-        if let Some(&(due, request)) = self.due.first()
-            && due < now
-        {
-            let model = self.waiting[&request].model.clone();
-            self.fail(format!("{request} for {model} still waits past queue.timeout ({due})"));
-        }
-    }
-
-    fn check_queue(&mut self, now: u64) {
-        let limit = self.catalog.settings.queue.limit as usize;
-        let waits = self.waiting.len();
-        self.require(waits <= limit, || format!("{waits} wait, queue.limit is {limit}"));
-        let mut per_model: BTreeMap<&ModelName, u32> = BTreeMap::new();
-        let mut wrong = None;
-        for (request, waiting) in &self.waiting {
-            let count = per_model.entry(&waiting.model).or_default();
-            *count += 1;
-            if *count > self.catalog.settings.queue.per_model {
-                wrong = Some(format!("{count} wait for {}: over per_model", waiting.model));
-            }
-            wrong = wrong.or_else(|| self.undecidable(now, *request, waiting));
-        }
-        if let Some(wrong) = wrong {
-            self.fail(wrong);
-        }
-    }
-
-    /// Why this request must have been decided at once.
-    fn undecidable(&self, now: u64, request: RequestId, waiting: &Waiting) -> Option<String> {
-        let Some(spec) = self.catalog.model(&waiting.model) else {
-            return Some(format!("{request} waits for {}, which is unknown", waiting.model));
-        };
-        if self.shutting_down {
-            return Some(format!("{request} waits though all is shutting down"));
-        }
-        if waiting.at == now && fits(&self.catalog, &self.gpus, spec) == Some(false) {
-            let fitting = self.ready(&waiting.model).is_some();
-            return (!fitting)
-                .then(|| format!("{request} waits for {}, which never fits", waiting.model));
-        }
-        (waiting.never_start && waiting.at == now && self.ready(&waiting.model).is_none())
-            .then(|| format!("{request} waits though it must not start {}", waiting.model))
-    }
-
-    /// The instance of `model` that the scheduler was told is ready.
-    fn ready(&self, model: &ModelName) -> Option<InstanceId> {
-        let ready = |id: &&InstanceId| {
-            let known = &self.insts[id];
-            known.model == *model && known.told == Told::Ready && !known.lost
-        };
-        self.live.iter().find(ready).copied()
-    }
-
-    fn check_asks(&mut self, now: u64) {
-        let late = self.asks.iter().find(|(_, asked)| asked.deadline < now && !asked.gone);
-        if let Some((ask, asked)) = late {
-            let message = format!("{ask} for {} got no answer by its deadline", asked.model);
-            self.fail(message);
-        }
-    }
-
-    /// Nothing goes wrong any more and nobody asks: nothing may be left undone.
-    pub fn at_rest(&mut self, now: u64, view: &SchedulerView) {
-        let waits = self.waiting.len();
-        self.require(waits == 0, || format!("at rest, but {waits} requests wait"));
-        let asks: Vec<String> = self
-            .asks
-            .iter()
-            .filter(|(_, asked)| !asked.gone)
-            .map(|(ask, asked)| format!("{ask} ({})", asked.model))
-            .collect();
-        self.require(asks.is_empty(), || format!("at rest, but not answered: {asks:?}"));
-        let stale = self.swaps.values().find(|record| record.began.0 + 200_000 < now);
-        let stale = stale.map(|record| (record.id, record.model.clone(), record.phase));
-        self.require(stale.is_none(), || format!("at rest, but a swap is under way: {stale:?}"));
-        let queued = view.queued;
-        self.require(queued == 0, || format!("at rest, but the view says {queued} queued"));
-        self.view_at_rest(now, view);
-    }
-
-    /// The view agrees with what was told, and no promise outlives its instance.
-    fn view_at_rest(&mut self, now: u64, view: &SchedulerView) {
-        for model in &view.models {
-            let settled = matches!(
-                model.residency,
-                ResidencyView::Stopped
-                    | ResidencyView::Ready
-                    | ResidencyView::Sleeping { .. }
-                    | ResidencyView::Failed { .. }
-            );
-            let name = &model.name;
-            let state = model.residency.as_str();
-            self.require(settled || model.since.0 + 200_000 > now, || {
-                format!("at rest, but {name} is {state} since {}", model.since.0)
-            });
-            let ready = self.ready(name).is_some();
-            self.require(ready == (state == "ready"), || {
-                format!("the view says {name} is {state}; told ready: {ready}")
-            });
-        }
-        for gpu in &view.gpus {
-            let on = self.live.iter().filter(|id| self.insts[id].gpus.contains(&gpu.gpu)).count();
-            let leaked = on == 0 && gpu.promised > Bytes::ZERO;
-            self.require(!leaked, || {
-                format!("nothing runs on GPU {}, but {} are promised", gpu.gpu, gpu.promised)
-            });
-        }
-    }
-
-    /// How many instances may be up at once.
-    fn models_max(&self) -> Option<usize> {
-        let swap = &self.catalog.settings.swap;
-        match (swap.mode, swap.max_concurrent_models) {
-            (SwapMode::SingleActive, _) => Some(1),
-            (SwapMode::MultiActive, _) if self.gpus.is_empty() => Some(1),
-            (SwapMode::MultiActive, 0) => None,
-            (SwapMode::MultiActive, n) => Some(n as usize),
-        }
-    }
-}
-
-impl Known {
-    pub fn wants_gpu(&self) -> bool {
-        !self.spec.is_external() && self.spec.gpus != GpuRequest::None
-    }
-
-    pub fn new(model: &ModelName, spec: Arc<ModelSpec>, gpus: &[GpuId]) -> Known {
-        Known {
-            model: model.clone(),
-            spec,
-            gpus: gpus.to_vec(),
-            told: Told::Preparing,
-            footprint: None,
-            under_way: None,
-            preflight: false,
-            fetched: false,
-            open: false,
-            closed_at: None,
-            listed_at: None,
-            last_for: None,
-            launched: false,
-            gamble: false,
-            cancelled: false,
-            lost: false,
-            profiling: false,
-            in_flight: 0,
-        }
     }
 }

@@ -24,76 +24,25 @@ pub const TINY: &str = "tiny";
 
 pub fn model(name: &str) -> ModelSpec {
     ModelSpec {
-        name: ModelName::new(name),
-        aliases: Vec::new(),
-        display_name: None,
-        description: None,
-        model_type: "llm".to_owned(),
-        tags: Vec::new(),
-        unlisted: false,
-        engine: EngineKind::Openai,
         runtime: RuntimeSpec::Process(ProcessSpec {
             argv: vec!["engine".to_owned()],
             ..ProcessSpec::default()
         }),
-        gpus: GpuRequest::Count(1),
         vram: Vram::Declared(Bytes::gib(16)),
-        ram: None,
         size_gb: Some(14.5),
-        priority: Priority::Normal,
-        pinned: false,
-        warmup: false,
-        ttl: None,
-        concurrency: None,
         health: Health { path: Some("/health".to_owned()), stall: Duration::from_secs(60) },
-        start_timeout: None,
-        stop: StopSpec { signal: "SIGTERM".to_owned(), grace: Duration::from_secs(10) },
-        canary: false,
-        upstream_name: None,
-        port: None,
-        waiting: None,
-        sleep: None,
-        line: 1,
+        ..ModelSpec::plain(name)
     }
 }
 
 pub fn settings() -> Settings {
-    Settings {
-        gateway: ([127, 0, 0, 1], 0).into(),
-        orchestrator: ([127, 0, 0, 1], 0).into(),
-        swap: SwapSettings {
-            mode: SwapMode::MultiActive,
-            max_concurrent_models: 0,
-            max_wait: None,
-            min_residency: Duration::from_secs(3),
-            drain_timeout: Duration::from_secs(300),
-            vram_timeout: Duration::from_secs(30),
-            start_timeout: Duration::from_secs(600),
-            shutdown_timeout: Duration::from_secs(60),
-            on_exit: OnExit::Keep,
-        },
-        queue: QueueSettings {
-            limit: 1024,
-            per_model: 256,
-            timeout: Duration::from_secs(540),
-            body_limit: Bytes::mib(64),
-            total_bodies: Bytes::gib(1),
-        },
-        gpu: GpuSettings {
-            provider: GpuProvider::Simulated,
-            reserve: Bytes::mib(512),
-            memory: vec![Bytes::gib(24)],
-            release_lag: Duration::ZERO,
-            foreign: Vec::new(),
-        },
-        engine_ports: (18051, 18999),
-        store: "wharf.db".into(),
-        auth: AuthSettings::default(),
-        docker_host: None,
-        cors: Vec::new(),
-        hosts: Vec::new(),
-        waiting: WaitingSettings { style: WaitingStyle::Comment, after: Duration::from_secs(10) },
-    }
+    let any_port = ([127, 0, 0, 1], 0).into();
+    let gpu = GpuSettings {
+        provider: GpuProvider::Simulated,
+        memory: vec![Bytes::gib(24)],
+        ..Settings::default().gpu
+    };
+    Settings { gateway: any_port, orchestrator: any_port, gpu, ..Settings::default() }
 }
 
 pub fn catalog(models: impl IntoIterator<Item = ModelSpec>) -> Catalog {
@@ -204,6 +153,12 @@ pub fn view() -> View {
                 promised: Bytes::gib(20),
                 free: Some(Bytes::gib(6)),
             }],
+            ram: RamView {
+                total: Some(Bytes::gib(64)),
+                available: Some(Bytes::gib(40)),
+                promised: Bytes::gib(12),
+                promised_to: vec![ModelName::new(MISTRAL)],
+            },
             swaps: vec![under_way],
             queued: 2,
             no_proof: None,
@@ -220,6 +175,8 @@ pub fn view() -> View {
         gpus: vec![gpu()],
         gpu_health: PartHealth { ok: true, detail: "simulated".to_owned() },
         docker_health: None,
+        outages: Vec::new(),
+        leftovers: Vec::new(),
         foreign: vec![Foreign {
             name: "stranger".to_owned(),
             image: "cuda:12".to_owned(),
@@ -295,7 +252,7 @@ impl Puppet {
 pub fn world() -> (Puppet, Vec<wharf::orchestrator::Lease>) {
     let puppet = Puppet::new(three_models());
     puppet.handle.publish_for_tests(view());
-    let endpoint = Endpoint { base: "http://127.0.0.1:18051".to_owned(), api_key: None };
+    let endpoint = Endpoint::new("http://127.0.0.1:18051", None);
     let gate = puppet.handle.gate_for_tests(InstanceId(7), &ModelName::new(MISTRAL), endpoint, 8);
     let leases = (0..2).map(|_| gate.try_lease().expect("an open gate")).collect();
     (puppet, leases)

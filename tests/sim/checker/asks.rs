@@ -1,0 +1,84 @@
+//! Callers of ensure, load and unload: one answer each, in time and true.
+
+use wharf::scheduler::action::{Answer, Refusal};
+use wharf::scheduler::event::EnsureKind;
+use wharf::units::{AskId, InstanceId, ModelName};
+
+use super::actions::really_ready;
+use super::{Checker, Told};
+use crate::machine::Machine;
+
+#[derive(Clone, Debug)]
+pub struct Asked {
+    pub model: ModelName,
+    /// `None`: unload.
+    pub kind: Option<EnsureKind>,
+    pub deadline: u64,
+    /// The newest instance there was.
+    pub newest: InstanceId,
+    pub gone: bool,
+}
+
+impl Checker {
+    pub(super) fn asked(
+        &mut self,
+        ask: AskId,
+        model: &ModelName,
+        kind: Option<EnsureKind>,
+        deadline: u64,
+    ) {
+        let newest = self.insts.keys().next_back().copied().unwrap_or(InstanceId(0));
+        let asked = Asked { model: model.clone(), kind, deadline, newest, gone: false };
+        self.asks.insert(ask, asked);
+    }
+
+    pub(super) fn check_asks(&mut self, now: u64) {
+        let late = self.asks.iter().find(|(_, asked)| asked.deadline < now && !asked.gone);
+        if let Some((ask, asked)) = late {
+            let message = format!("{ask} for {} got no answer by its deadline", asked.model);
+            self.fail(message);
+        }
+    }
+
+    pub(super) fn answer(&mut self, now: u64, ask: AskId, answer: &Answer, machine: &Machine) {
+        let Some(asked) = self.asks.remove(&ask) else {
+            let twice = self.answered.contains(&ask);
+            let why = if twice { "a second time" } else { "but was never asked" };
+            return self.fail(format!("{ask} is answered {why}: {answer:?}"));
+        };
+        self.answered.insert(ask);
+        match answer {
+            Answer::Ready { instance, .. } => {
+                let known = self.insts.get(instance);
+                let fine = asked.kind.is_some()
+                    && known.is_some_and(|known| {
+                        known.model == asked.model && known.told == Told::Ready
+                    })
+                    && really_ready(machine, *instance);
+                self.require(fine, || format!("{ask} is told {instance} is ready; it is not"));
+            }
+            Answer::Unloaded { .. } => {
+                let up = self.live.iter().find(|id| {
+                    let known = &self.insts[*id];
+                    let up = matches!(known.told, Told::Ready | Told::Starting | Told::Waking);
+                    known.model == asked.model && up && **id <= asked.newest
+                });
+                let up = up.copied();
+                let fine = asked.kind.is_none() && up.is_none();
+                self.require(fine, || format!("{ask} is told {} is gone: {up:?}", asked.model));
+            }
+            Answer::TimedOut { .. } => {
+                let fine = now >= asked.deadline;
+                self.require(fine, || format!("{ask} timed out before its deadline"));
+            }
+            Answer::Refused(refusal) => self.ask_refused(now, ask, &asked.model, refusal),
+        }
+    }
+
+    fn ask_refused(&mut self, now: u64, ask: AskId, model: &ModelName, refusal: &Refusal) {
+        let unknown = self.catalog.model(model).is_none();
+        let mismatch = matches!(refusal, Refusal::UnknownModel) && !unknown;
+        self.require(!mismatch, || format!("{ask}: {model} is known"));
+        self.refusal_is_true(now, model, refusal, None);
+    }
+}
