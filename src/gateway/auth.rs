@@ -2,11 +2,20 @@
 
 use std::net::SocketAddr;
 
+use base64::Engine as _;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use http::{HeaderMap, StatusCode, header};
 use subtle::{Choice, ConstantTimeEq};
 
 use super::reject::{Reject, Viewer};
 use crate::config::catalog::{ApiKey, Scope, Settings};
+
+/// Some clients leave the padding out.
+const BASIC: GeneralPurpose = GeneralPurpose::new(
+    &STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
 
 /// The key behind a request, or `None` where no keys are configured.
 pub fn authorize<'a>(
@@ -109,7 +118,7 @@ fn presented(headers: &HeaderMap) -> Vec<Vec<u8>> {
     if scheme.eq_ignore_ascii_case(b"bearer") {
         found.push(rest.to_vec());
     } else if scheme.eq_ignore_ascii_case(b"basic")
-        && let Some(pair) = base64_decode(rest)
+        && let Ok(pair) = BASIC.decode(rest)
     {
         // The key is the password; tools that ask for a user only send it as the user.
         let colon = pair.iter().position(|&b| b == b':').unwrap_or(pair.len());
@@ -117,30 +126,6 @@ fn presented(headers: &HeaderMap) -> Vec<Vec<u8>> {
         found.push(if password.is_empty() { &pair[..colon] } else { password }.to_vec());
     }
     found
-}
-
-/// Standard alphabet, padding optional.
-fn base64_decode(text: &[u8]) -> Option<Vec<u8>> {
-    let text = text.strip_suffix(b"==").or_else(|| text.strip_suffix(b"=")).unwrap_or(text);
-    let mut out = Vec::with_capacity(text.len() * 3 / 4);
-    let (mut bits, mut held) = (0u32, 0u32);
-    for &byte in text {
-        let digit = match byte {
-            b'A'..=b'Z' => byte - b'A',
-            b'a'..=b'z' => byte - b'a' + 26,
-            b'0'..=b'9' => byte - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            _ => return None,
-        };
-        bits = (bits << 6 | u32::from(digit)) & 0xffff;
-        held += 6;
-        if held >= 8 {
-            held -= 8;
-            out.push((bits >> held & 0xff) as u8);
-        }
-    }
-    Some(out)
 }
 
 /// `*` stands for any run of characters, also an empty one.

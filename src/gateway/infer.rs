@@ -17,10 +17,10 @@ use super::forward::{self, Failure, Outgoing};
 use super::receive::{self, Held};
 use super::reject::{Reject, Viewer};
 use super::relay::{Relay, Source};
-use super::routes::{Api, Inference};
+use super::routes::{Api, BodyKind, Inference};
 use super::timing::{Timing, swap_share};
 use super::usage::Meter;
-use super::{Gateway, auth, parse, wait};
+use super::{Gateway, auth, multipart, parse, wait};
 use crate::config::catalog::{
     ApiKey, Catalog, EngineKind, ModelSpec, Scope, WaitingSettings, WaitingStyle,
 };
@@ -96,11 +96,14 @@ struct Admitted<'a> {
 impl Admitted<'_> {
     fn job(self, received: receive::Received, id: &HeaderValue) -> Result<Job, Reject> {
         let Admitted { gateway, inference, catalog, head, key, wishes, arrived } = self;
-        let asked = parse::parse(&received.bytes)?;
+        let asked = match inference.body {
+            BodyKind::Json => parse::parse(&received.bytes)?,
+            BodyKind::Form => multipart::parse(&received.bytes, &head.headers)?,
+        };
         let spec = Arc::clone(admit::model(catalog, &asked.model, key)?);
         let stream = asked.stream;
         let mut edits = Vec::new();
-        edits.extend(asked.rename(&received.bytes, spec.served_name()));
+        edits.extend(asked.rename(spec.served_name()));
         let usage = (stream && may_inject(inference, &spec))
             .then(|| asked.include_usage(&received.bytes))
             .flatten();

@@ -10,6 +10,7 @@ pub mod auth;
 pub mod browser;
 mod forward;
 mod infer;
+mod multipart;
 pub mod nearest;
 mod notes;
 mod pages;

@@ -19,8 +19,17 @@ pub const NAME_SHOWN_MAX: usize = 128;
 pub struct Asked<'a> {
     pub model: Cow<'a, str>,
     pub stream: bool,
-    model_span: &'a RawValue,
+    /// Where the name stands in the body.
+    model_at: Range<usize>,
+    spelling: Spelling,
     stream_options: Option<&'a RawValue>,
+}
+
+/// How a name is written in the body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spelling {
+    Json,
+    Plain,
 }
 
 /// Only these fields are read; a second one of the same name is refused by serde.
@@ -54,20 +63,23 @@ pub fn parse(body: &[u8]) -> Result<Asked<'_>, Reject> {
     }
     let fields: Fields =
         serde_json::from_slice(body).map_err(|e| invalid(format!("the body is not valid: {e}")))?;
-    let Some(model_span) = fields.model else {
-        let message = "the field \"model\" is missing; GET /v1/models lists the names";
-        return Err(Reject::bad_request("model_missing", message).param("model"));
-    };
+    let Some(model_span) = fields.model else { return Err(model_missing()) };
     let model = string(model_span).ok_or_else(|| {
         let message = "the field \"model\" must be a string";
         Reject::bad_request("model_invalid", message).param("model")
     })?;
     if model.is_empty() {
-        let message = "the field \"model\" is empty; GET /v1/models lists the names";
-        return Err(Reject::bad_request("model_missing", message).param("model"));
+        return Err(model_missing());
     }
     let stream = fields.stream.unwrap_or(false);
-    Ok(Asked { model, stream, model_span, stream_options: fields.stream_options })
+    let mut asked = Asked::new(model, stream, span(body, model_span), Spelling::Json);
+    asked.stream_options = fields.stream_options;
+    Ok(asked)
+}
+
+pub fn model_missing() -> Reject {
+    let message = "the field \"model\" is missing or empty; GET /v1/models lists the names";
+    Reject::bad_request("model_missing", message).param("model")
 }
 
 fn invalid(message: impl Into<String>) -> Reject {
@@ -87,11 +99,23 @@ pub struct Edit {
     with: String,
 }
 
-impl Asked<'_> {
+impl<'a> Asked<'a> {
+    pub fn new(
+        model: Cow<'a, str>,
+        stream: bool,
+        model_at: Range<usize>,
+        spelling: Spelling,
+    ) -> Asked<'a> {
+        Asked { model, stream, model_at, spelling, stream_options: None }
+    }
+
     /// Replaces the value of `model` if the engine knows the model under another name.
-    pub fn rename(&self, body: &[u8], served: &str) -> Option<Edit> {
-        let with = serde_json::Value::from(served).to_string();
-        (self.model != served).then(|| Edit { at: span(body, self.model_span), with })
+    pub fn rename(&self, served: &str) -> Option<Edit> {
+        let with = || match self.spelling {
+            Spelling::Json => serde_json::Value::from(served).to_string(),
+            Spelling::Plain => served.to_owned(),
+        };
+        (self.model != served).then(|| Edit { at: self.model_at.clone(), with: with() })
     }
 
     /// Asks for the usage chunk at the end of a stream; `None` if the client did so itself, or
@@ -156,7 +180,7 @@ mod tests {
 
     fn renamed(body: &'static str, served: &str) -> String {
         let asked = parse(body.as_bytes()).unwrap();
-        let edits = asked.rename(body.as_bytes(), served).into_iter().collect();
+        let edits = asked.rename(served).into_iter().collect();
         String::from_utf8(apply(Bytes::from_static(body.as_bytes()), edits).to_vec()).unwrap()
     }
 

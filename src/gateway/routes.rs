@@ -21,24 +21,38 @@ pub enum Api {
     Other,
 }
 
-/// A path on which a JSON body names its model.
+/// Where the model's name stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BodyKind {
+    /// The field `model` of a JSON object, whatever the content type says.
+    Json,
+    /// The field `model` of a multipart form.
+    Form,
+}
+
+/// A path on which the body names its model.
 #[derive(Debug)]
 pub struct Inference {
     pub path: &'static str,
     /// The engine's path.
     pub upstream: &'static str,
     pub api: Api,
+    pub body: BodyKind,
 }
 
 const fn same(path: &'static str, api: Api) -> Inference {
-    Inference { path, upstream: path, api }
+    short(path, path, api)
 }
 
 const fn short(path: &'static str, upstream: &'static str, api: Api) -> Inference {
-    Inference { path, upstream, api }
+    Inference { path, upstream, api, body: BodyKind::Json }
 }
 
-pub static INFERENCE: [Inference; 17] = [
+const fn form(path: &'static str) -> Inference {
+    Inference { path, upstream: path, api: Api::Other, body: BodyKind::Form }
+}
+
+pub static INFERENCE: [Inference; 20] = [
     same("/v1/chat/completions", Api::Chat),
     short("/chat/completions", "/v1/chat/completions", Api::Chat),
     same("/v1/completions", Api::Completions),
@@ -56,6 +70,9 @@ pub static INFERENCE: [Inference; 17] = [
     same("/detokenize", Api::Other),
     same("/infill", Api::Other),
     same("/completion", Api::Other),
+    form("/v1/audio/transcriptions"),
+    form("/v1/audio/translations"),
+    form("/v1/images/edits"),
 ];
 
 pub fn router(gateway: Arc<Gateway>) -> Router {

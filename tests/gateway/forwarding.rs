@@ -273,3 +273,33 @@ async fn never_start_asks_the_owner_without_touching_an_idle_model() {
     let after = Handle::demand_for_tests(&gate);
     assert!(after.last_used > before.last_used && after.granted == 1);
 }
+
+#[tokio::test]
+async fn a_form_is_forwarded_as_it_came_with_the_name_the_engine_knows() {
+    let mut world = World::new().await;
+    world.ready();
+    let form = |model: &str| {
+        let audio = "RIFF\r\n--no\r\n".repeat(20_000);
+        format!(
+            "--b1\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\n\
+             {audio}\r\n--b1\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n{model}\r\n\
+             --b1--\r\n"
+        )
+    };
+    for path in ["/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits"] {
+        let mut request = world.post(path, form("gpt-4o"));
+        let kind = "multipart/form-data; boundary=b1";
+        request.headers_mut().insert("content-type", kind.parse().unwrap());
+        let reply = world.spawn(request);
+        let exchange = world.engine.request().await;
+        assert!(exchange.head.starts_with(&format!("post {path} ")), "{}", exchange.head);
+        assert!(exchange.head.contains(&format!("content-type: {kind}\r\n")), "{}", exchange.head);
+        assert!(exchange.body == form("mistral").as_bytes(), "only the name is another");
+        exchange.answer_json("{\"text\":\"hi\"}").await;
+        assert_eq!(reply.await.unwrap().status(), 200);
+    }
+    let reply = world.spawn(world.post("/v1/audio/transcriptions", "{\"model\":\"mistral\"}"));
+    let reply = reply.await.unwrap();
+    assert_eq!(reply.status(), 400);
+    assert!(reply.text().await.contains("multipart/form-data"));
+}
