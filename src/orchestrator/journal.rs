@@ -359,6 +359,7 @@ mod tests {
         let (now, event): (Time, Event) = serde_json::from_str(lines.next().unwrap()).unwrap();
         let mut actions = Vec::new();
         scheduler.handle(now, event, &mut actions);
-        assert!(format!("{actions:?}").contains("SwapId(41)"), "{actions:?}");
+        let told = format!("{actions:?}");
+        assert!(told.contains("SwapId(7)") && told.contains("InstanceId(41)"), "{told}");
     }
 }
