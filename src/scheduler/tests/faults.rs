@@ -253,7 +253,9 @@ fn an_entry_that_can_never_fit_is_refused_though_an_older_instance_of_it_is_lost
     sim.end(first);
     let instances: Vec<InstanceId> = sim.running.keys().copied().collect();
     sim.send(Event::RuntimeLost { instances, why: "Docker is away".into() });
-    sim.send(Event::CatalogChanged(Arc::new(catalog(vec![spec("a", 100)]))));
+    let mut anew = spec("a", 100);
+    anew.upstream_name = Some("another engine".to_owned());
+    sim.send(Event::CatalogChanged(Arc::new(catalog(vec![anew]))));
     let request = sim.request("a");
     assert!(matches!(sim.refused.get(&request), Some(Refusal::CannotFit { .. })));
 }
