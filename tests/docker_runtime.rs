@@ -480,7 +480,7 @@ async fn a_container_that_docker_cannot_look_at_hides_no_other() {
     let all = later.find(&yard.installation).await.expect("the containers");
     let found: Vec<String> = all.found.iter().map(|found| id_of(&found.running)).collect();
     assert_eq!(found, ids[1..]);
-    let silent: Vec<&str> = all.silent.iter().map(|(id, _)| id.as_str()).collect();
+    let silent: Vec<&str> = all.silent.iter().map(|silent| silent.id.as_str()).collect();
     assert_eq!(silent, [&ids[0]]);
 
     held.store(false, Ordering::SeqCst);

@@ -16,7 +16,7 @@ use super::render::{self, Snapshot, seconds};
 use super::{Api, ledger, name};
 use crate::config::catalog::{Catalog, ModelSpec};
 use crate::gateway::reject::Reject;
-use crate::scheduler::action::Answer;
+use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::EnsureKind;
 use crate::scheduler::record::SwapKind;
 use crate::units::{ModelName, SwapId, Time};
@@ -188,7 +188,8 @@ async fn begun(
         answer = &mut answer => match answer {
             Ok(Answer::Refused(refusal)) => return Err(refused(&refusal, &spec.name, api)),
             Ok(Answer::Ready { swap, .. }) => swap,
-            Ok(Answer::TimedOut { .. } | Answer::Unloaded { .. }) | Err(_) => None,
+            Ok(Answer::TimedOut { .. } | Answer::Unloaded { .. }) => None,
+            Err(_) => return Err(refused(&Refusal::ShuttingDown, &spec.name, api)),
         },
         swap = tokio::time::timeout(BEGIN_WITHIN, begins) => swap.ok(),
     };

@@ -112,7 +112,10 @@ fn orchestrator(at: &Snapshot<'_>) -> Part {
 
 fn leftover(left: &Leftover) -> String {
     let Leftover { what, model, fault, .. } = left;
-    format!("{what} of an earlier run ({model}) could not be stopped yet: {}", fault.message)
+    format!(
+        "{what} of an earlier run ({model}) could not be stopped yet: {}",
+        fault.public_message()
+    )
 }
 
 fn docker(at: &Snapshot<'_>) -> Part {

@@ -265,7 +265,8 @@ pub enum RuntimeSpec {
     External(ExternalSpec),
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// Its `Debug` leaves out what may hold secrets: arguments and environment.
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct DockerSpec {
     /// An existing container, managed by name. Excludes every other key but `port`.
     pub container: Option<String>,
@@ -302,12 +303,28 @@ pub enum PullPolicy {
     Never,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// Its `Debug` leaves out what may hold secrets: arguments and environment.
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ProcessSpec {
     /// Program and arguments; `${PORT}` and `${MODEL}` not yet replaced.
     pub argv: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub cwd: Option<PathBuf>,
+}
+
+impl std::fmt::Debug for DockerSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DockerSpec")
+            .field("container", &self.container)
+            .field("image", &self.image)
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for ProcessSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProcessSpec").field("program", &self.argv.first()).finish_non_exhaustive()
+    }
 }
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]

@@ -1,12 +1,14 @@
 //! Who holds memory, in words: the command and the container of a process.
 
+use crate::runtime::redact::Secrets;
+
 /// Longest command shown.
 const COMMAND_CHARS_MAX: usize = 80;
 const CONTAINER_ID_CHARS: usize = 64;
 /// As `docker ps` shows it.
 const CONTAINER_ID_SHOWN: usize = 12;
 
-/// `vllm serve org/model (container 0123456789ab)`; says so where the process cannot be seen.
+/// `vllm serve (container 0123456789ab)`; says so where the process cannot be seen.
 pub fn holder(pid: u32) -> String {
     let read = |file| std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
     let mut label = command(&read("cmdline"));
@@ -22,32 +24,24 @@ pub fn holder(pid: u32) -> String {
     label
 }
 
-/// The program without its folder, and its arguments without secrets: labels reach clients.
+/// The program and what it runs, such as `vllm serve` or `python3 train.py`. Labels reach every
+/// client, and further arguments are for those who may read them.
 fn command(cmdline: &[u8]) -> String {
     let text = String::from_utf8_lossy(cmdline);
     let mut words = text.split(['\0', ' ']).filter(|word| !word.is_empty());
-    let program = words.next().unwrap_or_default();
-    let mut shown = vec![program.rsplit('/').next().unwrap_or_default().to_owned()];
-    let mut hide_next = false;
-    for word in words {
-        let secret = is_secret(word);
-        shown.push(match word.split_once('=') {
-            _ if hide_next => "…".to_owned(),
-            Some((name, _)) if secret => format!("{name}=…"),
-            _ => word.to_owned(),
-        });
-        hide_next = secret && word.starts_with('-') && !word.contains('=');
-    }
-    let line = shown.join(" ");
+    let name = |word: &str| word.rsplit('/').next().unwrap_or_default().to_owned();
+    let mut line = words.next().map(name).unwrap_or_default();
+    let what = match words.next() {
+        Some("-m") => words.next().map(|module| format!("-m {module}")),
+        Some(word) if !word.starts_with('-') => Some(name(word)),
+        _ => None,
+    };
+    line.extend(what.map(|what| format!(" {what}")));
+    let line = Secrets::default().redact(&line);
     match line.char_indices().nth(COMMAND_CHARS_MAX) {
         Some((cut, _)) => format!("{}…", &line[..cut]),
-        None => line,
+        None => line.into_owned(),
     }
-}
-
-fn is_secret(word: &str) -> bool {
-    let name = word.split('=').next().unwrap_or_default().to_ascii_lowercase();
-    ["key", "token", "secret", "passw"].iter().any(|part| name.contains(part))
 }
 
 /// The short id of the container that a cgroup path names (docker, containerd, podman, Kubernetes).
@@ -66,8 +60,16 @@ mod tests {
     fn commands_are_short_and_hold_no_secret() {
         assert_eq!(
             command(b"/usr/bin/vllm\0serve\0org/m\0--api-key\0s3cret\0--hf-token=abc\0"),
-            "vllm serve org/m --api-key … --hf-token=…"
+            "vllm serve"
         );
+        for (cmdline, shown) in [
+            ("python3\0-m\0vllm.entrypoints\0--x", "python3 -m vllm.entrypoints"),
+            ("python3\0/home/me/train.py\0hf_AbCdEf0123456789", "python3 train.py"),
+            ("tool\0hf_AbCdEf0123456789", "tool ***"),
+            ("curl\0-H\0Authorization: Bearer abcdefghijkl", "curl"),
+        ] {
+            assert_eq!(command(cmdline.as_bytes()), shown);
+        }
         let long = command(format!("python3\0{}", "é".repeat(500)).as_bytes());
         assert_eq!(long.chars().count(), COMMAND_CHARS_MAX + 1);
         assert_eq!(command(b""), "");

@@ -44,10 +44,13 @@ pub(super) struct DockerState {
 impl Owner {
     /// A reload may bring the first model that runs in Docker.
     pub(super) fn follow_docker_if_used(&mut self, catalog: &Catalog) {
-        if self.docker.health.is_some() || !uses_docker(catalog) {
+        if !uses_docker(catalog) {
             return;
         }
         self.writer.note_docker();
+        if self.docker.health.is_some() {
+            return;
+        }
         let docker = self.effects.runtimes.docker.clone();
         docker.connect();
         let inbox = self.effects.inbox.clone();

@@ -134,19 +134,23 @@ impl Effects {
             let before = unpanicked(async { Ok(effects.read_memory().await) });
             let before = before.await.ok().flatten();
             progress.set("launch", None, "");
-            let mut launched = unpanicked(effects.runtimes.start(&launch)).await;
-            if let Ok(running) = &mut launched {
-                effects.learn_key(&launch.model, running).await;
+            let launched = unpanicked(effects.runtimes.start(&launch)).await;
+            if let Ok(running) = &launched {
                 effects.holders.register(running);
                 slot.put(Some(running.clone()));
             }
             drop(launching);
             let rest = async {
                 let brought = match launched {
-                    Ok(running) => {
+                    Ok(mut running) => {
                         let before = before.as_deref();
-                        let up =
-                            effects.bring_up(swap, &launch, &running, before, &progress, deadline);
+                        let up = async {
+                            effects.learn_key(&launch.model, &mut running).await;
+                            slot.put(Some(running.clone()));
+                            effects
+                                .bring_up(swap, &launch, &running, before, &progress, deadline)
+                                .await
+                        };
                         unpanicked(up).await
                     }
                     Err(fault) => Err(fault),
@@ -208,9 +212,8 @@ impl Effects {
         match self.stop_within(&running, &stop).await {
             Ok(()) => slot.put(None),
             Err(stuck) => {
-                fault
-                    .message
-                    .push_str(&format!("; and it could not be stopped: {}", stuck.message));
+                let why = stuck.public_message();
+                fault = fault.and(&format!("; and it could not be stopped: {why}"));
             }
         }
         fault

@@ -14,7 +14,7 @@ use super::state_dir::StateDir;
 use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec};
 use crate::engine;
 use crate::gpu::Gpus;
-use crate::runtime::docker::FoundAll;
+use crate::runtime::docker::{FoundAll, Silent};
 use crate::runtime::{Found, Identity, Progress, Running};
 use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName};
@@ -109,10 +109,15 @@ pub async fn reconcile_docker(
     let is_sought = |id: InstanceId| earlier.contains(&id.0) && !known.contains(&id);
     let (mut adopted, any_left, any_missed) = match effects.runtimes.docker.find(installation).await
     {
-        Ok(FoundAll { mut found, silent }) => {
+        Ok(FoundAll { mut found, mut silent }) => {
             found.retain(|found| is_sought(found.running.identity.instance));
-            for (container, fault) in &silent {
-                tracing::warn!(%container, "of an earlier run, is looked at again: {}", fault.message);
+            silent.retain(|silent| silent.instance.is_none_or(is_sought));
+            for Silent { id, fault, .. } in &silent {
+                tracing::warn!(
+                    container = id,
+                    "of an earlier run, is looked at again: {}",
+                    fault.message
+                );
             }
             let any_left = !(found.is_empty() && silent.is_empty());
             (adopt_or_reap_all(effects, catalog, found).await, any_left, !silent.is_empty())

@@ -56,7 +56,7 @@ pub async fn start(
     let gpus = Gpus::open(&catalog.settings.gpu, &state.vram_ledger()).await?;
     tracing::info!(gpus = gpus.gpus().len(), provider = gpus.describe(), "GPU memory");
     let (inbox, receiver) = Inbox::new();
-    let epoch = Instant::now();
+    let (epoch, epoch_unix) = (Instant::now(), SystemTime::now());
     let holders = Holders::new(&state.installation);
     let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
     let effects = Effects {
@@ -94,7 +94,7 @@ pub async fn start(
     };
     let last_ids = LastIds { instance: last_id, swap: before.swap };
     let next_ids = NextIds { instance: last_ids.instance + 1, swap: last_ids.swap + 1 };
-    let cost = "what is learned may be lost at a restart";
+    let cost = "what is learned may be lost at a restart, and ids may come twice";
     let outage = Outage::new("the state folder", cost, inbox.clone());
     let writer = StateWriter::open(state.path(), last_ids, outage);
     if configured {
@@ -102,7 +102,7 @@ pub async fn start(
     }
     let begin = Begin {
         wharf: env!("CARGO_PKG_VERSION").to_owned(),
-        at: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+        at: humantime::format_rfc3339_millis(epoch_unix).to_string(),
         next_ids,
         world: world.clone(),
         catalog: Arc::clone(&catalog),

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -187,7 +187,11 @@ fn write_pending(dir: &Path, pending: &Pending) -> io::Result<()> {
 /// Whole or not at all.
 fn write(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let (target, temporary): (PathBuf, PathBuf) = (dir.join(name), dir.join(format!("{name}.new")));
-    fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &target))
+    let mut file = fs::File::create(&temporary)?;
+    file.write_all(bytes)?;
+    // A rename may reach the disk before what it names.
+    file.sync_all()?;
+    fs::rename(&temporary, &target)
 }
 
 #[cfg(test)]

@@ -10,11 +10,13 @@ use super::EngineKey;
 
 const MASK: &str = "***";
 /// Shorter values would garble lines wherever they turn up by chance.
-const KNOWN_CHARS_MIN: usize = 4;
+const KNOWN_CHARS_MIN: usize = 8;
 /// Of what follows `hf_`, `sk-`, `Bearer `.
 const TOKEN_CHARS_MIN: usize = 6;
 /// Of the value behind a name such as `x_token`, which may be a tokenizer's.
 const VALUE_CHARS_MIN: usize = 8;
+/// Of the value behind a plain `token`.
+const BARE_CHARS_MIN: usize = 16;
 
 const ENV_WORDS: [&str; 6] = ["KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL"];
 /// Ends of names whose value is a secret, whatever it looks like.
@@ -138,13 +140,17 @@ fn secret_at(word: &str, after: &str) -> Option<(usize, usize)> {
     }
     let name = word.trim_start_matches('-').to_ascii_lowercase().replace('-', "_");
     let certain = NAMES.iter().any(|end| name.ends_with(end));
-    let likely = name.ends_with("_token") || word.starts_with('-') && name == "token";
+    let bare = name == "token" && !word.starts_with('-');
+    let likely = name.ends_with("_token") || name == "token";
     if !(certain || likely) {
         return None;
     }
     let (start, end) = value(after, word.starts_with("--"), name.ends_with("authorization"))?;
     let text = &after[start..end];
-    let telling = certain || text.chars().count() >= VALUE_CHARS_MIN && text.chars().all(is_token);
+    // A tokenizer's own word for what it reads is short, and a word.
+    let is_long = text.chars().count() >= if bare { BARE_CHARS_MIN } else { VALUE_CHARS_MIN };
+    let is_random = !bare || text.contains(|c: char| c.is_ascii_digit());
+    let telling = certain || is_long && is_random && text.chars().all(is_token);
     (telling && !is_no_secret(text)).then_some((offset + start, offset + end))
 }
 

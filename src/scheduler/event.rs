@@ -214,6 +214,16 @@ impl Fault {
         self
     }
 
+    /// More of the story, for everyone.
+    #[must_use]
+    pub fn and(mut self, more: &str) -> Fault {
+        self.message.push_str(more);
+        if let Some(public) = &mut self.public {
+            public.push_str(more);
+        }
+        self
+    }
+
     /// Fit for every client.
     pub fn public_message(&self) -> &str {
         self.public.as_deref().unwrap_or(&self.message)

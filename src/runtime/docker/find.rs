@@ -13,6 +13,7 @@ use super::{DockerRuntime, errors, labels, place, start, watched};
 use crate::runtime::redact::Secrets;
 use crate::runtime::{Endpoint, Foreign, Found, Given, Identity, LogTail, Running, RuntimeHandle};
 use crate::scheduler::event::Fault;
+use crate::units::InstanceId;
 
 /// A container named in the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,12 +27,19 @@ pub struct NamedContainer {
 #[derive(Debug)]
 pub struct FoundAll {
     pub found: Vec<Found>,
-    /// Containers of ours that Docker lists but could not say more of, each with the reason.
-    pub silent: Vec<(String, Fault)>,
+    pub silent: Vec<Silent>,
+}
+
+/// A container of ours that Docker lists but could not say more of.
+#[derive(Debug)]
+pub struct Silent {
+    pub id: String,
+    pub instance: Option<InstanceId>,
+    pub fault: Fault,
 }
 
 /// Every container with this installation's label, running or not. A fetch of weights that an
-/// earlier run left behind is removed; so this is for the start of Wharf only.
+/// earlier run left behind is removed.
 pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<FoundAll, Fault> {
     let client = &runtime.client;
     let docker = client.docker().await?;
@@ -39,29 +47,36 @@ pub async fn find(runtime: &DockerRuntime, installation: &str) -> Result<FoundAl
     let filters = HashMap::from([("label", vec![label])]);
     let options = ListContainersOptionsBuilder::new().all(true).filters(&filters).build();
     let ours = client.within(PROMPT, docker.list_containers(Some(options))).await?;
-    let mut ids = Vec::new();
+    let (mut ids, mut left) = (Vec::new(), Vec::new());
     for summary in ours {
-        let Some(id) = summary.id else { continue };
-        if summary.labels.as_ref().is_some_and(labels::is_errand) {
-            tracing::info!(container = id, "removing a fetch of weights of an earlier run");
-            if let Err(fault) = start::remove(client, &id).await {
-                tracing::warn!(container = id, reason = fault.message, "not removed");
-            }
-            continue;
+        let (Some(id), Some(labels)) = (summary.id, summary.labels) else { continue };
+        if !labels::is_errand(&labels) {
+            ids.push((id, labels::instance(&labels)));
+        } else if !labels::is_of_run(&labels, &runtime.run) {
+            left.push(id);
         }
-        ids.push(id);
     }
     // At once, and each for itself: one that Docker holds locked must not delay or hide the others.
-    let looks = join_all(ids.iter().map(|id| look(runtime, id))).await;
+    join_all(left.iter().map(|id| remove_errand(client, id))).await;
+    let looks = join_all(ids.iter().map(|(id, _)| look(runtime, id))).await;
     let (mut found, mut silent) = (Vec::new(), Vec::new());
-    for (id, look) in ids.into_iter().zip(looks) {
+    for ((id, instance), look) in ids.into_iter().zip(looks) {
         match look {
             Ok(one) => found.extend(one),
-            Err(fault) => silent.push((id, fault)),
+            Err(fault) => silent.push(Silent { id, instance, fault }),
         }
     }
     found.sort_by_key(|found: &Found| found.running.identity.instance);
     Ok(FoundAll { found, silent })
+}
+
+async fn remove_errand(client: &Client, id: &str) {
+    tracing::info!(container = id, "removing a fetch of weights of an earlier run");
+    match timeout(PROMPT, start::remove(client, id)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(fault)) => tracing::warn!(container = id, reason = fault.message, "not removed"),
+        Err(_) => tracing::warn!(container = id, "not removed within {PROMPT:?}"),
+    }
 }
 
 /// `None`: gone meanwhile, or not really ours.
@@ -162,10 +177,7 @@ pub fn secrets(container: &ContainerInspectResponse) -> Secrets {
 
 /// What a container was given; nothing where it cannot be looked at.
 pub async fn given(client: &Client, id: &str) -> Given {
-    let Ok(docker) = client.docker().await else { return Given::default() };
-    let Ok(container) = client.within(PROMPT, docker.inspect_container(id, None)).await else {
-        return Given::default();
-    };
+    let Some(container) = inspect_patiently(client, id).await else { return Given::default() };
     let args = container.path.into_iter().chain(container.args.into_iter().flatten()).collect();
     let env = container.config.and_then(|config| config.env).unwrap_or_default();
     let pair = |entry: &String| {
@@ -173,6 +185,19 @@ pub async fn given(client: &Client, id: &str) -> Given {
         Some((name.to_owned(), value.to_owned()))
     };
     Given { args, env: env.iter().filter_map(pair).collect() }
+}
+
+/// Without its key a healthy engine would look as if it refused us: worth more than one attempt.
+async fn inspect_patiently(client: &Client, id: &str) -> Option<ContainerInspectResponse> {
+    const ATTEMPTS: usize = 3;
+    for _ in 0..ATTEMPTS {
+        let docker = client.docker().await.ok()?;
+        match client.within(PROMPT, docker.inspect_container(id, None)).await {
+            Ok(container) => return Some(container),
+            Err(fault) => tracing::warn!(container = id, "its key is not known: {}", fault.message),
+        }
+    }
+    None
 }
 
 /// Host pids of a running container; empty where they cannot be read.

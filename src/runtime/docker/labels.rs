@@ -9,6 +9,8 @@ pub const INSTALLATION: &str = "wharf.installation";
 /// What a container is for that is no engine.
 const PURPOSE: &str = "wharf.purpose";
 const FETCH: &str = "fetch";
+/// Which run of Wharf sent the errand.
+const RUN: &str = "wharf.run";
 pub const INSTANCE: &str = "wharf.instance";
 const MODEL: &str = "wharf.model";
 const SPEC: &str = "wharf.spec";
@@ -34,7 +36,8 @@ pub fn write(identity: &Identity, container_port: u16, labels: &mut Labels) {
 }
 
 /// Labels of a container that fetches weights. `None`: it is found by no installation.
-pub fn write_errand(installation: Option<&str>, model: &ModelName, labels: &mut Labels) {
+pub fn write_errand(installation: Option<&str>, run: &str, model: &ModelName, labels: &mut Labels) {
+    labels.insert(RUN.to_owned(), run.to_owned());
     labels.insert(PURPOSE.to_owned(), FETCH.to_owned());
     labels.insert(MODEL.to_owned(), model.to_string());
     labels.extend(installation.map(|name| (INSTALLATION.to_owned(), name.to_owned())));
@@ -42,6 +45,16 @@ pub fn write_errand(installation: Option<&str>, model: &ModelName, labels: &mut 
 
 pub fn is_errand(labels: &Labels) -> bool {
     labels.get(PURPOSE).is_some_and(|purpose| purpose == FETCH)
+}
+
+/// An errand of the run of Wharf that asks.
+pub fn is_of_run(labels: &Labels, run: &str) -> bool {
+    labels.get(RUN).is_some_and(|of| of == run)
+}
+
+/// Which instance it is, or was meant to be.
+pub fn instance(labels: &Labels) -> Option<InstanceId> {
+    labels.get(INSTANCE)?.parse().ok().map(InstanceId)
 }
 
 /// The identity and the container port; `None`: not (wholly) labelled by us.

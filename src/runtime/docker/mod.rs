@@ -24,6 +24,7 @@ mod weights_report;
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Arc, OnceLock};
 
 use tokio::sync::watch;
@@ -34,7 +35,7 @@ use crate::config::catalog::{DockerSpec, ModelSpec, RuntimeSpec, StopSpec};
 use crate::orchestrator::view::Health;
 use crate::scheduler::event::{Fault, FaultKind};
 
-pub use find::{FoundAll, NamedContainer};
+pub use find::{FoundAll, NamedContainer, Silent};
 pub use weights::Weights;
 
 /// Cheap to clone; connects lazily, so that a machine without Docker costs nothing.
@@ -45,6 +46,8 @@ pub struct DockerRuntime {
     place: Arc<place::PlaceCell>,
     follower: Arc<OnceLock<AbortOnDropHandle<()>>>,
     weights: Arc<weights::Known>,
+    /// Tells what this run of Wharf sent out from what an earlier one left.
+    run: Arc<str>,
 }
 
 impl DockerRuntime {
@@ -56,6 +59,7 @@ impl DockerRuntime {
             place: Arc::default(),
             follower: Arc::default(),
             weights: Arc::default(),
+            run: format!("{:016x}", RandomState::new().hash_one(std::process::id())).into(),
         }
     }
 

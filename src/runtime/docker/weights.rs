@@ -220,7 +220,12 @@ impl Errand {
             "download_dir": self.hub.download_dir,
         });
         let mut labels = labels::Labels::new();
-        labels::write_errand(self.installation.as_deref(), &self.model.name, &mut labels);
+        labels::write_errand(
+            self.installation.as_deref(),
+            &self.runtime.run,
+            &self.model.name,
+            &mut labels,
+        );
         Ok(ContainerCreateBody {
             image: Some(self.image.clone()),
             entrypoint: Some(["python3", "-c", SCRIPT].map(str::to_owned).into()),

@@ -159,12 +159,16 @@ impl ProcessRuntime {
             let _ = tokio::time::timeout_at(deadline, leader.exited()).await;
             if !group.gone_by(deadline).await {
                 group.kill(KILL_LIMIT).await.map_err(|left| {
-                    let message = format!(
-                        "model {}: SIGKILL has not ended {left}; a process that hangs in the \
-                         kernel (state D) often needs its driver reset or a reboot",
-                        running.identity.model
-                    );
-                    Fault::new(FaultKind::StopFailed, message).with_log(running.log.last(20))
+                    let message = |left: &str| {
+                        format!(
+                            "model {}: SIGKILL has not ended {left}; a process that hangs in the \
+                             kernel (state D) often needs its driver reset or a reboot",
+                            running.identity.model
+                        )
+                    };
+                    Fault::new(FaultKind::StopFailed, message(&left))
+                        .or_publicly(message("every process of its engine"))
+                        .with_log(running.log.last(20))
                 })?;
             }
         }

@@ -175,12 +175,12 @@ impl Scheduler {
         let now = self.now;
         let Some(instance) = self.instances.get(&id) else { return };
         let (model, gpus) = (instance.model.clone(), instance.gpus.clone());
-        let message = format!(
-            "{model} could not be stopped: {}; {}",
-            fault.message,
-            self.holder_text(&gpus, Some(id))
-        );
-        let fault = Fault { kind: FaultKind::StopFailed, message: message.clone(), ..fault };
+        let holders = self.holder_text(&gpus, Some(id));
+        let told = |why: &str| format!("{model} could not be stopped: {why}; {holders}");
+        let message = told(&fault.message);
+        let public = fault.public.as_deref().map(told);
+        let kind = FaultKind::StopFailed;
+        let fault = Fault { kind, message: message.clone(), public, ..fault };
         if let Some(instance) = self.instances.get_mut(&id) {
             let wait = STOP_RETRY_FIRST * 2_u32.saturating_pow(instance.stop_tries.min(6));
             instance.stop_tries = instance.stop_tries.saturating_add(1);
