@@ -149,5 +149,5 @@ fn needs(rng: &mut Rng, calm: bool, usable: Bytes) -> BTreeMap<ModelName, Need> 
         real: rng.range(600, 1000),
         deep_sleep: rng.chance(200),
     };
-    (0..=30).map(|n| (ModelName::new(&format!("m{n}")), need(rng))).collect()
+    (0..=30).map(|n| (ModelName::new(format!("m{n}")), need(rng))).collect()
 }
