@@ -15,6 +15,8 @@ pub(super) struct Attempt<'a> {
     pub scheduler: &'a Scheduler,
     pub candidate: &'a Candidate,
     pub gpus: &'a [GpuId],
+    /// Nothing else will do: who leaves may give back as much host RAM as it is promised.
+    pub daring: bool,
 }
 
 /// Ranks of what is in the way. A set that only has to be waited for comes before one whose
@@ -131,6 +133,11 @@ impl Attempt<'_> {
             && self.gpus.iter().all(|&gpu| self.fits(gpu, chosen))
     }
 
+    fn is_rethought(&self) -> bool {
+        let swap = self.candidate.swap.and_then(|id| self.scheduler.swaps.get(&id));
+        swap.is_some_and(|swap| swap.rethought)
+    }
+
     fn ram_need(&self) -> Bytes {
         self.scheduler.ram_need(&self.candidate.spec)
     }
@@ -162,7 +169,12 @@ impl Attempt<'_> {
         let (taken, freed) = self.ram_moved(chosen);
         let others = s.ram_spoken(self.candidate.swap);
         taken == Bytes::ZERO
-            || s.ram_expected(s.ram_leaving() + freed).is_none_or(|left| left >= others + taken)
+            || s.ram_expected(s.ram_leaving() + freed).is_none_or(|left| {
+                // Once in vain, then only if nobody is left whose real share is not known.
+                let dares = self.daring && (!self.is_rethought() || left.stays == Bytes::ZERO);
+                let left = if dares { left.possible } else { left.likely };
+                left >= others + taken
+            })
     }
 
     /// Sleepers take host RAM before those who stop have given theirs back.
@@ -327,17 +339,26 @@ impl Attempt<'_> {
                 && self.gpus.iter().all(|&g| self.fits_by_sample(g, choice))
         };
         // Somebody who may not leave yet is waited for, as long as that would do.
-        let eventually: Choice = s
-            .instances
+        let hopeless = !by_sample(&self.eventually());
+        self.slots_fit(&everyone)
+            && ((by_promise && !by_sample(&everyone) && hopeless)
+                || (stuck && !by_promise && self.fits_but_for_stuck()))
+    }
+
+    /// Everyone who will leave one day.
+    fn eventually(&self) -> Choice<'_> {
+        let s = self.scheduler;
+        s.instances
             .values()
             .filter(|i| i.model != self.candidate.spec.name)
             .filter(|i| !s.is_pinned(i) && !i.is_stopping())
             .map(|i| (i, Leaves::Busy, false))
-            .collect();
-        let hopeless = !by_sample(&eventually);
-        self.slots_fit(&everyone)
-            && ((by_promise && !by_sample(&everyone) && hopeless)
-                || (stuck && !by_promise && self.fits_but_for_stuck()))
+            .collect()
+    }
+
+    /// Whoever leaves, so much host RAM is not likely to be there.
+    pub fn has_to_dare(&self) -> bool {
+        !self.ram_fits_by_sample(&self.eventually())
     }
 
     /// It would fit, were it not for memory that never came back.

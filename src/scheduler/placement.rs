@@ -202,10 +202,25 @@ impl Scheduler {
         candidate: &Candidate,
         wanted: &BTreeSet<GpuId>,
     ) -> Planned {
+        let careful = Attempt { scheduler: self, candidate, gpus: &[], daring: false };
+        match self.plan_as(&sets, candidate, wanted, false) {
+            Planned::Room(plan) => Planned::Room(plan),
+            _ if careful.has_to_dare() => self.plan_as(&sets, candidate, wanted, true),
+            planned => planned,
+        }
+    }
+
+    fn plan_as(
+        &self,
+        sets: &[Vec<GpuId>],
+        candidate: &Candidate,
+        wanted: &BTreeSet<GpuId>,
+        daring: bool,
+    ) -> Planned {
         let mut best: Option<(Price, Plan)> = None;
         let mut blocked: Option<(usize, Planned)> = None;
         for gpus in sets {
-            let attempt = Attempt { scheduler: self, candidate, gpus: &gpus };
+            let attempt = Attempt { scheduler: self, candidate, gpus, daring };
             match attempt.run(wanted) {
                 Ok((price, plan)) => {
                     if best.as_ref().is_none_or(|(known, _)| price < *known) {

@@ -19,6 +19,14 @@ use crate::units::{Bytes, GpuId, SwapId};
 /// Stands for the host's RAM among the places that swaps claim and that the urgent wait for.
 pub(super) const HOST: GpuId = GpuId(u16::MAX - 1);
 
+/// Host bytes that may be available after somebody left.
+pub(super) struct Expected {
+    pub likely: Bytes,
+    pub possible: Bytes,
+    /// Still promised then.
+    pub stays: Bytes,
+}
+
 impl Instance {
     /// Host bytes promised to it.
     pub(super) fn ram(&self) -> Bytes {
@@ -126,16 +134,17 @@ impl Scheduler {
     }
 
     /// What plans may count on once `leaving` of what is promised has ended: the last sample and
-    /// what came free since, less the reserve. A start is stricter: it waits for a sample that
-    /// shows it. Who leaves gives back what it really took, at most its promise: beside what
-    /// others are known to hold, only what nobody is promised any more is certain to be free.
-    pub(super) fn ram_expected(&self, leaving: Bytes) -> Option<Bytes> {
+    /// what came free since, less the reserve. (A start is stricter: it waits for a sample that
+    /// shows it.) Who leaves gives back what it really took, at most its promise: so much is
+    /// possible; beside what others seem to hold, only what nobody is promised is likely.
+    pub(super) fn ram_expected(&self, leaving: Bytes) -> Option<Expected> {
         let host = self.memory.sample.as_ref()?.host?;
         let reserve = self.catalog.settings.ram.reserve;
-        let now = host.available + self.memory.host_freed - reserve;
+        let now = (host.available + self.memory.host_freed) - reserve - self.ram_loading();
         let stays = self.ram_promised() - leaving;
-        let certain = host.total - reserve - self.memory.host_others - stays;
-        Some(if leaving == Bytes::ZERO { now } else { now.max(certain.min(now + leaving)) })
+        let unpromised = host.total - reserve - self.memory.host_others - stays;
+        let possible = now + leaving;
+        Some(Expected { likely: now.max(unpromised.min(possible)), possible, stays })
     }
 
     /// A new sample: others hold at least what all our promises do not explain, and at most all
@@ -176,7 +185,8 @@ impl Scheduler {
         } else if left >= need {
             Err(StartBlock::Moving("another model takes its host RAM first".to_owned()))
         } else {
-            Err(self.ram_why_short())
+            let why = self.ram_why_short();
+            Err(if why == StartBlock::Stale { StartBlock::Held } else { why })
         }
     }
 
