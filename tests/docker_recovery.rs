@@ -239,6 +239,8 @@ async fn what_cannot_be_reaped_is_shown_and_tried_again_until_it_is_gone() {
     assert_eq!(shown["model"], "ada", "{shown:#}");
     assert!(shown["what"].as_str().unwrap().starts_with("container "), "{shown:#}");
     assert!(shown["message"].as_str().unwrap().contains("Docker"), "{shown:#}");
+    // Its first session with Docker may begin a moment later.
+    scene.world.until("Docker is there", |status| status["status"] == "healthy").await;
     let health = scene.world.server.talk.get("/health").await.unwrap();
     assert_eq!(health["orchestrator"]["status"], "degraded", "{health:#}");
     assert_eq!(health["status"], "healthy", "it serves: {health:#}");
