@@ -23,7 +23,8 @@ pub fn parse<'a>(body: &'a [u8], headers: &HeaderMap) -> Result<Asked<'a>, Rejec
         let part = part?;
         match part.name.as_deref() {
             Some("model") if !part.is_file => {
-                if model.replace(part.value.clone()).is_some() {
+                let earlier = model.replace(part.value.clone());
+                if earlier.is_some() {
                     return Err(invalid("the field `model` is given twice"));
                 }
             }

@@ -10,7 +10,7 @@ use super::EngineKey;
 
 const MASK: &str = "***";
 /// Shorter values would garble lines wherever they turn up by chance.
-const KNOWN_CHARS_MIN: usize = 8;
+const KNOWN_CHARS_MIN: usize = 6;
 /// Of what follows `hf_`, `sk-`, `Bearer `.
 const TOKEN_CHARS_MIN: usize = 6;
 /// Of the value behind a name such as `x_token`, which may be a tokenizer's.
@@ -255,7 +255,8 @@ mod tests {
         let key = EngineKey::new("0123456789abcdef");
         let env = [
             ("HF_TOKEN", "an-odd-token"),
-            ("DB_PASSWORD", "s3cr"),
+            ("DB_PASSWORD", "s3cret"),
+            ("PGPASSWORD", "model"),
             ("MY_KEY_2", "an-odd"),
             ("MAX_TOKENS", "mistral"),
             ("TOKENIZER_MODE", "mistral"),
@@ -264,8 +265,9 @@ mod tests {
             ("MODEL", "mistral"),
         ];
         let secrets = Secrets::of_env(env).and(key);
-        let said = secrets.redact("an-odd-token s3cr! an-odd 0123456789abcdef mistral true 4096");
-        assert_eq!(said, "*** ***! *** *** mistral true 4096");
+        let said =
+            secrets.redact("an-odd-token s3cret! an-odd 0123456789abcdef mistral true 4096 model");
+        assert_eq!(said, "*** ***! *** *** mistral true 4096 model");
         assert!(matches!(secrets.redact("nothing here"), Cow::Borrowed(_)));
     }
 }
