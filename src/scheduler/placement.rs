@@ -206,7 +206,7 @@ impl Scheduler {
         match self.plan_as(&sets, candidate, wanted, false) {
             Planned::Room(plan) => Planned::Room(plan),
             _ if careful.has_to_dare() => self.plan_as(&sets, candidate, wanted, true),
-            planned => planned,
+            planned @ (Planned::Blocked { .. } | Planned::Held { .. }) => planned,
         }
     }
 
