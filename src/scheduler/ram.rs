@@ -140,8 +140,9 @@ impl Scheduler {
     pub(super) fn ram_expected(&self, leaving: Bytes) -> Option<Expected> {
         let host = self.memory.sample.as_ref()?.host?;
         let reserve = self.catalog.settings.ram.reserve;
-        let now = (host.available + self.memory.host_freed) - reserve - self.ram_loading();
         let stays = self.ram_promised() - leaving;
+        let loading = self.ram_loading().min(stays);
+        let now = (host.available + self.memory.host_freed) - reserve - loading;
         let unpromised = host.total - reserve - self.memory.host_others - stays;
         let possible = now + leaving;
         Some(Expected { likely: now.max(unpromised.min(possible)), possible, stays })
