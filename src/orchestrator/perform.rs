@@ -9,7 +9,6 @@ use super::launch::Launcher;
 use super::run::{Live, Owner, Reply};
 use super::state_dir::Figures;
 use super::view::LEDGER_ROWS_MAX;
-use crate::config::catalog::RuntimeSpec;
 use crate::runtime::{LaunchSpec, Running};
 use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
@@ -296,15 +295,7 @@ impl Owner {
                 let facts = self.facts.entry(live.spec.name.clone()).or_default();
                 facts.last_fault = Some(fault.clone());
                 let (model, kind) = (&live.spec.name, fault.kind.as_str());
-                let in_docker = matches!(live.spec.runtime, RuntimeSpec::Docker(_));
-                let is_told = fault.kind == FaultKind::RuntimeUnreachable
-                    && in_docker
-                    && self.docker.health.as_ref().is_some_and(|health| !health.ok);
-                if is_told {
-                    tracing::debug!(%model, %instance, kind, "{}", fault.message);
-                } else {
-                    tracing::warn!(%model, %instance, kind, "{}", fault.message);
-                }
+                tracing::warn!(%model, %instance, kind, "{}", fault.message);
             }
             Done::Stop(Err(fault)) => {
                 tracing::error!(model = %live.spec.name, %instance, "{}", fault.message);

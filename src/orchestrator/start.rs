@@ -59,12 +59,9 @@ pub async fn start(
     let (epoch, epoch_unix) = (Instant::now(), SystemTime::now());
     let holders = Holders::new(&state.installation);
     let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
+    let (process, external) = (ProcessRuntime::default(), ExternalRuntime);
     let effects = Effects {
-        runtimes: Runtimes {
-            process: ProcessRuntime::default(),
-            docker: docker.clone(),
-            external: ExternalRuntime,
-        },
+        runtimes: Runtimes { process, docker: docker.clone(), external },
         gpus: gpus.clone(),
         inbox: inbox.clone(),
         holders: holders.clone(),
