@@ -241,11 +241,16 @@ impl Scheduler {
         }
     }
 
-    /// Nobody wants the model any more, and calling the swap off costs nothing.
+    /// Nobody wants the model (or its instance) any more, and calling the swap off costs nothing.
     fn is_pointless(&self, id: SwapId) -> bool {
         let Some(swap) = self.swaps.get(&id) else { return false };
         if !swap.is_load() || swap.started || swap.vacated {
             return false;
+        }
+        // It would never be placed: its sleeper is to be unloaded first.
+        let sleeper = self.instances.get(&swap.instance).filter(|i| i.is_sleeping());
+        if !swap.placed && sleeper.is_some_and(|i| self.unload_due(i).is_some()) {
+            return true;
         }
         let wanted = self.queue_len(&swap.model) > 0;
         let asked = self
