@@ -5,6 +5,7 @@ mod support;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -21,15 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 fn ctrl_c_ends_the_demo_with_its_server_and_engines() {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let temporary = tempfile::tempdir().unwrap();
-    let mut demo = Command::new(EXE)
-        .arg("demo")
-        .env("TMPDIR", temporary.path())
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let (mut demo, group) = start(temporary.path(), Stdio::null());
     let state = temporary.path().join(format!("wharf-demo-{}/wharf.d", demo.id()));
     let mut marker = String::new();
     until("an engine runs", || {
@@ -37,7 +30,6 @@ fn ctrl_c_ends_the_demo_with_its_server_and_engines() {
         marker = format!("WHARF_INSTALLATION={}", installation.unwrap_or_default());
         !processes_with(&marker).is_empty()
     });
-    let group = Pid::from_raw(i32::try_from(demo.id()).unwrap());
     killpg(group, Signal::SIGINT).unwrap();
     let status = ended(&mut demo);
     assert!(status.success(), "{status}");
@@ -48,16 +40,7 @@ fn ctrl_c_ends_the_demo_with_its_server_and_engines() {
 fn the_demo_shows_the_requests_of_its_visitor() {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let temporary = tempfile::tempdir().unwrap();
-    let mut demo = Command::new(EXE)
-        .arg("demo")
-        .env("TMPDIR", temporary.path())
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let group = Pid::from_raw(i32::try_from(demo.id()).unwrap());
+    let (mut demo, group) = start(temporary.path(), Stdio::piped());
     let (tell, told) = mpsc::channel();
     let stdout = BufReader::new(demo.stdout.take().unwrap());
     std::thread::spawn(move || stdout.lines().map_while(Result::ok).all(|l| tell.send(l).is_ok()));
@@ -82,6 +65,21 @@ fn the_demo_shows_the_requests_of_its_visitor() {
     next("your request for llava: answered by llava in ");
     killpg(group, Signal::SIGINT).unwrap();
     assert!(ended(&mut demo).success());
+}
+
+/// The demo with its state under `temporary`, as the leader of a process group of its own.
+fn start(temporary: &Path, stdout: Stdio) -> (Child, Pid) {
+    let demo = Command::new(EXE)
+        .arg("demo")
+        .env("TMPDIR", temporary)
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the demo");
+    let group = Pid::from_raw(i32::try_from(demo.id()).expect("a pid"));
+    (demo, group)
 }
 
 fn ended(child: &mut Child) -> ExitStatus {

@@ -3,6 +3,9 @@
 
 #[path = "support/containers.rs"]
 mod containers;
+#[path = "support/socket.rs"]
+#[expect(dead_code, reason = "used in part")]
+mod socket;
 mod support;
 
 use std::path::Path;
@@ -10,11 +13,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{UnixListener, UnixStream};
-
 use containers::{Daemon, STANDIN, Scene, model, settings, standin, standin_args};
 use serde_json::{Value, json};
+use socket::{Interference, interfering};
 
 fn given() -> Option<Daemon> {
     let daemon = Daemon::given("WHARF_TEST_DOCKER", "recovery in Docker")?;
@@ -186,43 +187,17 @@ async fn containers_of_models_that_left_docker_are_reaped_all_the_same() {
 }
 
 /// Docker, behind a socket that breaks off whatever contains `/kill` while it is told to.
-async fn deaf_to_kill(daemon: &Daemon, dir: &Path) -> (Daemon, Arc<AtomicBool>) {
-    let path = dir.join("deaf.sock");
-    let listener = UnixListener::bind(&path).expect("a socket");
-    let deaf = Arc::new(AtomicBool::new(false));
-    let (is_deaf, real) = (Arc::clone(&deaf), daemon.host.trim_start_matches("unix://").to_owned());
-    tokio::spawn(async move {
-        while let Ok((client, _)) = listener.accept().await {
-            let (is_deaf, real) = (Arc::clone(&is_deaf), real.clone());
-            tokio::spawn(async move {
-                let Ok(docker) = UnixStream::connect(real).await else { return };
-                let (mut from, mut to) = client.into_split();
-                let (mut answers, mut asks) = docker.into_split();
-                let back = async { drop(tokio::io::copy(&mut answers, &mut to).await) };
-                let forth = async {
-                    let mut piece = vec![0; 64 << 10];
-                    while let Ok(read @ 1..) = from.read(&mut piece).await {
-                        let text = String::from_utf8_lossy(&piece[..read]);
-                        if is_deaf.load(Ordering::SeqCst) && text.contains("/kill") {
-                            return;
-                        }
-                        if asks.write_all(&piece[..read]).await.is_err() {
-                            return;
-                        }
-                    }
-                };
-                tokio::select! { () = back => {}, () = forth => {} }
-            });
-        }
-    });
-    (Daemon { host: format!("unix://{}", path.display()) }, deaf)
+fn deaf_to_kill(daemon: &Daemon, dir: &Path) -> (Daemon, Arc<AtomicBool>) {
+    let sockets = (daemon.host.as_str(), &*dir.join("deaf.sock"));
+    let (host, deaf) = interfering(sockets, "/kill".to_owned(), Interference::BreakOff, false);
+    (Daemon { host }, deaf)
 }
 
 #[tokio::test]
 async fn what_cannot_be_reaped_is_shown_and_tried_again_until_it_is_gone() {
     let Some(daemon) = given().filter(|daemon| daemon.host.starts_with("unix://")) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let (proxied, deaf) = deaf_to_kill(&daemon, dir.path()).await;
+    let (proxied, deaf) = deaf_to_kill(&daemon, dir.path());
     let models = standin("ada", "14GiB", "--load 600ms") + &support::standin("eve", "1GiB", "");
     let settings = settings(&proxied, "on_exit: stop");
     let mut scene = Scene::open(&daemon, &settings, &models, &[]).await;

@@ -7,6 +7,9 @@
 mod docker;
 #[path = "docker/own_daemon.rs"]
 mod own_daemon;
+#[path = "support/socket.rs"]
+#[expect(dead_code, reason = "used in part")]
+mod socket;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,8 +21,7 @@ use bollard::query_parameters::{
     CreateContainerOptionsBuilder, KillContainerOptionsBuilder, RemoveImageOptions,
 };
 use docker::{BUSYBOX, Yard, eventually, exit_of, healthy, stop_spec};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{UnixListener, UnixStream};
+use socket::{Interference, interfering};
 use wharf::cli::pull;
 use wharf::config::catalog::{ModelSpec, PullPolicy};
 use wharf::runtime::docker::DockerRuntime;
@@ -427,36 +429,8 @@ async fn containers_are_found_again_after_a_crash() {
 
 /// Docker, behind a socket at `dir/held.sock` that keeps back whatever is asked of that container.
 fn holding(host: &str, dir: &std::path::Path, id: &str) -> (String, Arc<AtomicBool>) {
-    let path = dir.join("held.sock");
-    let listener = UnixListener::bind(&path).expect("a socket");
-    let held = Arc::new(AtomicBool::new(true));
-    let (is_held, real) = (Arc::clone(&held), host.trim_start_matches("unix://").to_owned());
-    let needle = format!("/containers/{id}");
-    tokio::spawn(async move {
-        while let Ok((client, _)) = listener.accept().await {
-            let (is_held, real, needle) = (Arc::clone(&is_held), real.clone(), needle.clone());
-            tokio::spawn(async move {
-                let Ok(docker) = UnixStream::connect(real).await else { return };
-                let (mut from, mut to) = client.into_split();
-                let (mut answers, mut asks) = docker.into_split();
-                let back = async { drop(tokio::io::copy(&mut answers, &mut to).await) };
-                let forth = async {
-                    let mut piece = vec![0; 64 << 10];
-                    while let Ok(read @ 1..) = from.read(&mut piece).await {
-                        let text = String::from_utf8_lossy(&piece[..read]).into_owned();
-                        while is_held.load(Ordering::SeqCst) && text.contains(&needle) {
-                            tokio::time::sleep(Duration::from_millis(20)).await;
-                        }
-                        if asks.write_all(&piece[..read]).await.is_err() {
-                            return;
-                        }
-                    }
-                };
-                tokio::select! { () = back => {}, () = forth => {} }
-            });
-        }
-    });
-    (format!("unix://{}", path.display()), held)
+    let sockets = (host, &*dir.join("held.sock"));
+    interfering(sockets, format!("/containers/{id}"), Interference::HoldBack, true)
 }
 
 #[tokio::test(flavor = "multi_thread")]

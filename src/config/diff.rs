@@ -160,6 +160,7 @@ mod tests {
         let text = Changes { added, ..Changes::default() }.to_string();
         assert!(text.ends_with("m8, m9 and 3 more"), "{text}");
     }
+
     #[test]
     fn what_only_a_start_reads_stays_in_force() {
         let running = Settings::default();

@@ -9,6 +9,7 @@ use http::{HeaderMap, header};
 use super::parse::{self, Asked, Spelling};
 use super::reject::Reject;
 
+const FORM: &str = "multipart/form-data";
 /// Of one part; browsers and SDKs send two or three lines.
 const PART_HEAD_MAX: usize = 16 << 10;
 /// A form of an inference call has a dozen fields.
@@ -50,14 +51,14 @@ fn invalid(message: impl Into<String>) -> Reject {
 fn boundary(headers: &HeaderMap) -> Result<String, Reject> {
     let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let kind = given.unwrap_or_default();
-    let is_form = kind.get(..19).is_some_and(|k| k.eq_ignore_ascii_case("multipart/form-data"));
+    let is_form = kind.get(..FORM.len()).is_some_and(|k| k.eq_ignore_ascii_case(FORM));
     if !is_form {
         let shown: String = kind.chars().take(100).collect();
         return Err(invalid(format!(
-            "the content type is `{shown}`; expected multipart/form-data with a boundary"
+            "the content type is `{shown}`; expected {FORM} with a boundary"
         )));
     }
-    parameter(&kind[19..], "boundary")
+    parameter(&kind[FORM.len()..], "boundary")
         .filter(|boundary| (1..=BOUNDARY_MAX).contains(&boundary.len()))
         .ok_or_else(|| invalid("the content type has no boundary of 1 to 70 characters"))
 }

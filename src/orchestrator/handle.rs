@@ -115,6 +115,10 @@ pub struct RequestOptions {
 }
 
 impl Shared {
+    pub(super) fn wall(&self, time: Time) -> SystemTime {
+        UNIX_EPOCH + Duration::from_millis(self.epoch_unix_ms.load(Ordering::Relaxed) + time.0)
+    }
+
     /// Boards without a battery start in the past until NTP answers.
     pub(super) fn follow_wall_clock(&self) {
         let elapsed = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -126,7 +130,7 @@ impl Shared {
     }
 }
 
-pub(super) fn unix_ms() -> u64 {
+fn unix_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
@@ -152,8 +156,7 @@ impl Handle {
 
     /// Wall-clock time of one of the owner's times.
     pub fn wall(&self, time: Time) -> SystemTime {
-        UNIX_EPOCH
-            + Duration::from_millis(self.shared.epoch_unix_ms.load(Ordering::Relaxed) + time.0)
+        self.shared.wall(time)
     }
 
     pub fn gates(&self) -> arc_swap::Guard<Arc<Gates>> {

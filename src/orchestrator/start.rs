@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use futures_util::future::join_all;
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::docker::DockerState;
 use super::effects::{Effects, Slot};
-use super::handle::{Gates, Handle, Inbox, Message, Shared, unix_ms};
+use super::handle::{Gates, Handle, Inbox, Message, Shared};
 use super::journal::{Begin, Journal};
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
@@ -32,6 +32,7 @@ use crate::runtime::{Foreign, Identity, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
 use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
 use crate::telemetry::metrics::Metrics;
+use crate::units::Time;
 
 const FOREIGN_EVERY: Duration = Duration::from_secs(15);
 /// What an engine gets once an operator asked a second time.
@@ -56,7 +57,7 @@ pub async fn start(
     let gpus = Gpus::open(&catalog.settings.gpu, &state.vram_ledger()).await?;
     tracing::info!(gpus = gpus.gpus().len(), provider = gpus.describe(), "GPU memory");
     let (inbox, receiver) = Inbox::new();
-    let (epoch, epoch_unix) = (Instant::now(), SystemTime::now());
+    let epoch = Instant::now();
     let holders = Holders::new(&state.installation);
     let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
     let (process, external) = (ProcessRuntime::default(), ExternalRuntime);
@@ -99,7 +100,7 @@ pub async fn start(
     }
     let begin = Begin {
         wharf: env!("CARGO_PKG_VERSION").to_owned(),
-        at: humantime::format_rfc3339_millis(epoch_unix).to_string(),
+        at: humantime::format_rfc3339_millis(shared.wall(Time::ZERO)).to_string(),
         next_ids,
         world: world.clone(),
         catalog: Arc::clone(&catalog),
@@ -159,15 +160,17 @@ fn world_of(gpus: &Gpus) -> World {
 }
 
 fn shared(catalog: &Arc<Catalog>, epoch: Instant) -> Shared {
-    Shared {
+    let shared = Shared {
         epoch,
-        epoch_unix_ms: AtomicU64::new(unix_ms()),
+        epoch_unix_ms: AtomicU64::new(0),
         catalog: ArcSwap::new(Arc::clone(catalog)),
         gates: ArcSwap::new(Arc::new(Gates::new())),
         view: ArcSwap::new(Arc::new(View::default())),
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
-    }
+    };
+    shared.follow_wall_clock();
+    shared
 }
 
 /// Daemon health as messages, and the list of GPU containers that are none of ours.
