@@ -13,6 +13,7 @@ pub mod orchestrator;
 
 pub mod api;
 pub mod gateway;
+pub mod store;
 pub mod telemetry;
 
 pub mod app;

@@ -514,6 +514,7 @@ fn with_keys(view: View) -> (Router, Puppet) {
         key: format!("secret-{name}"),
         models: vec!["*".to_owned()],
         scopes: scopes.to_vec(),
+        ..ApiKey::default()
     };
     let mut catalog = three_models();
     catalog.settings.auth = AuthSettings {
@@ -522,6 +523,7 @@ fn with_keys(view: View) -> (Router, Puppet) {
             key("monitor", &[Scope::Read]),
             key("boss", &[Scope::Inference, Scope::Admin]),
         ],
+        ..AuthSettings::default()
     };
     let puppet = Puppet::new(catalog);
     puppet.handle.publish_for_tests(view);

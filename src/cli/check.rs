@@ -100,7 +100,9 @@ fn engine(kind: EngineKind) -> &'static str {
     match kind {
         EngineKind::Vllm => "vllm",
         EngineKind::Llamacpp => "llamacpp",
+        EngineKind::Ollama => "ollama",
         EngineKind::Openai => "openai",
+        EngineKind::Http => "http",
     }
 }
 

@@ -58,6 +58,7 @@ impl ServeArgs {
                 key: read_or_make_key(path, self.key_for_group)?,
                 models: vec!["*".to_owned()],
                 scopes: vec![Scope::Inference, Scope::Read, Scope::Admin],
+                ..ApiKey::default()
             });
         }
         Ok(())

@@ -13,11 +13,33 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::{Bytes, ModelName, Priority};
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+mod access;
+mod lifecycle;
+mod serving;
+
+pub use access::{ApiKey, AuthSettings, RateLimits, Scope, StartRule};
+pub use lifecycle::{Group, KeepWindow, TtlBounds};
+pub use serving::{
+    Adapter, Announce, CaptureSettings, Filters, HttpService, PathRule, Peer, Retention, Route,
+    RouteKind,
+};
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Catalog {
     pub models: BTreeMap<ModelName, Arc<ModelSpec>>,
     /// alias → model
     pub aliases: BTreeMap<String, ModelName>,
+    #[serde(default)]
+    pub groups: BTreeMap<String, Group>,
+    /// Names that lead to one of several models.
+    #[serde(default)]
+    pub routes: BTreeMap<String, Route>,
+    /// Other servers whose models are used as `peer/model`.
+    #[serde(default)]
+    pub peers: BTreeMap<String, Arc<Peer>>,
+    /// Templates that registrations may name, in the order of models.yaml.
+    #[serde(default)]
+    pub registrable: Vec<String>,
     pub settings: Settings,
 }
 
@@ -54,6 +76,22 @@ pub struct Settings {
     pub hosts: Vec<String>,
     /// How waiting streaming clients are told what happens.
     pub waiting: WaitingSettings,
+    /// Ports of front doors, one model each: `ports:`.
+    #[serde(default)]
+    pub front_doors: Option<(u16, u16)>,
+    /// For callers whose key says nothing, and where no keys are configured.
+    #[serde(default)]
+    pub rate_limits: RateLimits,
+    #[serde(default)]
+    pub captures: CaptureSettings,
+    #[serde(default)]
+    pub retention: Retention,
+    /// Where instances that become ready or go are told.
+    #[serde(default)]
+    pub announce: Vec<Announce>,
+    /// Reload when the file changes: `reload: { watch: true }`.
+    #[serde(default)]
+    pub watch: bool,
 }
 
 impl Settings {
@@ -141,35 +179,6 @@ pub enum GpuProvider {
     Simulated,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct AuthSettings {
-    pub keys: Vec<ApiKey>,
-}
-
-#[derive(Clone, PartialEq, Serialize, Deserialize)]
-pub struct ApiKey {
-    pub name: String,
-    #[serde(skip_serializing, default)]
-    pub key: String,
-    /// Patterns with `*`.
-    pub models: Vec<String>,
-    pub scopes: Vec<Scope>,
-}
-
-impl std::fmt::Debug for ApiKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "ApiKey({})", self.name)
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Scope {
-    Inference,
-    Read,
-    Admin,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WaitingSettings {
     pub style: WaitingStyle,
@@ -210,8 +219,17 @@ pub struct ModelSpec {
     pub pinned: bool,
     /// Loaded at start, restored into free memory, never unloaded by ttl.
     pub warmup: bool,
-    /// `None`: the model leaves only when room is wanted.
+    /// From the last activity; `None`: the model leaves only when room is wanted.
     pub ttl: Option<Duration>,
+    /// What an extension or a patch may make of `ttl`.
+    #[serde(default)]
+    pub ttl_bounds: TtlBounds,
+    /// After the TTL: still ready, and a request in this time rescues the model.
+    #[serde(default)]
+    pub grace: Duration,
+    /// Times of day at which the model shall be loaded.
+    #[serde(default)]
+    pub keep: Vec<KeepWindow>,
     /// Requests served at once; `None`: unbounded (the engine queues).
     pub concurrency: Option<u32>,
     pub health: Health,
@@ -228,6 +246,24 @@ pub struct ModelSpec {
     pub waiting: Option<WaitingSettings>,
     /// vLLM's sleep level; `None`: the engine does not sleep.
     pub sleep: Option<u8>,
+    /// A LoRA adapter: served by the instance of another model.
+    #[serde(default)]
+    pub adapter: Option<Adapter>,
+    /// What is done to request bodies before they are forwarded.
+    #[serde(default)]
+    pub filters: Filters,
+    /// Free data, shown in `/v1/models`.
+    #[serde(default)]
+    pub metadata: serde_json::Map<String, serde_json::Value>,
+    /// From the request's dispatch to the engine's first byte; `None`: the gateway's own bound.
+    #[serde(default)]
+    pub answer_timeout: Option<Duration>,
+    /// `engine: http` only: what of its traffic is work.
+    #[serde(default)]
+    pub http: Option<Arc<HttpService>>,
+    /// Came by registration, not from models.yaml.
+    #[serde(default)]
+    pub registered: bool,
     /// Where this entry stands in models.yaml (1-based), for messages.
     pub line: u32,
 }
@@ -253,8 +289,12 @@ impl ModelSpec {
 pub enum EngineKind {
     Vllm,
     Llamacpp,
+    /// A model inside a running Ollama, loaded and unloaded by its API.
+    Ollama,
     /// Anything that speaks the OpenAI API.
     Openai,
+    /// Not an LLM server: only some of its traffic is work.
+    Http,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

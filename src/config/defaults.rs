@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::catalog::{
-    AuthSettings, EngineKind, GpuProvider, GpuRequest, GpuSettings, Health, ModelSpec, OnExit,
-    ProcessSpec, QueueSettings, RamSettings, RuntimeSpec, Settings, StopSpec, SwapMode,
-    SwapSettings, Vram, WaitingSettings, WaitingStyle,
+    AuthSettings, CaptureSettings, EngineKind, Filters, GpuProvider, GpuRequest, GpuSettings,
+    Health, ModelSpec, OnExit, ProcessSpec, QueueSettings, RamSettings, RateLimits, Retention,
+    RuntimeSpec, Settings, StopSpec, SwapMode, SwapSettings, TtlBounds, Vram, WaitingSettings,
+    WaitingStyle,
 };
 use crate::units::{Bytes, ModelName, Priority};
 
@@ -53,6 +54,12 @@ impl Default for Settings {
                 style: WaitingStyle::Comment,
                 after: Duration::from_secs(10),
             },
+            front_doors: None,
+            rate_limits: RateLimits::default(),
+            captures: CaptureSettings::default(),
+            retention: Retention::default(),
+            announce: Vec::new(),
+            watch: false,
         }
     }
 }
@@ -78,6 +85,9 @@ impl ModelSpec {
             pinned: false,
             warmup: false,
             ttl: None,
+            ttl_bounds: TtlBounds::default(),
+            grace: Duration::ZERO,
+            keep: Vec::new(),
             concurrency: None,
             health: Health { path: None, stall: Duration::from_secs(60) },
             start_timeout: None,
@@ -88,6 +98,12 @@ impl ModelSpec {
             port: None,
             waiting: None,
             sleep: None,
+            adapter: None,
+            filters: Filters::default(),
+            metadata: serde_json::Map::new(),
+            answer_timeout: None,
+            http: None,
+            registered: false,
             line: 1,
         }
     }

@@ -163,7 +163,10 @@ fn read(
     top.finish(sink, UNREAD);
     let models: BTreeMap<_, _> =
         models.into_iter().map(|m| (m.spec.name.clone(), m.spec)).collect();
-    Some((Catalog { models, aliases, settings: settings.settings }, overrides))
+    Some((
+        Catalog { models, aliases, settings: settings.settings, ..Catalog::default() },
+        overrides,
+    ))
 }
 
 const EXAMPLE: &str = "the least that works:\n\

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::catalog::{
-    EngineKind, GpuProvider, GpuRequest, Health, ModelSpec, RuntimeSpec, StopSpec, Vram,
+    EngineKind, Filters, GpuProvider, GpuRequest, Health, ModelSpec, RuntimeSpec, StopSpec,
+    TtlBounds, Vram,
 };
 use super::decode::{At, Sink, Spot};
 use super::fields::{self, Fields, Reading, Switch};
@@ -209,6 +210,9 @@ impl Reader<'_> {
             pinned: fields.pinned,
             warmup: fields.warmup,
             ttl: fields.ttl.and_then(Switch::on),
+            ttl_bounds: TtlBounds::default(),
+            grace: Duration::ZERO,
+            keep: Vec::new(),
             concurrency: fields.concurrency,
             health: health(engine, fields.health_path, fields.stall),
             start_timeout: fields.start_timeout,
@@ -222,6 +226,12 @@ impl Reader<'_> {
             port: fields.port,
             waiting: fields.waiting,
             sleep: fields.sleep.and_then(Switch::on),
+            adapter: None,
+            filters: Filters::default(),
+            metadata: serde_json::Map::new(),
+            answer_timeout: None,
+            http: None,
+            registered: false,
             line: spot.place.line,
         })
     }
@@ -230,6 +240,7 @@ impl Reader<'_> {
 fn health(engine: EngineKind, path: Option<Switch<String>>, stall: Option<Duration>) -> Health {
     let usual = match engine {
         EngineKind::Openai => "/v1/models",
+        EngineKind::Ollama | EngineKind::Http => "/",
         EngineKind::Vllm | EngineKind::Llamacpp => "/health",
     };
     let path = path.unwrap_or_else(|| Switch::On(usual.to_owned()));

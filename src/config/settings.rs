@@ -278,7 +278,7 @@ fn keys(at: &At<'_>, allowed: &mut Vec<Allowed>, sink: &mut Sink) -> Vec<ApiKey>
             spot: spot.clone(),
         }));
         let models = models.into_iter().map(|(pattern, _)| pattern).collect();
-        keys.push(ApiKey { name, key, models, scopes });
+        keys.push(ApiKey { name, key, models, scopes, ..ApiKey::default() });
     }
     keys
 }

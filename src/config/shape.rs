@@ -45,6 +45,8 @@ impl ModelSpec {
             model_type: _,
             tags: _,
             unlisted: _,
+            metadata: _,
+            registered: _,
             size_gb: _,
             line: _,
             // Policy: who is served when, and who leaves when and how.
@@ -52,9 +54,17 @@ impl ModelSpec {
             pinned: _,
             warmup: _,
             ttl: _,
+            ttl_bounds: _,
+            grace: _,
+            keep: _,
             concurrency: _,
             waiting: _,
             include_usage: _,
+            filters: _,
+            answer_timeout: _,
+            http: _,
+            // Served by another model's instance.
+            adapter: _,
             ram: _,
             stop: _,
             // How a start is judged (see `starts_like`).

@@ -37,7 +37,7 @@ pub fn contradictions(spec: &ModelSpec) -> Vec<(String, String)> {
             reachable(&line, &mut found);
         }
         // A generic engine's flags may mean anything.
-        EngineKind::Openai => {}
+        EngineKind::Openai | EngineKind::Ollama | EngineKind::Http => {}
     }
     found.0
 }

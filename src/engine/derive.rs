@@ -52,7 +52,7 @@ pub fn derive(spec: &ModelSpec, port: u16, gpus: usize, memory: Option<(Bytes, B
             // to 30 s later. By environment, as versions that lack it would refuse the flag.
             derived.env.insert("LLAMA_ARG_SSE_PING_INTERVAL".to_owned(), "1".to_owned());
         }
-        EngineKind::Openai => {}
+        EngineKind::Openai | EngineKind::Ollama | EngineKind::Http => {}
     }
     if !line.can_append {
         derived.args.clear();
@@ -65,7 +65,7 @@ fn container_port(spec: &ModelSpec, line: &CommandLine) -> u16 {
     let usual = match spec.engine {
         EngineKind::Vllm => VLLM_PORT,
         EngineKind::Llamacpp => LLAMACPP_PORT,
-        EngineKind::Openai => OPENAI_PORT,
+        EngineKind::Openai | EngineKind::Ollama | EngineKind::Http => OPENAI_PORT,
     };
     let RuntimeSpec::Docker(docker) = &spec.runtime else { return usual };
     let in_args = || line.value(PORT).and_then(|port| port.parse().ok());

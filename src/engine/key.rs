@@ -14,7 +14,7 @@ const fn variable(engine: EngineKind) -> Option<&'static str> {
         // Beside the keys of an `--api-key-file`, which go on being good.
         EngineKind::Llamacpp => Some("LLAMA_API_KEY"),
         // Unknown servers might refuse what they do not know.
-        EngineKind::Openai => None,
+        EngineKind::Openai | EngineKind::Ollama | EngineKind::Http => None,
     }
 }
 

@@ -25,12 +25,14 @@ pub fn meaning(engine: EngineKind, line: &str) -> Option<Meaning> {
     let own = match engine {
         EngineKind::Vllm => VLLM_FAILURES,
         EngineKind::Llamacpp => LLAMACPP_FAILURES,
-        EngineKind::Openai => &[],
+        EngineKind::Openai | EngineKind::Ollama | EngineKind::Http => &[],
     };
     failure(own, line).or_else(|| failure(FAILURES, line)).or_else(|| match engine {
         EngineKind::Vllm => phase(VLLM_PHASES, line),
         EngineKind::Llamacpp => llamacpp_dots(line).or_else(|| phase(LLAMACPP_PHASES, line)),
-        EngineKind::Openai => percent(line).map(|part| Meaning::Phase("load", Some(part))),
+        EngineKind::Openai | EngineKind::Ollama | EngineKind::Http => {
+            percent(line).map(|part| Meaning::Phase("load", Some(part)))
+        }
     })
 }
 

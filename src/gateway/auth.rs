@@ -151,6 +151,7 @@ mod tests {
             key: key.into(),
             models: vec!["mis*".into()],
             scopes: scopes.to_vec(),
+            ..ApiKey::default()
         }
     }
 

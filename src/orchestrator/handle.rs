@@ -18,6 +18,7 @@ use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
+use crate::store::Store;
 use crate::units::{AskId, InstanceId, ModelName, Priority, RequestId, Time};
 
 /// What the one owner receives.
@@ -98,6 +99,7 @@ pub(super) struct Shared {
     /// Gates of ready instances by model; adapters share one instance.
     pub gates: ArcSwap<Gates>,
     pub view: ArcSwap<View>,
+    pub store: Store,
     pub next_request: AtomicU64,
     pub next_ask: AtomicU64,
 }
@@ -143,6 +145,11 @@ impl Handle {
     /// State of models, queue, swaps and GPUs; a few milliseconds old at most.
     pub fn view(&self) -> Arc<View> {
         self.shared.view.load_full()
+    }
+
+    /// What outlives a restart.
+    pub fn store(&self) -> &Store {
+        &self.shared.store
     }
 
     pub fn now(&self) -> Time {
@@ -298,6 +305,7 @@ impl Handle {
             catalog: ArcSwap::from(catalog),
             gates: ArcSwap::default(),
             view: ArcSwap::default(),
+            store: Store::in_memory(),
             next_request: AtomicU64::new(1),
             next_ask: AtomicU64::new(1),
         };

@@ -31,6 +31,7 @@ use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Foreign, Identity, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
 use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
+use crate::store::Store;
 use crate::telemetry::metrics::Metrics;
 use crate::units::Time;
 
@@ -166,6 +167,7 @@ fn shared(catalog: &Arc<Catalog>, epoch: Instant) -> Shared {
         catalog: ArcSwap::new(Arc::clone(catalog)),
         gates: ArcSwap::new(Arc::new(Gates::new())),
         view: ArcSwap::new(Arc::new(View::default())),
+        store: Store::in_memory(),
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
     };

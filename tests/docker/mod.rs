@@ -15,7 +15,7 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use wharf::config::catalog::{
-    Catalog, DockerSpec, GpuRequest, Health, ModelSpec, PullPolicy, RuntimeSpec, Settings, StopSpec,
+    Catalog, DockerSpec, GpuRequest, Health, ModelSpec, PullPolicy, RuntimeSpec, StopSpec,
 };
 use wharf::runtime::docker::DockerRuntime;
 use wharf::runtime::{Found, Identity, LaunchKey, LaunchSpec, Running, RuntimeHandle};
@@ -178,11 +178,7 @@ pub fn model(runtime: RuntimeSpec) -> ModelSpec {
 
 /// Those models, with settings of no importance here.
 pub fn catalog(models: impl IntoIterator<Item = (ModelName, Arc<ModelSpec>)>) -> Catalog {
-    Catalog {
-        models: models.into_iter().collect(),
-        aliases: BTreeMap::new(),
-        settings: Settings::default(),
-    }
+    Catalog { models: models.into_iter().collect(), aliases: BTreeMap::new(), ..Catalog::default() }
 }
 
 pub fn stop_spec(seconds: u64) -> StopSpec {

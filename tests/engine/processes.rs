@@ -19,7 +19,7 @@ fn standin(engine: EngineKind, options: &str) -> ModelSpec {
     let style = match engine {
         EngineKind::Vllm => "vllm",
         EngineKind::Llamacpp => "llamacpp",
-        EngineKind::Openai => "plain",
+        EngineKind::Openai | EngineKind::Ollama | EngineKind::Http => "plain",
     };
     let wharf = env!("CARGO_BIN_EXE_wharf");
     model(engine, process(&format!("{wharf} engine --style {style} {options}")))

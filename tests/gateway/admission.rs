@@ -137,6 +137,7 @@ fn keys(catalog: &mut Catalog) {
         key: format!("sk-{name}"),
         models: models.iter().map(|model| (*model).to_owned()).collect(),
         scopes: scopes.to_vec(),
+        ..ApiKey::default()
     };
     catalog.settings.auth.keys = vec![
         key("all", &["*"], &[Scope::Inference]),

@@ -204,7 +204,7 @@ pub fn spec(name: &str, gpus: GpuRequest, vram: Vram) -> ModelSpec {
 
 pub fn catalog(settings: Settings, models: impl IntoIterator<Item = ModelSpec>) -> Catalog {
     let models = models.into_iter().map(|spec| (spec.name.clone(), Arc::new(spec))).collect();
-    Catalog { models, aliases: BTreeMap::new(), settings }
+    Catalog { models, settings, ..Catalog::default() }
 }
 
 impl Scenario {

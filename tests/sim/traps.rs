@@ -30,7 +30,7 @@ impl Trap {
         };
         let gpus: Vec<Gpu> = gpus_gib.iter().map(gpu).collect();
         let settings = settings(&gpus);
-        let catalog = Catalog { models: BTreeMap::new(), aliases: BTreeMap::new(), settings };
+        let catalog = Catalog { settings, ..Catalog::default() };
         let scenario = Scenario {
             seed: 1,
             proof: true,

@@ -56,7 +56,7 @@ pub fn catalog(models: Vec<ModelSpec>, settings: Settings) -> Catalog {
         .collect();
     let models: BTreeMap<ModelName, Arc<ModelSpec>> =
         models.into_iter().map(|spec| (spec.name.clone(), Arc::new(spec))).collect();
-    Catalog { models, aliases, settings }
+    Catalog { models, aliases, settings, ..Catalog::default() }
 }
 
 /// One gateway under test.

@@ -26,5 +26,6 @@ pub fn catalog(models: Vec<ModelSpec>) -> Catalog {
             gpu: GpuSettings { provider: GpuProvider::Simulated, ..usual.gpu },
             ..usual
         },
+        ..Catalog::default()
     }
 }

@@ -52,7 +52,7 @@ pub fn catalog(models: impl IntoIterator<Item = ModelSpec>) -> Catalog {
         .values()
         .flat_map(|spec| spec.aliases.iter().map(|alias| (alias.clone(), spec.name.clone())))
         .collect();
-    Catalog { models, aliases, settings: settings() }
+    Catalog { models, aliases, settings: settings(), ..Catalog::default() }
 }
 
 pub fn three_models() -> Catalog {
