@@ -68,6 +68,7 @@ pub(super) fn warn_unused(models: &[ReadModel], env: Env<'_>, sink: &mut Sink) {
     let Some(url) = env("OLLAMA_BASE_URL").filter(|url| !url.is_empty()) else { return };
     let used = models.iter().any(|model| match &model.spec.runtime {
         RuntimeSpec::External(external) => external.url == url.trim_end_matches('/'),
+        RuntimeSpec::Ollama(ollama) => ollama.at.url == url.trim_end_matches('/'),
         RuntimeSpec::Docker(_) | RuntimeSpec::Process(_) => false,
     });
     if !used {

@@ -331,7 +331,7 @@ fn share(spec: &ModelSpec) -> Option<f64> {
     let arguments = match &spec.runtime {
         RuntimeSpec::Docker(docker) => &docker.args,
         RuntimeSpec::Process(process) => &process.argv,
-        RuntimeSpec::External(_) => return None,
+        RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => return None,
     };
     let at = arguments.iter().position(|a| a.starts_with("--gpu-memory-utilization"))?;
     let value = match arguments[at].split_once('=') {
