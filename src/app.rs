@@ -46,7 +46,7 @@ pub async fn run(
     let metrics = Arc::new(Metrics::new());
     let store = Store::open(&settings.store, settings.retention);
     let (handle, mut owner) =
-        orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics), store).await?;
+        orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics), store.clone()).await?;
 
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
     let control = api::router(handle.clone(), Arc::clone(&metrics));
@@ -92,6 +92,7 @@ pub async fn run(
         progress.abort();
         handle.shutdown(hurry.clone()).await;
         let _ = owner.await;
+        store.close().await;
     };
     tokio::pin!(drained);
     tokio::select! {
