@@ -11,10 +11,10 @@ use super::effects::Effects;
 use super::handle::Message;
 use super::reconcile::{Adopted, all_wanted};
 use crate::config::catalog::{Catalog, RuntimeSpec, Vram};
+use crate::engine;
 use crate::runtime::{Identity, LaunchSpec, Progress, Running};
 use crate::scheduler::event::{Event, Fault, FaultKind};
 use crate::units::{Bytes, InstanceId, ModelName, SwapId};
-use crate::{engine, runtime};
 
 impl Effects {
     /// Ollama tells itself what a model takes of the GPUs, over all of them.
@@ -27,7 +27,7 @@ impl Effects {
         deadline: Instant,
     ) -> Result<Option<Bytes>, Fault> {
         let (spec, identity) = (&launch.model, &launch.identity);
-        let vram = runtime::ollama::load(spec, running, progress, deadline.into()).await?;
+        let vram = self.runtimes.ollama.load(spec, running, progress, deadline.into()).await?;
         let instance = identity.instance;
         self.inbox.send(Message::Effect(Event::Vouching { swap, instance }));
         if spec.canary {

@@ -6,7 +6,7 @@
 //! list of loaded models is the truth about whether it still is there.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
@@ -35,12 +35,19 @@ const PULL_STALL: Duration = Duration::from_secs(120);
 /// Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct OllamaRuntime {
-    /// Whether an instance shall stay loaded. Locked while it is told to, so that a stop comes
-    /// before or after, and is not undone.
-    wanted: Arc<Mutex<BTreeMap<InstanceId, Wanted>>>,
+    /// Locked while Ollama is told to keep the model, so that a stop comes before or after, and is
+    /// not undone.
+    stages: Arc<Mutex<BTreeMap<InstanceId, Shared>>>,
 }
 
-type Wanted = Arc<tokio::sync::Mutex<bool>>;
+type Shared = Arc<tokio::sync::Mutex<Stage>>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Loading,
+    Loaded,
+    Leaving,
+}
 
 /// One row of `/api/ps`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,10 +118,10 @@ impl OllamaRuntime {
         }
     }
 
-    /// Returns at once: the load itself is waited for by [`load`].
+    /// Returns at once: the load itself is waited for by [`Self::load`].
     pub async fn start(&self, spec: &LaunchSpec) -> Result<Running, Fault> {
         let endpoint = endpoint(&spec.model).await?;
-        Ok(self.watched(spec.identity.clone(), endpoint, spec.model.served_name(), false))
+        Ok(self.watched(spec.identity.clone(), endpoint, spec.model.served_name(), Stage::Loading))
     }
 
     /// A model of ours that is loaded already. It may have been loaded by somebody else: a model
@@ -122,17 +129,17 @@ impl OllamaRuntime {
     pub async fn adopt(&self, spec: &ModelSpec, identity: Identity) -> Option<(Running, Bytes)> {
         let endpoint = endpoint(spec).await.ok()?;
         let loaded = look(&endpoint, spec.served_name()).await.ok()??;
-        let running = self.watched(identity, endpoint, spec.served_name(), true);
+        let running = self.watched(identity, endpoint, spec.served_name(), Stage::Loaded);
         Some((running, loaded.size_vram))
     }
 
-    fn watched(&self, identity: Identity, endpoint: Endpoint, name: &str, seen: bool) -> Running {
+    fn watched(&self, identity: Identity, endpoint: Endpoint, name: &str, stage: Stage) -> Running {
         let (ended, exit) = watch::channel(None);
-        let wanted = Wanted::new(tokio::sync::Mutex::new(true));
-        self.wanted().insert(identity.instance, Arc::clone(&wanted));
+        let stage = Shared::new(tokio::sync::Mutex::new(stage));
+        self.stages().insert(identity.instance, Arc::clone(&stage));
         let (at, model) = (endpoint.clone(), name.to_owned());
         tokio::spawn(async move {
-            let watch = follow(&at, &model, &wanted, seen);
+            let watch = follow(&at, &model, &stage);
             tokio::select! {
                 why = watch => {
                     tracing::warn!(model, ollama = at.base, "is not loaded any more: {why}");
@@ -151,11 +158,58 @@ impl OllamaRuntime {
         }
     }
 
+    /// Loads the model and tells it to stay; returns when Ollama says that it is loaded, with the bytes
+    /// that it takes of the GPUs.
+    pub async fn load(
+        &self,
+        spec: &ModelSpec,
+        running: &Running,
+        progress: &Progress,
+        deadline: Instant,
+    ) -> Result<Bytes, Fault> {
+        let name = spec.served_name();
+        progress.set("load", None, "");
+        let limit = deadline.saturating_duration_since(Instant::now());
+        let answer =
+            request::post(&running.endpoint, "/api/generate", Some(&stay(name)), limit).await;
+        match answer {
+            Ok(answer) if answer.status.is_success() => {}
+            Ok(answer) => {
+                let text = format!("Ollama cannot load `{name}`: {}", answer.excerpt());
+                return Err(fault(spec, FaultKind::Exited, &text));
+            }
+            Err(HttpError::TooSlow(_)) => {
+                let text = format!("Ollama did not load `{name}` in time (start_timeout)");
+                return Err(fault(spec, FaultKind::TimedOut, &text));
+            }
+            Err(error) => return Err(unreachable(spec, &running.endpoint, &error)),
+        }
+        match look(&running.endpoint, name).await {
+            Ok(Some(loaded)) => {
+                let stage = self.stages().get(&running.identity.instance).cloned();
+                if let Some(stage) = stage {
+                    *stage.lock().await = Stage::Loaded;
+                }
+                let (vram, size) = (loaded.size_vram, loaded.size);
+                if vram > Bytes::ZERO && vram < size {
+                    tracing::warn!(model = %spec.name, "{vram} of {size} fit into the GPU: the rest runs on the CPU");
+                }
+                Ok(vram)
+            }
+            Ok(None) => {
+                let text =
+                    format!("Ollama says that `{name}` is loaded, and does not list it in /api/ps");
+                Err(fault(spec, FaultKind::NeverHealthy, &text))
+            }
+            Err(error) => Err(unreachable(spec, &running.endpoint, &error)),
+        }
+    }
+
     /// Returns once Ollama lists it no more.
     pub async fn stop(&self, running: &Running, name: &str) -> Result<(), Fault> {
-        let wanted = self.wanted().remove(&running.identity.instance);
-        if let Some(wanted) = wanted {
-            *wanted.lock().await = false;
+        let stage = self.stages().remove(&running.identity.instance);
+        if let Some(stage) = stage {
+            *stage.lock().await = Stage::Leaving;
         }
         let body = json!({"model": name, "keep_alive": 0});
         let stuck = |why: &str| {
@@ -188,70 +242,31 @@ impl OllamaRuntime {
         }
     }
 
-    fn wanted(&self) -> std::sync::MutexGuard<'_, BTreeMap<InstanceId, Wanted>> {
-        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    fn stages(&self) -> MutexGuard<'_, BTreeMap<InstanceId, Shared>> {
+        self.stages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Loads the model and tells it to stay; returns when Ollama says that it is loaded, with the bytes
-/// that it takes of the GPUs.
-pub async fn load(
-    spec: &ModelSpec,
-    running: &Running,
-    progress: &Progress,
-    deadline: Instant,
-) -> Result<Bytes, Fault> {
-    let name = spec.served_name();
-    progress.set("load", None, "");
-    let limit = deadline.saturating_duration_since(Instant::now());
-    let answer = request::post(&running.endpoint, "/api/generate", Some(&stay(name)), limit).await;
-    match answer {
-        Ok(answer) if answer.status.is_success() => {}
-        Ok(answer) => {
-            let text = format!("Ollama cannot load `{name}`: {}", answer.excerpt());
-            return Err(fault(spec, FaultKind::Exited, &text));
-        }
-        Err(HttpError::TooSlow(_)) => {
-            let text = format!("Ollama did not load `{name}` in time (start_timeout)");
-            return Err(fault(spec, FaultKind::TimedOut, &text));
-        }
-        Err(error) => return Err(unreachable(spec, &running.endpoint, &error)),
-    }
-    match look(&running.endpoint, name).await {
-        Ok(Some(loaded)) => {
-            let (vram, size) = (loaded.size_vram, loaded.size);
-            if vram > Bytes::ZERO && vram < size {
-                tracing::warn!(model = %spec.name, "{vram} of {size} fit into the GPU: the rest runs on the CPU");
-            }
-            Ok(vram)
-        }
-        Ok(None) => {
-            let text =
-                format!("Ollama says that `{name}` is loaded, and does not list it in /api/ps");
-            Err(fault(spec, FaultKind::NeverHealthy, &text))
-        }
-        Err(error) => Err(unreachable(spec, &running.endpoint, &error)),
-    }
-}
-
-/// Until the model is gone; answers with why. `seen`: it was loaded when this began.
-async fn follow(at: &Endpoint, name: &str, wanted: &Wanted, mut seen: bool) -> String {
+/// Until a loaded model is gone; answers with why.
+async fn follow(at: &Endpoint, name: &str, stage: &Shared) -> String {
     let mut unanswered = 0;
     loop {
         sleep(LOOK_EVERY).await;
         match look(at, name).await {
             Ok(Some(loaded)) => {
-                (seen, unanswered) = (true, 0);
+                unanswered = 0;
                 if loaded.left.is_some_and(|left| left < STAY_BEFORE) {
-                    let wanted = wanted.lock().await;
-                    if *wanted {
+                    let stage = stage.lock().await;
+                    if *stage == Stage::Loaded {
                         // A failure shows at the next look.
                         let _ =
                             request::post(at, "/api/generate", Some(&stay(name)), ASK_MAX).await;
                     }
                 }
             }
-            Ok(None) if seen => return "Ollama unloaded it, or somebody else did".to_owned(),
+            Ok(None) if *stage.lock().await == Stage::Loaded => {
+                return "Ollama unloaded it, or somebody else did".to_owned();
+            }
             Ok(None) => unanswered = 0,
             Err(error) => {
                 unanswered += 1;
