@@ -193,10 +193,10 @@ async fn learned_before(
     let (old, mut learned) = (state.old_learned(), store.learned());
     if !old.is_empty() {
         for (model, figures) in old {
-            if !learned.contains_key(&model) {
-                store.put_learned(&model, &figures);
-                learned.insert(model, figures);
-            }
+            learned.entry(model).or_insert_with_key(|model| {
+                store.put_learned(model, &figures);
+                figures
+            });
         }
         if store.is_durable() && store.flush().await.is_ok() {
             state.forget_old_learned();
