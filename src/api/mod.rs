@@ -2,14 +2,18 @@
 //!
 //! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something;
 //! [`read`] renders its view: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
-//! and queue in [`machine`].
+//! and queue in [`machine`]. [`llama_swap`] and [`logs`] are that tool's control paths, [`events`]
+//! what is told of changes.
 
 mod change;
 mod error;
+mod events;
 mod extract;
 mod guard;
 mod health;
 mod ledger;
+mod llama_swap;
+mod logs;
 mod machine;
 mod name;
 mod read;
@@ -33,6 +37,11 @@ pub use routes::is_control;
 pub struct Api {
     handle: Handle,
     metrics: Arc<Metrics>,
+}
+
+/// llama-swap's control paths, for the gateway.
+pub fn on_gateway(handle: Handle, metrics: Arc<Metrics>) -> Router {
+    routes::on_gateway(Api { handle, metrics })
 }
 
 /// The control API; every other path is a JSON 404. For one address that serves the gateway too,

@@ -89,11 +89,13 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         };
         router = router.route(inference.path, post(serve));
     }
+    let control = api::on_gateway(handle.clone(), Arc::clone(&gateway.metrics));
     router
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
-        .layer(middleware::from_fn_with_state(handle, browser::guard))
         .with_state(gateway)
+        .merge(control)
+        .layer(middleware::from_fn_with_state(handle, browser::guard))
 }
 
 pub async fn unknown_path(State(gateway): State<Arc<Gateway>>, uri: Uri) -> Response {
