@@ -24,7 +24,6 @@ use wharf::telemetry::feed::News;
 use wharf::telemetry::logs::Source;
 use wharf::telemetry::metrics::Metrics;
 use wharf::telemetry::performance::{Memory, Sample, SystemLoad};
-use wharf::units::*;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

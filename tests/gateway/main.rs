@@ -7,5 +7,6 @@ mod support;
 
 mod admission;
 mod forwarding;
+mod paths;
 mod relaying;
 mod waiting;
