@@ -47,8 +47,9 @@ pub async fn run(
         orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics)).await?;
 
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
-    let control = api::router(handle.clone(), Arc::clone(&metrics));
-    let inference = gateway::router(handle.clone(), metrics);
+    let traffic = gateway::Traffic::default();
+    let control = api::router_with(handle.clone(), Arc::clone(&metrics), traffic.clone());
+    let inference = gateway::router(handle.clone(), metrics, traffic);
     let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
     let mut serving = Vec::new();
     let control = match gateway_listener {

@@ -7,13 +7,13 @@ use axum::routing::{MethodRouter, get, post};
 
 use super::extract::BODY_BYTES_MAX;
 use super::guard::{Guard, Needs, guard};
-use super::{Api, change, error, read};
+use super::{Api, change, error, read, traffic};
 use crate::gateway::browser;
 
 /// One row: path, who may call it, and the handler.
 type Route = (&'static str, Needs, MethodRouter<Api>);
 
-fn table() -> [Route; 12] {
+fn table() -> [Route; 15] {
     [
         ("/health", Needs::Nothing, get(read::health)),
         ("/status", Needs::Read, get(read::status)),
@@ -28,8 +28,15 @@ fn table() -> [Route; 12] {
         ("/ensure_model", Needs::Admin, post(change::ensure_model)),
         // `{name}/load` and `{name}/unload`
         ("/models/{*name}", Needs::Admin, post(change::verb)),
+        ("/api/inflight", Needs::Read, get(traffic::in_flight)),
+        ("/api/inflight/{id}/cancel", Needs::Admin, post(traffic::cancel)),
+        // They hold prompts.
+        ("/api/captures/{id}", Needs::Admin, get(traffic::capture)),
     ]
 }
+
+/// llama-swap has one address: these are found at the gateway's too.
+const ON_GATEWAY: [&str; 3] = ["/api/inflight", "/api/inflight/{id}/cancel", "/api/captures/{id}"];
 
 /// Whether a path belongs to this API, to be told to who asks the gateway for it.
 pub fn is_control(path: &str) -> bool {
@@ -38,8 +45,18 @@ pub fn is_control(path: &str) -> bool {
 }
 
 pub fn router(api: Api) -> Router {
+    of(table().into(), api)
+}
+
+pub fn on_gateway(api: Api) -> Router {
+    let mut rows: Vec<Route> = table().into();
+    rows.retain(|(path, ..)| ON_GATEWAY.contains(path));
+    of(rows, api)
+}
+
+fn of(rows: Vec<Route>, api: Api) -> Router {
     let mut router = Router::new();
-    for (path, needs, handler) in table() {
+    for (path, needs, handler) in rows {
         let guarded = Guard { api: api.clone(), needs };
         router = router.route(path, handler.route_layer(from_fn_with_state(guarded, guard)));
     }
