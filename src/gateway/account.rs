@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::Gateway;
 use super::captures::Draft;
 use super::in_flight::{Ticket, Who};
+use super::limits::Permit;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::{CLIENT_CLOSED, Reject};
 use super::usage::Figures;
@@ -39,6 +40,7 @@ impl Visit {
             request_id: id.clone(),
             entitled: false,
             key: None,
+            permit: Permit::default(),
             requested: String::new(),
             arrived: gateway.handle.now(),
             began: Instant::now(),
@@ -60,6 +62,13 @@ impl Visit {
         if let Some(record) = &mut self.0 {
             record.entitled = true;
             record.key = key.map(|key| key.name.clone());
+        }
+    }
+
+    /// The share of its key's limits, to the end of the answer.
+    pub fn hold(&mut self, permit: Permit) {
+        if let Some(record) = &mut self.0 {
+            record.permit = permit;
         }
     }
 
@@ -218,6 +227,7 @@ struct Record {
     request_id: HeaderValue,
     entitled: bool,
     key: Option<String>,
+    permit: Permit,
     requested: String,
     arrived: Time,
     began: Instant,
@@ -251,8 +261,9 @@ impl Record {
 
     fn close(mut self: Box<Record>, model: Option<&ModelName>, outcome: &'static str) {
         let took = self.began.elapsed();
-        // No longer listed when the client sees its end.
+        // The client that sees its end may ask again at once.
         self.ticket = None;
+        self.permit = Permit::default();
         if let Some(model) = model {
             let (request, seconds) = (self.id(), took.as_secs_f64());
             tracing::debug!(request, %model, outcome, seconds, "request ended");

@@ -66,7 +66,11 @@ async fn admit(
     let (head, body) = request.into_parts();
     let entitled = auth::authorize(&catalog.settings, &head.headers, Scope::Inference)
         .inspect(|key| visit.entitled(*key))
-        .and_then(|key| Ok((key, Wishes::read(&head.headers)?)));
+        .and_then(|key| {
+            let wishes = Wishes::read(&head.headers)?;
+            visit.hold(gateway.limiter.enter(&catalog.settings, key)?);
+            Ok((key, wishes))
+        });
     let (key, wishes) = match entitled {
         Ok(entitled) => entitled,
         Err(reject) => {
@@ -143,9 +147,9 @@ impl Admitted<'_> {
             options: RequestOptions {
                 model: spec.name.clone(),
                 priority: wishes.priority(&spec, key),
-                max_wait: wishes.max_wait,
-                may_hurry: admit::is_unbound(key),
-                never_start: wishes.never_start,
+                max_wait: wishes.max_wait(key),
+                may_hurry: admit::may_hurry(key),
+                never_start: wishes.never_start(key),
                 retry_of: None,
             },
             waiting: (stream && waiting.style != WaitingStyle::Off).then_some(waiting),

@@ -13,6 +13,7 @@ mod filter;
 mod forward;
 mod in_flight;
 mod infer;
+mod limits;
 mod multipart;
 pub mod nearest;
 mod notes;
@@ -37,6 +38,7 @@ use axum::Router;
 
 use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
+use limits::Limiter;
 use receive::BodyBudget;
 
 pub use captures::Capture;
@@ -61,6 +63,7 @@ fn router_of(handle: Handle, metrics: Arc<Metrics>, limits: Limits, traffic: Tra
         limits,
         traffic,
         bodies: Arc::default(),
+        limiter: Limiter::default(),
         id_seed: RandomState::new().hash_one(std::process::id()),
         id_next: AtomicU64::new(0),
     }))
@@ -100,6 +103,7 @@ pub struct Gateway {
     limits: Limits,
     traffic: Traffic,
     bodies: Arc<BodyBudget>,
+    limiter: Limiter,
     id_seed: u64,
     id_next: AtomicU64,
 }
