@@ -14,6 +14,7 @@ use crate::config::diff::{changes, keep_what_needs_a_restart};
 use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::performance;
 use crate::{api, gateway, orchestrator};
 
 /// How long a taken listener port is retried (a predecessor may just be leaving).
@@ -71,6 +72,7 @@ pub async fn run(
     )));
     tracing::info!(gateway = %gateway_at, orchestrator = %orchestrator_at, "serving");
 
+    let sampling = tokio::spawn(performance::sample(handle.clone()));
     let reloads = tokio::spawn(reload_on_sighup(reload, handle.clone(), orchestrator_at));
     let signal_name = tokio::select! {
         name = wait_for_stop() => name?,
@@ -79,6 +81,7 @@ pub async fn run(
     };
     tracing::info!("{signal_name}: draining, at most {} s; once more to hurry", drain.as_secs());
     reloads.abort();
+    sampling.abort();
     // Whoever waits in the queue hears it now, not when the drain is over and connections are cut.
     handle.refuse_new();
     stop.cancel();

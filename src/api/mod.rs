@@ -1,15 +1,19 @@
 //! The control API: what operators and the older tools' clients call.
 //!
 //! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something;
-//! [`read`] renders its view, [`traffic`] the gateway's requests: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
-//! and queue in [`machine`].
+//! [`read`] renders its view: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
+//! and queue in [`machine`]. [`llama_swap`] and [`logs`] are that tool's control paths, [`events`]
+//! what is told of changes, [`traffic`] the gateway's requests.
 
 mod change;
 mod error;
+mod events;
 mod extract;
 mod guard;
 mod health;
 mod ledger;
+mod llama_swap;
+mod logs;
 mod machine;
 mod name;
 mod read;
@@ -38,6 +42,11 @@ pub struct Api {
     traffic: Traffic,
 }
 
+/// llama-swap's control paths, for the gateway.
+pub fn on_gateway(handle: Handle, metrics: Arc<Metrics>, traffic: Traffic) -> Router {
+    routes::on_gateway(Api { handle, metrics, traffic })
+}
+
 /// The control API; every other path is a JSON 404. For one address that serves the gateway too,
 /// make the gateway its `fallback_service`: paths that both have answer this API's superset.
 pub fn router(handle: Handle, metrics: Arc<Metrics>) -> Router {
@@ -47,9 +56,4 @@ pub fn router(handle: Handle, metrics: Arc<Metrics>) -> Router {
 /// As [`router`], with what the gateway knows of its requests.
 pub fn router_with(handle: Handle, metrics: Arc<Metrics>, traffic: Traffic) -> Router {
     routes::router(Api { handle, metrics, traffic }).fallback(error::no_such_path)
-}
-
-/// The rows that the gateway's address answers too.
-pub fn on_gateway(handle: Handle, metrics: Arc<Metrics>, traffic: Traffic) -> Router {
-    routes::on_gateway(Api { handle, metrics, traffic })
 }

@@ -278,14 +278,13 @@ impl Record {
         let capture = self.capture.take();
         let gateway = Arc::clone(&self.gateway);
         let row = self.row(model, outcome, took);
-        let store = gateway.handle.store();
-        let id = match capture {
-            None => store.record_activity(row),
-            Some(capture) => capture.keep(&gateway.handle, |has_capture| {
-                store.record_activity(Activity { has_capture, ..row })
+        let handle = &gateway.handle;
+        match capture {
+            None => handle.record_activity(row),
+            Some(capture) => capture.keep(handle, |has_capture| {
+                handle.record_activity(Activity { has_capture, ..row })
             }),
         };
-        gateway.traffic.recorded(id);
     }
 
     fn row(

@@ -77,8 +77,6 @@ pub static INFERENCE: [Inference; 20] = [
 
 pub fn router(gateway: Arc<Gateway>) -> Router {
     let handle = gateway.handle.clone();
-    let control =
-        api::on_gateway(handle.clone(), Arc::clone(&gateway.metrics), gateway.traffic.clone());
     let mut router = Router::new()
         .route("/v1/models", get(pages::models))
         .route("/v1/models/{*id}", get(pages::model))
@@ -91,12 +89,14 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         };
         router = router.route(inference.path, post(serve));
     }
+    let metrics = Arc::clone(&gateway.metrics);
+    let control = api::on_gateway(handle.clone(), metrics, gateway.traffic.clone());
     router
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
-        .layer(middleware::from_fn_with_state(handle, browser::guard))
         .with_state(gateway)
         .merge(control)
+        .layer(middleware::from_fn_with_state(handle, browser::guard))
 }
 
 pub async fn unknown_path(State(gateway): State<Arc<Gateway>>, uri: Uri) -> Response {

@@ -1,0 +1,50 @@
+//! Figures of the pool manager's shapes that other parts of Wharf decide.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::Snapshot;
+use crate::api::health::reachable;
+use crate::config::catalog::ModelSpec;
+use crate::scheduler::record::ResidencyView;
+use crate::units::Time;
+
+/// Where clients reach this model: its own front door, else the gateway.
+pub fn address(at: &Snapshot<'_>, spec: &ModelSpec) -> SocketAddr {
+    front_door(at, spec).unwrap_or_else(|| reachable(at.catalog.settings.gateway))
+}
+
+/// The listener bound to this model alone.
+fn front_door(_at: &Snapshot<'_>, _spec: &ModelSpec) -> Option<SocketAddr> {
+    None
+}
+
+/// Ports of `ports:` on which no model is served.
+pub fn available_ports(at: &Snapshot<'_>) -> usize {
+    let Some((first, last)) = at.catalog.settings.front_doors else { return 0 };
+    let taken = at.catalog.models.values().filter_map(|spec| front_door(at, spec));
+    let taken = taken.filter(|address| (first..=last).contains(&address.port())).count();
+    (first..=last).len().saturating_sub(taken)
+}
+
+/// Until an idle model leaves by its ttl; `None` where no ttl runs.
+pub fn ttl_remaining(at: &Snapshot<'_>, spec: &ModelSpec) -> Option<Duration> {
+    Some(expires_at(at, spec)?.since(at.now))
+}
+
+/// Its ttl is over, and it is kept for late requests.
+pub fn in_grace(at: &Snapshot<'_>, spec: &ModelSpec) -> bool {
+    !spec.grace.is_zero() && expires_at(at, spec).is_some_and(|expiry| expiry <= at.now)
+}
+
+/// A ttl runs from the last activity, while nothing is in flight.
+fn expires_at(at: &Snapshot<'_>, spec: &ModelSpec) -> Option<Time> {
+    let ttl = spec.ttl.filter(|_| !spec.warmup && !spec.pinned)?;
+    if !matches!(at.residency(&spec.name), ResidencyView::Ready) {
+        return None;
+    }
+    let gates = at.handle.gates();
+    let gate = gates.get(&spec.name)?;
+    let last = if gate.in_flight() == 0 { gate.last_used() } else { at.now };
+    Some(last + ttl)
+}
