@@ -48,8 +48,9 @@ pub async fn run(
         orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics)).await?;
 
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
-    let control = api::router(handle.clone(), Arc::clone(&metrics));
-    let inference = gateway::router(handle.clone(), metrics);
+    let traffic = gateway::Traffic::default();
+    let control = api::router_with(handle.clone(), Arc::clone(&metrics), traffic.clone());
+    let inference = gateway::router(handle.clone(), metrics, traffic);
     let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
     let mut serving = Vec::new();
     let control = match gateway_listener {
@@ -151,10 +152,12 @@ async fn next_stop() -> anyhow::Result<&'static str> {
 /// A control API that anyone on the network can use is refused, not warned about.
 /// `listening`: where the orchestrator is, which a reload does not move.
 fn refuse_open_control(listening: SocketAddr, catalog: &Catalog) -> anyhow::Result<()> {
-    if !listening.ip().is_loopback() && catalog.settings.auth.keys.is_empty() {
+    let auth = &catalog.settings.auth;
+    if !listening.ip().is_loopback() && auth.keys.is_empty() && !auth.open {
         bail!(
             "listen.orchestrator {listening} is reachable from other machines and auth.keys is \
-             empty: add a key with scope admin, or listen on 127.0.0.1"
+             empty: add a key with scope admin, listen on 127.0.0.1, or say `auth: {{ open: true }}` \
+             if everyone in that network may load and unload models"
         );
     }
     Ok(())

@@ -106,7 +106,7 @@ fn everything_of_the_contract_is_understood() {
     let text = std::fs::read_to_string("tests/config/everything.yaml").expect("fixture");
     let env = [("WHARF_KEY", "k-123456"), ("GPU2", "g-123456"), ("HF_TOKEN", "hf_abcdef")];
     let loaded = parse_with(&text, &env).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(loaded.catalog.settings.auth.keys[0].key, "k-123456");
+    assert_eq!(loaded.catalog.settings.auth.keys[0].key, "k-123456".into());
     let json = serde_json::to_string(&loaded.catalog).expect("json");
     assert!(!json.contains("k-123456") && !json.contains("g-123456"), "secrets in {json}");
     insta::assert_json_snapshot!("everything", loaded.catalog);

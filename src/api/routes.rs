@@ -7,7 +7,7 @@ use axum::routing::{MethodRouter, get, post};
 
 use super::extract::BODY_BYTES_MAX;
 use super::guard::{Guard, Needs, guard};
-use super::{Api, change, error, events, llama_swap, logs, read};
+use super::{Api, change, error, events, llama_swap, logs, read, traffic};
 use crate::gateway::browser;
 
 /// One row: path, who may call it, and the handler.
@@ -47,6 +47,10 @@ fn llama_swap() -> Vec<Route> {
         ("/api/metrics", Needs::Read, get(llama_swap::metrics)),
         ("/api/performance", Needs::Read, get(llama_swap::performance)),
         ("/api/version", Needs::Read, get(llama_swap::version)),
+        ("/api/inflight", Needs::Read, get(traffic::in_flight)),
+        ("/api/inflight/{id}/cancel", Needs::Admin, post(traffic::cancel)),
+        // They hold prompts.
+        ("/api/captures/{id}", Needs::Admin, get(traffic::capture)),
         ("/running", Needs::Read, get(llama_swap::running)),
         ("/unload", Needs::Admin, get(llama_swap::unload)),
         ("/log", Needs::Read, get(logs::all)),

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::catalog::{
-    ApiKey, GpuProvider, OnExit, Scope, Settings, SwapMode, WaitingSettings, WaitingStyle,
+    ApiKey, GpuProvider, KeyDigest, OnExit, Scope, Settings, SwapMode, WaitingSettings,
+    WaitingStyle,
 };
 use super::decode::{At, Sink, Spot, Table, Unread};
 use super::values;
@@ -268,7 +269,9 @@ fn keys(at: &At<'_>, allowed: &mut Vec<Allowed>, sink: &mut Sink) -> Vec<ApiKey>
             let message = format!("two keys are called `{name}`");
             sink.error(&name_at.spot, message, "expected a name of its own");
         }
-        if let (Some(at), Some(other)) = (&secret, keys.iter().find(|other| other.key == key)) {
+        if let (Some(at), Some(other)) =
+            (&secret, keys.iter().find(|other| other.key == KeyDigest::of(key.as_bytes())))
+        {
             let message = format!("this key is the same as that of `{}`", other.name);
             sink.error(&at.spot, message, "expected a key of its own");
         }
@@ -278,7 +281,7 @@ fn keys(at: &At<'_>, allowed: &mut Vec<Allowed>, sink: &mut Sink) -> Vec<ApiKey>
             spot: spot.clone(),
         }));
         let models = models.into_iter().map(|(pattern, _)| pattern).collect();
-        keys.push(ApiKey { name, key, models, scopes, ..ApiKey::default() });
+        keys.push(ApiKey { name, key: key.into(), models, scopes, ..ApiKey::default() });
     }
     keys
 }

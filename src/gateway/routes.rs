@@ -89,7 +89,8 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         };
         router = router.route(inference.path, post(serve));
     }
-    let control = api::on_gateway(handle.clone(), Arc::clone(&gateway.metrics));
+    let metrics = Arc::clone(&gateway.metrics);
+    let control = api::on_gateway(handle.clone(), metrics, gateway.traffic.clone());
     router
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
