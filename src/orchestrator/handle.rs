@@ -18,7 +18,10 @@ use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
-use crate::store::Store;
+use crate::store::{Activity, Store};
+use crate::telemetry::feed::{Feed, News};
+use crate::telemetry::logs::Logs;
+use crate::telemetry::performance::Performance;
 use crate::units::{AskId, InstanceId, ModelName, Priority, RequestId, Time};
 
 /// What the one owner receives.
@@ -100,6 +103,9 @@ pub(super) struct Shared {
     pub gates: ArcSwap<Gates>,
     pub view: ArcSwap<View>,
     pub store: Store,
+    pub feed: Feed,
+    pub logs: Logs,
+    pub performance: Performance,
     pub next_request: AtomicU64,
     pub next_ask: AtomicU64,
 }
@@ -154,6 +160,27 @@ impl Handle {
     /// What outlives a restart.
     pub fn store(&self) -> &Store {
         &self.shared.store
+    }
+
+    /// What happens, for `/events`.
+    pub fn feed(&self) -> &Feed {
+        &self.shared.feed
+    }
+
+    /// Wharf's own lines and its engines'.
+    pub fn logs(&self) -> &Logs {
+        &self.shared.logs
+    }
+
+    pub fn performance(&self) -> &Performance {
+        &self.shared.performance
+    }
+
+    /// Keeps the row of a finished request and tells of it.
+    pub fn record_activity(&self, row: Activity) -> u64 {
+        let id = self.shared.store.record_activity(row);
+        self.shared.feed.publish(News::Activity { id });
+        id
     }
 
     pub fn now(&self) -> Time {
@@ -228,8 +255,10 @@ impl Handle {
         let _ = done.await;
     }
 
-    /// Refuses what waits and what comes from now on; requests that hold a lease go on.
+    /// Refuses what waits and what comes from now on; requests that hold a lease go on. Streams of
+    /// news and logs end: nobody could wait for their end else.
     pub fn refuse_new(&self) {
+        self.shared.feed.close();
         self.inbox.send(Message::RefuseNew);
     }
 
@@ -310,6 +339,9 @@ impl Handle {
             gates: ArcSwap::default(),
             view: ArcSwap::default(),
             store: Store::in_memory(),
+            feed: Feed::default(),
+            logs: Logs::default(),
+            performance: Performance::default(),
             next_request: AtomicU64::new(1),
             next_ask: AtomicU64::new(1),
         };

@@ -8,5 +8,6 @@ mod support;
 mod admission;
 mod forwarding;
 mod keys;
+mod paths;
 mod relaying;
 mod waiting;
