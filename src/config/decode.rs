@@ -25,6 +25,9 @@ pub(super) struct Sink {
     pub problems: Vec<Problem>,
     /// Values that no message may contain.
     pub secrets: Vec<String>,
+    /// Which keys were looked for where: held against the schema.
+    #[cfg(test)]
+    pub looked_for: Vec<(String, Vec<&'static str>)>,
 }
 
 impl Sink {
@@ -378,6 +381,8 @@ impl<'n> Table<'n> {
 
     /// Reports every key that was not taken.
     pub(super) fn finish(self, sink: &mut Sink, unread: &[(&str, Unread)]) {
+        #[cfg(test)]
+        sink.looked_for.push((self.at.spot.path.clone(), self.taken.clone()));
         for (key, _) in self.entries.iter().filter(|(k, _)| !self.taken.contains(&&*k.text)) {
             let spot = Spot { place: key.place, path: join(&self.at.spot.path, &key.text) };
             let name = key.text.as_str();
