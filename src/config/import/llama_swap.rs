@@ -7,7 +7,8 @@ use super::yaml::{Entry, Out};
 use super::{Draft, File, Keys, Model, docker_run, items, same, seconds, texts};
 use crate::config::tree::{Kind, Node};
 
-type Macros = BTreeMap<String, String>;
+/// In the order of the file: one may use those above it.
+type Macros = Vec<(String, String)>;
 
 pub(super) fn convert(file: &File, draft: &mut Draft) {
     let mut keys = Keys::of(&file.root, "");
@@ -176,7 +177,7 @@ fn model(
     let docker = docker_run::read(&words);
     let engine = engine(docker.as_ref().map(|run| run.image.as_str()), &words);
     model.set("engine", Out::plain(engine));
-    let port = port(&mut keys, &expanded, file, draft);
+    let answers = answers(&mut keys, &expanded);
     let is_docker = docker.is_some();
     match docker {
         Some(run) => {
@@ -188,24 +189,37 @@ fn model(
             }
             model.entries.extend(run.gpus.map(|gpus| Entry::new("gpus", gpus)));
         }
+        None if let Answers::Elsewhere(url) = &answers => {
+            let why = "its server answers on another machine: the command is not run";
+            let what = "start it there, or run Wharf there and make that a peer";
+            draft.note(file, place, &keys.path_of("cmd"), why, what);
+            model.set("external", Out::Map(vec![Entry::new("url", Out::text(url))]));
+        }
         None => {
             let keeps_macros = own.is_empty();
             let cmd = if keeps_macros { one_line(written) } else { command.clone() };
             let cmd = cmd.replace("${MODEL_ID}", "${model}");
             model.set("process", Out::Map(vec![Entry::new("cmd", Out::text(cmd))]));
-            if let Some(port) = port {
+            if let Answers::Fixed(port) = answers {
                 model.set("port", Out::plain(port.to_string()));
                 wanted.ports.push((id.to_owned(), port));
             }
         }
     }
-    gpus(&words, &mut env, &mut model);
-    if !env.is_empty() {
+    let runs_here = !model.entries.iter().any(|entry| entry.key == "external");
+    if runs_here {
+        gpus(&words, &mut env, &mut model);
+    }
+    if runs_here && !env.is_empty() {
         model.set("env", Out::texts(&env));
     }
     about(&mut keys, &expanded, &mut model);
-    policy(&mut keys, engine, &mut model);
-    stop(&mut keys, is_docker, &mut model, file, draft);
+    policy(&mut keys, engine, &words, &mut model);
+    if runs_here {
+        stop(&mut keys, is_docker, &mut model, file, draft);
+    } else {
+        keys.taken.extend(["cmdStop", "unloadTimeout"]);
+    }
     traffic(&mut keys, &expanded, &mut model, file, draft);
     keys.rest(file, draft);
     wanted.models.push(id.to_owned());
@@ -226,32 +240,29 @@ fn engine(image: Option<&str>, words: &[String]) -> &'static str {
     }
 }
 
-/// A fixed port of this machine, from `proxy`.
-fn port(
-    keys: &mut Keys<'_>,
-    expanded: &dyn Fn(&str) -> String,
-    file: &File,
-    draft: &mut Draft,
-) -> Option<u16> {
-    let (place, proxy) = keys.text("proxy")?;
+/// Where the server of a command is, by `proxy`.
+enum Answers {
+    /// On the port that it is given.
+    Given,
+    Fixed(u16),
+    /// What precedes `/v1`.
+    Elsewhere(String),
+}
+
+fn answers(keys: &mut Keys<'_>, expanded: &dyn Fn(&str) -> String) -> Answers {
+    let Some((_, proxy)) = keys.text("proxy") else { return Answers::Given };
     let proxy = expanded(proxy);
-    if proxy.contains("${PORT}") {
-        return None;
+    let url = proxy.trim_end_matches('/');
+    let Some(uri) = Some(url).filter(|url| !url.contains("${")).and_then(|url| url.parse().ok())
+    else {
+        return Answers::Given;
+    };
+    let uri: http::Uri = uri;
+    match (uri.host(), uri.port_u16()) {
+        (Some("127.0.0.1" | "localhost" | "0.0.0.0" | "[::1]"), Some(port)) => Answers::Fixed(port),
+        (Some("127.0.0.1" | "localhost" | "0.0.0.0" | "[::1]") | None, _) => Answers::Given,
+        _ => Answers::Elsewhere(url.strip_suffix("/v1").unwrap_or(url).to_owned()),
     }
-    let uri: http::Uri = proxy.trim_end_matches('/').parse().ok()?;
-    let local = matches!(uri.host(), Some("127.0.0.1" | "localhost" | "0.0.0.0" | "[::1]"));
-    if !local {
-        let why = "the command runs here, its server answers elsewhere";
-        let what = "use `external: { url: … }` if it is always up there";
-        draft.note(file, place, &keys.path_of("proxy"), why, what);
-        return None;
-    }
-    if uri.path().len() > 1 {
-        let why = "engines are asked at the root of their address";
-        let what = "use `external` with the path in its `url`";
-        draft.note(file, place, &keys.path_of("proxy"), why, what);
-    }
-    uri.port_u16()
 }
 
 /// `CUDA_VISIBLE_DEVICES` is Wharf's to set; layers on no GPU mean the CPU.
@@ -308,7 +319,7 @@ fn about(keys: &mut Keys<'_>, expanded: &dyn Fn(&str) -> String, model: &mut Mod
     }
 }
 
-fn policy(keys: &mut Keys<'_>, engine: &str, model: &mut Model) {
+fn policy(keys: &mut Keys<'_>, engine: &str, words: &[String], model: &mut Model) {
     if let Some((_, ttl)) = keys.number("ttl").filter(|(_, ttl)| *ttl >= 0.0) {
         // Written out: a default for all may say otherwise.
         model.set("ttl", if ttl > 0.0 { seconds(ttl) } else { Out::plain("never") });
@@ -326,7 +337,13 @@ fn policy(keys: &mut Keys<'_>, engine: &str, model: &mut Model) {
     if let Some(on) = keys.flag("sendLoadingState") {
         model.set("send_loading_state", Out::plain(on.to_string()));
     }
-    if let Some((_, name)) = keys.text("useModelName").filter(|(_, name)| !name.is_empty()) {
+    let told = keys.text("useModelName").map(|(_, name)| name.to_owned());
+    let served = || {
+        let at = words.iter().position(|word| word == "--served-model-name")?;
+        words.get(at + 1).cloned()
+    };
+    let name = told.filter(|name| !name.is_empty()).or_else(served);
+    if let Some(name) = name.filter(|name| *name != model.name) {
         model.set("upstream_name", Out::text(name));
     }
 }

@@ -204,13 +204,16 @@ impl Draft {
         });
         entries.push(Entry::new("models", Out::Map(models.collect())));
         entries.extend(self.bottom);
-        let head = [
+        let mut head = vec![
             "yaml-language-server: $schema=docs/wharf.schema.json".to_owned(),
             String::new(),
             format!("Made by `wharf import` from {files} ({}).", tool.name()),
-            "What a model takes of its GPUs is measured once, alone; say `vram: 22GiB` if you know."
-                .to_owned(),
         ];
+        if matches!(tool, Tool::LlamaSwap | Tool::Compose) {
+            let line = "What a model takes of its GPUs is measured once, alone; say `vram: 22GiB` if \
+                        you know.";
+            head.push(line.to_owned());
+        }
         Imported { tool: tool.name(), yaml: yaml::render(&head, &entries), notes: self.notes }
     }
 }

@@ -24,12 +24,12 @@ fn control_port(port: u16, draft: &mut Draft) {
 }
 
 fn about_address(draft: &mut Draft) {
-    let line = format!(
-        "The models are those of the Ollama at OLLAMA_BASE_URL, else {USUAL_URL}; for another: \
-         `external: {{ url: … }}`."
-    );
+    let lines = [
+        format!("The models are those of the Ollama at OLLAMA_BASE_URL, else {USUAL_URL};"),
+        "for another one: `external: { url: … }`.".to_owned(),
+    ];
     if let Some(first) = draft.models.first_mut() {
-        first.comments.insert(0, line);
+        first.comments.splice(0..0, lines);
     }
 }
 

@@ -75,6 +75,12 @@ pub(super) fn convert(
         single_active(draft);
     }
     ports(one_at_a_time, &mut groups, wanted, draft);
+    for group in &mut groups {
+        // Names mean one thing.
+        if wanted.models.contains(&group.name) {
+            group.name.push_str("-group");
+        }
+    }
     if !groups.is_empty() {
         let groups = groups.into_iter().map(Group::entry).collect();
         draft.bottom.push(Entry::new("groups", Out::Map(groups)));
@@ -181,6 +187,11 @@ fn groups(node: &Node, wanted: &Wanted, file: &File, draft: &mut Draft) -> Vec<G
         }
     }
     turns.extend(rest);
+    if any_persistent && turns.len() < wanted.models.len() {
+        let why = "beside a persistent group no other can be exclusive: of the models in \
+                   `one-at-a-time` one runs at a time, and others may run beside it";
+        draft.note(file, node.place, "groups", why, "memory decides what else stays");
+    }
     alone("one-at-a-time", turns, !any_persistent, &mut groups);
     groups
 }
