@@ -10,7 +10,7 @@ use wharf::config::schema;
 fn is_up_to_date(file: &str, made: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
     if std::env::var_os("WHARF_UPDATE").is_some() {
-        std::fs::write(&path, made).unwrap();
+        std::fs::write(&path, made).expect("docs can be written");
     }
     let committed = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(committed == made, "{file} is out of date: WHARF_UPDATE=1 cargo test --test schema");

@@ -4,6 +4,7 @@
 mod compose;
 mod docker_run;
 mod llama_swap;
+mod names;
 mod ollama;
 mod together;
 mod yaml;
