@@ -5,19 +5,20 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::store::MEMORY;
 use crate::units::{Bytes, ModelName, Priority};
 
 mod access;
 mod lifecycle;
 mod serving;
 
-pub use access::{ApiKey, AuthSettings, RateLimits, Scope, StartRule};
+pub use access::{ApiKey, AuthSettings, KeyDigest, RateLimits, Scope, StartRule};
 pub use lifecycle::{Group, KeepWindow, TtlBounds};
 pub use serving::{
     Adapter, Announce, CaptureSettings, Filters, HttpService, PathRule, Peer, Retention, Route,
@@ -65,7 +66,7 @@ pub struct Settings {
     pub ram: RamSettings,
     /// Host ports on which engines listen (loopback).
     pub engine_ports: (u16, u16),
-    /// Path of the store; the state folder lies beside it (extension `.d`).
+    /// Path of the store, `:memory:` for none; the state folder lies beside it (extension `.d`).
     pub store: PathBuf,
     pub auth: AuthSettings,
     /// Docker daemon: `None` means DOCKER_HOST or the default socket.
@@ -98,8 +99,11 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Folder of the lock, journal, engine logs and learned figures.
+    /// Folder of the lock, journal, engine logs and reserved ids; needed also without a store.
     pub fn state_dir(&self) -> PathBuf {
+        if self.store == Path::new(MEMORY) {
+            return PathBuf::from("wharf.d");
+        }
         self.store.with_extension("d")
     }
 }
@@ -285,6 +289,11 @@ impl ModelSpec {
     pub fn is_external(&self) -> bool {
         matches!(self.runtime, RuntimeSpec::External(_))
     }
+
+    /// Whether its engine gets a port of this machine from Wharf.
+    pub fn takes_a_port(&self) -> bool {
+        matches!(self.runtime, RuntimeSpec::Docker(_) | RuntimeSpec::Process(_))
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -306,6 +315,7 @@ pub enum RuntimeSpec {
     Docker(DockerSpec),
     Process(ProcessSpec),
     External(ExternalSpec),
+    Ollama(OllamaSpec),
 }
 
 /// Its `Debug` leaves out what may hold secrets: arguments and environment.
@@ -379,6 +389,15 @@ pub struct ExternalSpec {
     pub ca: Option<PathBuf>,
     #[serde(skip_serializing, default)]
     pub api_key: Option<String>,
+}
+
+/// A model of a running Ollama, known there as the model's `upstream_name`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OllamaSpec {
+    pub at: ExternalSpec,
+    /// Whether Ollama shall pull what it does not have.
+    #[serde(default)]
+    pub pull: PullPolicy,
 }
 
 impl std::fmt::Debug for ExternalSpec {
