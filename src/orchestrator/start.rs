@@ -27,6 +27,7 @@ use crate::config::catalog::{Catalog, OnExit, StopSpec};
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::external::ExternalRuntime;
+use crate::runtime::ollama::OllamaRuntime;
 use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Foreign, Identity, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
@@ -64,7 +65,12 @@ pub async fn start(
     let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
     let (process, external) = (ProcessRuntime::default(), ExternalRuntime);
     let effects = Effects {
-        runtimes: Runtimes { process, docker: docker.clone(), external },
+        runtimes: Runtimes {
+            process,
+            docker: docker.clone(),
+            external,
+            ollama: OllamaRuntime::default(),
+        },
         gpus: gpus.clone(),
         inbox: inbox.clone(),
         holders: holders.clone(),
