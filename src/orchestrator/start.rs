@@ -103,9 +103,7 @@ pub async fn start(
         watch::channel(Vec::new()).1
     };
     let learned = learned_before(&catalog, &state, &shared.store).await;
-    // The state folder may be younger than the store.
-    let last_swap = shared.store.swaps(1).first().map_or(0, |row| row.record.id.0);
-    let last_ids = LastIds { instance: last_id, swap: before.swap.max(last_swap) };
+    let last_ids = LastIds { instance: last_id, swap: last_swap(before, &shared.store) };
     let next_ids = NextIds { instance: last_ids.instance + 1, swap: last_ids.swap + 1 };
     let cost = "ids may come twice after a restart";
     let outage = Outage::new("the state folder", cost, inbox.clone());
@@ -189,6 +187,11 @@ fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
     };
     shared.follow_wall_clock();
     shared
+}
+
+/// The state folder may be younger than the store.
+fn last_swap(before: LastIds, store: &Store) -> u64 {
+    store.swaps(1).first().map_or(0, |row| row.record.id.0).max(before.swap)
 }
 
 /// Less what was learned of engines that are configured differently now.
