@@ -76,6 +76,7 @@ fn row(id: &str, spec: &ModelSpec, view: &View, created: u64) -> Value {
             "aliases": spec.aliases,
             "name": spec.display_name,
             "description": spec.description,
+            "metadata": spec.metadata,
         },
     })
 }
