@@ -20,6 +20,7 @@ use super::server::ResetSwitch;
 use super::{messages, sleep};
 
 const BODY_BYTES_MAX: usize = 256 << 20;
+const CONTEXT_LENGTH: u32 = 4096;
 const EMBEDDING_DIMENSIONS: usize = 8;
 const EVENT_STREAM: [(header::HeaderName, &str); 2] = [
     (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
@@ -38,9 +39,10 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX));
     let mut router =
         inference.route("/health", get(health)).route("/metrics", get(metrics)).fallback(unknown);
-    if engine.options.style != Style::Llamacpp {
-        router = router.merge(sleep::routes());
-    }
+    router = match engine.options.style {
+        Style::Llamacpp => router.route("/props", get(props)),
+        Style::Vllm | Style::Plain => router.merge(sleep::routes()),
+    };
     router.with_state(engine)
 }
 
@@ -256,11 +258,22 @@ async fn models(State(engine): State<Arc<Engine>>) -> Response {
         .map(|name| {
             json!({
                 "id": name, "object": "model", "created": unix_seconds(), "owned_by": "wharf",
-                "root": name, "parent": null, "max_model_len": 4096,
+                "root": name, "parent": null, "max_model_len": CONTEXT_LENGTH,
             })
         })
         .collect();
     axum::Json(json!({"object": "list", "data": models})).into_response()
+}
+
+/// llama.cpp's word for its slots and their context.
+async fn props(State(engine): State<Arc<Engine>>) -> Response {
+    if !engine.is_ready() {
+        return loading();
+    }
+    let slots = engine.options.speed.slots;
+    let settings = json!({"n_ctx": CONTEXT_LENGTH});
+    axum::Json(json!({"default_generation_settings": settings, "total_slots": slots}))
+        .into_response()
 }
 
 /// Answers 200 asleep too, as vLLM does.
