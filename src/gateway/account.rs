@@ -23,17 +23,17 @@ use crate::units::{ModelName, Time};
 
 /// A request whose model is not known yet.
 #[derive(Debug)]
-pub struct Visit(Option<Box<Record>>);
+pub struct Arrival(Option<Box<Record>>);
 
-impl Visit {
+impl Arrival {
     /// `id`: as in `X-Request-Id`.
     pub fn open(
         gateway: &Arc<Gateway>,
         method: &Method,
         path: impl Into<Cow<'static, str>>,
         id: &HeaderValue,
-    ) -> Visit {
-        Visit(Some(Box::new(Record {
+    ) -> Arrival {
+        Arrival(Some(Box::new(Record {
             gateway: Arc::clone(gateway),
             method: method.clone(),
             path: path.into(),
@@ -117,7 +117,7 @@ impl Visit {
     }
 }
 
-impl Drop for Visit {
+impl Drop for Arrival {
     fn drop(&mut self) {
         if let Some(record) = self.0.take() {
             record.close(None, CLIENT_GONE);
