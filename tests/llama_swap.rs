@@ -15,6 +15,7 @@ use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 use tower::ServiceExt as _;
 use wharf::config::catalog::*;
+use wharf::gateway::Traffic;
 use wharf::orchestrator::handle::Message;
 use wharf::scheduler::action::Answer;
 use wharf::scheduler::event::Event;
@@ -24,7 +25,6 @@ use wharf::telemetry::feed::News;
 use wharf::telemetry::logs::Source;
 use wharf::telemetry::metrics::Metrics;
 use wharf::telemetry::performance::{Memory, Sample, SystemLoad};
-use wharf::units::*;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -33,7 +33,7 @@ fn orchestrator(puppet: &Puppet) -> Router {
 }
 
 fn gateway(puppet: &Puppet) -> Router {
-    wharf::gateway::router(puppet.handle.clone(), Arc::new(Metrics::new()))
+    wharf::gateway::router(puppet.handle.clone(), Arc::new(Metrics::new()), Traffic::default())
 }
 
 fn request(method: Method, path: &str) -> Request<Body> {
@@ -543,7 +543,7 @@ async fn the_gateway_guards_control_paths_as_the_orchestrator_does() {
     let mut catalog = Catalog::clone(&puppet.handle.catalog());
     let key = |name: &str, scopes: &[Scope]| ApiKey {
         name: name.to_owned(),
-        key: format!("key-of-{name}-0123456789"),
+        key: format!("key-of-{name}-0123456789").into(),
         models: vec!["*".to_owned()],
         scopes: scopes.to_vec(),
         ..ApiKey::default()

@@ -40,6 +40,7 @@ fn row(at: &Snapshot<'_>, entry: &Entry) -> Value {
     })
 }
 
+/// `msg` is llama-swap's answer.
 pub async fn cancel(State(api): State<Api>, PathText(id): PathText) -> Result<Json<Value>, Reject> {
     let number: u64 = id.parse().map_err(|_| {
         bad("id", format!("\"{id}\" is no id of a request; GET /api/inflight lists them"))
@@ -48,7 +49,7 @@ pub async fn cancel(State(api): State<Api>, PathText(id): PathText) -> Result<Js
         let message = format!("no request {number} is in flight; GET /api/inflight lists them");
         return Err(not_found("request_not_found", message));
     }
-    Ok(Json(json!({ "status": "cancelled", "id": number })))
+    Ok(Json(json!({ "status": "cancelled", "id": number, "msg": "ok" })))
 }
 
 /// In llama-swap's shape, errors included; `req_bytes` and `resp_bytes` tell what was cut.

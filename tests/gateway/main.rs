@@ -10,5 +10,6 @@ mod admission;
 mod filters;
 mod forwarding;
 mod keys;
+mod paths;
 mod relaying;
 mod waiting;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::Snapshot;
 use crate::api::health::reachable;
 use crate::config::catalog::ModelSpec;
+use crate::orchestrator::view::ModelFacts;
 use crate::scheduler::record::ResidencyView;
 use crate::units::Time;
 
@@ -19,12 +20,23 @@ fn front_door(_at: &Snapshot<'_>, _spec: &ModelSpec) -> Option<SocketAddr> {
     None
 }
 
-/// Ports of `ports:` on which no model is served.
+/// Ports that no model has: of front doors, or of engines where there are no front doors.
 pub fn available_ports(at: &Snapshot<'_>) -> usize {
-    let Some((first, last)) = at.catalog.settings.front_doors else { return 0 };
-    let taken = at.catalog.models.values().filter_map(|spec| front_door(at, spec));
-    let taken = taken.filter(|address| (first..=last).contains(&address.port())).count();
+    let settings = &at.catalog.settings;
+    let models = at.catalog.models.values();
+    let ((first, last), taken): (_, Vec<u16>) = match settings.front_doors {
+        Some(range) => {
+            (range, models.filter_map(|spec| Some(front_door(at, spec)?.port())).collect())
+        }
+        None => (settings.engine_ports, at.view.models.values().filter_map(engine_port).collect()),
+    };
+    let taken = taken.into_iter().filter(|port| (first..=last).contains(port)).count();
     (first..=last).len().saturating_sub(taken)
+}
+
+/// `http://127.0.0.1:18051` → 18051
+fn engine_port(facts: &ModelFacts) -> Option<u16> {
+    facts.endpoint.as_deref()?.parse::<http::Uri>().ok()?.port_u16()
 }
 
 /// Until an idle model leaves by its ttl; `None` where no ttl runs.
@@ -34,7 +46,8 @@ pub fn ttl_remaining(at: &Snapshot<'_>, spec: &ModelSpec) -> Option<Duration> {
 
 /// Its ttl is over, and it is kept for late requests.
 pub fn in_grace(at: &Snapshot<'_>, spec: &ModelSpec) -> bool {
-    !spec.grace.is_zero() && expires_at(at, spec).is_some_and(|expiry| expiry <= at.now)
+    let is_idle = at.in_flight(&spec.name) == 0;
+    is_idle && !spec.grace.is_zero() && expires_at(at, spec).is_some_and(|end| end <= at.now)
 }
 
 /// A ttl runs from the last activity, while nothing is in flight.
