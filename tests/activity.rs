@@ -1,5 +1,7 @@
 //! What Wharf tells of requests, end to end: rows of activity, tokens, cancelling, captures.
 
+#![expect(clippy::unwrap_used, reason = "a failed step of a test is a failed test")]
+
 mod support;
 
 use std::time::{Duration, Instant};

@@ -11,11 +11,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::Gateway;
 use super::captures::Draft;
+use super::figures::Figures;
 use super::in_flight::{Ticket, Who};
 use super::limits::Permit;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::{CLIENT_CLOSED, Reject};
-use super::usage::Figures;
 use crate::config::catalog::ApiKey;
 use crate::orchestrator::StartKind;
 use crate::store::Activity;
