@@ -7,5 +7,7 @@ mod support;
 
 mod admission;
 mod forwarding;
+mod passing;
 mod relaying;
 mod waiting;
+mod websockets;
