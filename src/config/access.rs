@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::catalog::{ApiKey, RateLimits, Scope, StartRule};
+use super::catalog::{ApiKey, KeyDigest, RateLimits, Scope, StartRule};
 use super::decode::{At, Sink, Spot, Table, Unread};
 use super::fields::PRIORITIES;
 use super::settings::ReadSettings;
@@ -65,7 +65,7 @@ fn key(
         let message = format!("two keys are called `{name}`");
         sink.error(&name_at.spot, message, "expected a name of its own");
     }
-    if let Some(other) = others.iter().find(|other| other.key == key) {
+    if let Some(other) = others.iter().find(|other| other.key == KeyDigest::of(key.as_bytes())) {
         let message = format!("this key is the same as that of `{}`", other.name);
         sink.error(&secret_spot, message, "expected a key of its own");
     }
@@ -75,7 +75,7 @@ fn key(
         spot: spot.clone(),
     }));
     let models = models.into_iter().map(|(pattern, _)| pattern).collect();
-    Some(ApiKey { name, key, models, scopes, start, max_wait, priority, limits })
+    Some(ApiKey { name, key: key.into(), models, scopes, start, max_wait, priority, limits })
 }
 
 /// The key itself: written out, or where it is: a file, or a variable of the environment.

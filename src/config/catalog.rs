@@ -17,7 +17,7 @@ mod access;
 mod lifecycle;
 mod serving;
 
-pub use access::{ApiKey, AuthSettings, RateLimits, Scope, StartRule};
+pub use access::{ApiKey, AuthSettings, KeyDigest, RateLimits, Scope, StartRule};
 pub use lifecycle::{Group, KeepWindow, TtlBounds};
 pub use serving::{
     Adapter, Announce, CaptureSettings, Filters, HttpService, PathRule, Peer, Retention, Route,

@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::account::{self, Account};
 use super::admit::{self, Wishes};
 use super::forward::{self, Failure, Outgoing};
+use super::limits::Permit;
 use super::receive::{self, Held};
 use super::reject::{Reject, Viewer};
 use super::relay::{Relay, Source};
@@ -63,9 +64,13 @@ async fn admit(
     let arrived = gateway.handle.now();
     let catalog = gateway.handle.catalog();
     let (head, body) = request.into_parts();
-    let entitled = auth::authorize(&catalog.settings, &head.headers, Scope::Inference)
-        .and_then(|key| Ok((key, Wishes::read(&head.headers)?)));
-    let (key, wishes) = match entitled {
+    let entitled =
+        auth::authorize(&catalog.settings, &head.headers, Scope::Inference).and_then(|key| {
+            let wishes = Wishes::read(&head.headers)?;
+            let permit = gateway.limiter.enter(&catalog.settings, key)?;
+            Ok((key, wishes, permit))
+        });
+    let (key, wishes, permit) = match entitled {
         Ok(entitled) => entitled,
         Err(reject) => {
             receive::discard(body, &head.headers).await;
@@ -81,7 +86,9 @@ async fn admit(
     )
     .await?;
     let admitted = Admitted { gateway, inference, catalog: &catalog, head, key, wishes, arrived };
-    admitted.job(received, id)
+    let mut job = admitted.job(received, id)?;
+    job.account.hold(permit);
+    Ok(job)
 }
 
 struct Admitted<'a> {
@@ -132,9 +139,9 @@ impl Admitted<'_> {
             options: RequestOptions {
                 model: spec.name.clone(),
                 priority: wishes.priority(&spec, key),
-                max_wait: wishes.max_wait,
-                may_hurry: admit::is_unbound(key),
-                never_start: wishes.never_start,
+                max_wait: wishes.max_wait(key),
+                may_hurry: admit::may_hurry(key),
+                never_start: wishes.never_start(key),
                 retry_of: None,
             },
             waiting: (stream && waiting.style != WaitingStyle::Off).then_some(waiting),
@@ -196,6 +203,7 @@ pub struct Passing<'a> {
     pub spec: Arc<ModelSpec>,
     pub key: Option<&'a ApiKey>,
     pub wishes: Wishes,
+    pub permit: Permit,
     pub outgoing: Outgoing,
     pub held: Held,
     pub peer: Option<std::net::SocketAddr>,
@@ -207,20 +215,20 @@ pub struct Passing<'a> {
 impl Job {
     pub fn passing(gateway: &Arc<Gateway>, id: &HeaderValue, passing: Passing<'_>) -> Job {
         let Passing { catalog, spec, key, wishes, .. } = passing;
+        let metrics = Arc::clone(&gateway.metrics);
+        let text = id.to_str().unwrap_or_default().to_owned();
+        let mut account = Account::open(metrics, spec.name.clone(), text);
+        account.hold(passing.permit);
         Job {
-            account: Account::open(
-                Arc::clone(&gateway.metrics),
-                spec.name.clone(),
-                id.to_str().unwrap_or_default().to_owned(),
-            ),
+            account,
             gateway: Arc::clone(gateway),
             api: Api::Other,
             options: RequestOptions {
                 model: spec.name.clone(),
                 priority: wishes.priority(&spec, key),
-                max_wait: wishes.max_wait,
-                may_hurry: admit::is_unbound(key),
-                never_start: wishes.never_start,
+                max_wait: wishes.max_wait(key),
+                may_hurry: admit::may_hurry(key),
+                never_start: wishes.never_start(key),
                 retry_of: None,
             },
             waiting: None,

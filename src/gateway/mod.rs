@@ -14,6 +14,7 @@ pub mod auth;
 pub mod browser;
 mod forward;
 mod infer;
+mod limits;
 mod multipart;
 pub mod nearest;
 mod not_loaded;
@@ -42,6 +43,7 @@ use axum::Router;
 
 use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
+use limits::Limiter;
 use receive::BodyBudget;
 use underway::Watched;
 use websocket::Sockets;
@@ -60,6 +62,7 @@ pub fn router_with(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Rou
         metrics,
         limits,
         bodies: Arc::default(),
+        limiter: Limiter::default(),
         watched: Arc::default(),
         sockets: Sockets::default(),
         id_seed: RandomState::new().hash_one(std::process::id()),
@@ -106,6 +109,7 @@ pub struct Gateway {
     metrics: Arc<Metrics>,
     limits: Limits,
     bodies: Arc<BodyBudget>,
+    limiter: Limiter,
     /// Queues of `engine: http` that are being looked at.
     watched: Arc<Watched>,
     sockets: Sockets,

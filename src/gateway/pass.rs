@@ -14,12 +14,13 @@ use tokio::sync::watch;
 use super::admit::{self, Wishes};
 use super::forward::{self, Outgoing};
 use super::infer::{Answer, Job, Passing, Stage};
+use super::limits::Permit;
 use super::path::{self, Target};
 use super::receive::{self, Received};
 use super::reject::Reject;
 use super::underway::Queue;
 use super::websocket::{self, Client};
-use super::{Gateway, account, auth, multipart, not_loaded, parse};
+use super::{Gateway, account, auth, multipart, not_loaded, pages, parse};
 use crate::config::catalog::{ApiKey, Catalog, EngineKind, ModelSpec, Scope};
 use crate::engine::paths::{self, Verdict};
 use crate::units::Time;
@@ -62,6 +63,13 @@ pub async fn comfyui(State(gateway): State<Arc<Gateway>>, request: Request) -> R
 
 /// The model stands in the query or in the body, as in `/v1/audio/voices?model=`.
 pub async fn named(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
+    let (uri, method) = (request.uri(), request.method());
+    if uri.path() == "/sdapi/v1/sd-models" && method == Method::GET && in_query(uri).is_none() {
+        return match pages::sd_models(&gateway, request.headers()) {
+            Ok(list) => list.into_response(),
+            Err(reject) => reject.into_response(),
+        };
+    }
     pass(gateway, request, "", Names::InQueryOrBody).await
 }
 
@@ -227,6 +235,11 @@ impl Arriving<'_> {
         });
         // A server of which nothing was said is no work to look at.
         let is_visit = is_http && !(service.is_some() && is_work && client.is_none());
+        // A page of hundreds of files costs no GPU anything: it is none of the requests counted.
+        let permit = match is_visit {
+            true => Permit::default(),
+            false => gateway.limiter.enter(&catalog.settings, key)?,
+        };
         let queue = service.filter(|_| !is_visit).and_then(|service| service.queue.clone());
         let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
         let mut headers = forward::passed_headers(head.headers, id);
@@ -239,6 +252,7 @@ impl Arriving<'_> {
             spec: Arc::clone(&spec),
             key,
             wishes,
+            permit,
             outgoing: Outgoing {
                 method: head.method,
                 path_and_query: format!("{}{query}", target.sent),

@@ -3,6 +3,7 @@
 //!
 //! It serves demos and fault tests; it replaces no real engine in a claim.
 
+mod comfy;
 mod engine;
 pub mod ledger;
 mod load;
@@ -11,6 +12,7 @@ mod reply;
 mod routes;
 mod server;
 mod sleep;
+mod socket;
 mod workers;
 
 use std::io;
@@ -99,6 +101,7 @@ fn announce(options: &Options) {
     say(&match options.style {
         Style::Vllm => "INFO:     Application startup complete.".to_owned(),
         Style::Llamacpp => format!("main: server is listening on http://{host}:{port}"),
+        Style::Http => format!("To see the GUI go to: http://{host}:{port}"),
         Style::Plain => format!("ready on http://{host}:{port}"),
     });
 }

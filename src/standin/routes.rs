@@ -13,6 +13,7 @@ use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::comfy;
 use super::engine::{Engine, say};
 use super::options::Style;
 use super::reply::{Asked, Kind, Reply, unix_seconds};
@@ -23,6 +24,9 @@ const BODY_BYTES_MAX: usize = 256 << 20;
 const EMBEDDING_DIMENSIONS: usize = 8;
 
 pub fn router(engine: Arc<Engine>) -> Router {
+    if engine.options.style == Style::Http {
+        return comfy::router(engine).fallback(unknown);
+    }
     let inference = Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completion))
@@ -253,7 +257,7 @@ async fn health(State(engine): State<Arc<Engine>>) -> Response {
     }
     match engine.options.style {
         Style::Llamacpp => axum::Json(json!({"status": "ok"})).into_response(),
-        Style::Vllm | Style::Plain => StatusCode::OK.into_response(),
+        Style::Vllm | Style::Plain | Style::Http => StatusCode::OK.into_response(),
     }
 }
 

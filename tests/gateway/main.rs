@@ -7,6 +7,7 @@ mod support;
 
 mod admission;
 mod forwarding;
+mod keys;
 mod passing;
 mod relaying;
 mod waiting;
