@@ -122,7 +122,7 @@ fn everything_of_the_contract_is_understood() {
         assert!(!json.contains(secret), "{secret} in {json}");
     }
     let keys = &loaded.catalog.settings.auth.keys;
-    assert_eq!((keys[2].key.as_str(), keys[3].key.as_str()), ("p-123456", "key-from-a-file-1"));
+    assert_eq!((keys[2].key, keys[3].key), ("p-123456".into(), "key-from-a-file-1".into()));
     insta::assert_json_snapshot!("everything", loaded.catalog);
     let warnings: Vec<String> =
         loaded.warnings.iter().map(|w| format!("{}: {}", w.path, w.message)).collect();

@@ -61,6 +61,7 @@ fn key(
         sink.error(&item.spot, "this key has no `name`", "expected `name: …`");
     }
     let (name_at, name, (secret_spot, key)) = (name_at?, name?, secret?);
+    let key = KeyDigest::from(key);
     if others.iter().any(|other| other.name == name) {
         let message = format!("two keys are called `{name}`");
         sink.error(&name_at.spot, message, "expected a name of its own");
