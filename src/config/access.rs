@@ -66,7 +66,7 @@ fn key(
         let message = format!("two keys are called `{name}`");
         sink.error(&name_at.spot, message, "expected a name of its own");
     }
-    if let Some(other) = others.iter().find(|other| other.key == KeyDigest::of(key.as_bytes())) {
+    if let Some(other) = others.iter().find(|other| other.key == key) {
         let message = format!("this key is the same as that of `{}`", other.name);
         sink.error(&secret_spot, message, "expected a key of its own");
     }
@@ -76,7 +76,7 @@ fn key(
         spot: spot.clone(),
     }));
     let models = models.into_iter().map(|(pattern, _)| pattern).collect();
-    Some(ApiKey { name, key: key.into(), models, scopes, start, max_wait, priority, limits })
+    Some(ApiKey { name, key, models, scopes, start, max_wait, priority, limits })
 }
 
 /// The key itself: written out, or where it is: a file, or a variable of the environment.

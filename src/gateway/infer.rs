@@ -303,7 +303,13 @@ impl Job {
         let handle = &self.gateway.handle;
         if self.is_visit {
             let visit = handle.gates().get(&self.spec.name).and_then(Gate::visit);
-            return visit.ok_or_else(|| self.refused(&Refusal::NotLoaded));
+            return visit.ok_or_else(|| {
+                let model = &self.spec.name;
+                self.refused(&Refusal::NotLoaded).saying(format!(
+                    "\"{model}\" is not loaded, and this request does not load it: only what \
+                     `http.activity` names does; send such a request, or POST /models/{model}/load"
+                ))
+            });
         }
         let ready = if self.options.never_start {
             handle.gates().get(&self.spec.name).and_then(Gate::try_lease_quietly)

@@ -130,7 +130,7 @@ async fn copy_both(client: Upgraded, engine: Upgraded, idle: Duration) -> &'stat
     tokio::select! {
         () = &mut forth => { let _ = timeout(LINGER, back).await; }
         () = &mut back => { let _ = timeout(LINGER, forth).await; }
-        () = &mut silent => return "idle",
+        () = &mut silent => return "cut",
     }
     "ok"
 }

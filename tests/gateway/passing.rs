@@ -410,8 +410,9 @@ async fn looking_at_a_server_that_is_no_llms_neither_starts_nor_counts() {
         Limits::default(),
     )
     .await;
-    let (status, code, _) = world.get("/comfyui/queue").await.error().await;
+    let (status, code, message) = world.get("/comfyui/queue").await.error().await;
     assert_eq!((status, code.as_str()), (503, "model_not_loaded"));
+    assert!(message.contains("http.activity"), "{message}");
     let mut request = ask(&world, "GET", "/upstream/painter/");
     request.headers_mut().insert("accept", "text/html,*/*;q=0.8".parse().unwrap());
     let reply = world.send(request).await;
@@ -522,4 +523,50 @@ async fn the_model_may_stand_in_the_query_or_in_the_body() {
     }
     let (status, code, _) = world.get("/v1/audio/voices?model=nothing").await.error().await;
     assert_eq!((status, code.as_str()), (404, "model_not_found"));
+}
+
+#[tokio::test]
+async fn models_for_pictures_are_listed_as_the_stable_diffusion_web_ui_does() {
+    let flux = ModelSpec { tags: vec!["Image".into()], ..model("flux", &[]) };
+    let other = ModelSpec { model_type: "diffusion".into(), ..model("sdxl", &[]) };
+    let change = |to: &mut Catalog| {
+        to.models.extend([flux, other].map(|spec| (spec.name.clone(), Arc::new(spec))))
+    };
+    let world = World::with(change, Limits::default()).await;
+    let list = world.get("/sdapi/v1/sd-models").await.json().await;
+    let names: Vec<&str> =
+        list.as_array().unwrap().iter().map(|row| row["model_name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["flux", "sdxl"]);
+    assert_eq!(list[0]["title"], "flux");
+    assert!(list[0]["hash"].is_null());
+}
+
+#[tokio::test]
+async fn a_page_of_many_files_is_none_of_the_requests_that_a_key_is_limited_to() {
+    let change = |to: &mut Catalog| {
+        let painter = Arc::new(comfyui());
+        to.models.insert(painter.name.clone(), painter);
+        to.settings.rate_limits = RateLimits { requests_per_minute: Some(1), concurrency: None };
+    };
+    let mut world = World::with(change, Limits::default()).await;
+    let endpoint = world.engine.endpoint();
+    world.handle.gate_for_tests(InstanceId(7), &"painter".into(), endpoint, 8);
+    for _ in 0..3 {
+        let reply = world.spawn(ask(&world, "GET", "/upstream/painter/app.js"));
+        world.engine.request().await.answer("200 OK", "", "").await;
+        assert_eq!(reply.await.unwrap().status(), 200);
+    }
+    let reply = world.spawn(ask(&world, "POST", "/upstream/painter/prompt"));
+    loop {
+        let exchange = world.engine.request().await;
+        let is_prompt = exchange.head.starts_with("post ");
+        exchange.answer_json("{}").await;
+        if is_prompt {
+            break;
+        }
+    }
+    assert_eq!(reply.await.unwrap().status(), 200);
+    let (status, code, _) =
+        world.send(ask(&world, "POST", "/upstream/painter/prompt")).await.error().await;
+    assert_eq!((status, code.as_str()), (429, "rate_limited"));
 }
