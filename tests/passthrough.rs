@@ -1,6 +1,8 @@
 //! The pass-through with real processes: engines by their own paths, and a server that is no LLM's
 //! between models that are.
 
+#![expect(clippy::unwrap_used, reason = "a failed step of a test is a failed test")]
+
 mod support;
 
 use std::time::Duration;

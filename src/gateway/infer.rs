@@ -20,7 +20,7 @@ use super::reject::{Reject, Viewer};
 use super::relay::{Relay, Source};
 use super::routes::{Api, BodyKind, Inference};
 use super::timing::{Timing, swap_share};
-use super::underway::{Following, Queue};
+use super::underway::{self, Following, Queue};
 use super::usage::Meter;
 use super::{Gateway, auth, multipart, parse, wait};
 use crate::config::catalog::{
@@ -119,6 +119,8 @@ impl Admitted<'_> {
         edits.extend(usage);
         let body = parse::apply(received.bytes.clone(), edits);
 
+        let (is_work, queue) =
+            underway::work_of(&gateway.watched, &spec, &head.method, inference.upstream);
         let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
         let outgoing = Outgoing {
             method: head.method,
@@ -152,8 +154,8 @@ impl Admitted<'_> {
             remove_usage,
             viewer: auth::viewer(key, peer),
             arrived,
-            is_visit: false,
-            queue: None,
+            is_visit: !is_work,
+            queue,
             following: None,
         })
     }

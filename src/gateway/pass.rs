@@ -18,7 +18,7 @@ use super::limits::Permit;
 use super::path::{self, Target};
 use super::receive::{self, Received};
 use super::reject::Reject;
-use super::underway::Queue;
+use super::underway;
 use super::websocket::{self, Client};
 use super::{Gateway, account, auth, multipart, not_loaded, pages, parse};
 use crate::config::catalog::{ApiKey, Catalog, EngineKind, ModelSpec, Scope};
@@ -226,21 +226,16 @@ impl Arriving<'_> {
         self.check(&spec, &target)?;
         self.check_body(&spec)?;
         let Arriving { gateway, catalog, head, body, key, wishes, arrived } = self;
-        let service = spec.http.as_deref().filter(|_| is_http);
-        let is_work = service.is_none_or(|service| {
-            service.activity.iter().any(|rule| {
-                rule.method.as_ref().is_none_or(|method| *method == head.method)
-                    && auth::matches(&rule.path, &target.plain)
-            })
-        });
-        // A server of which nothing was said is no work to look at.
-        let is_visit = is_http && !(service.is_some() && is_work && client.is_none());
+        let (is_work, queue) =
+            underway::work_of(&gateway.watched, &spec, &head.method, &target.plain);
+        // Of a server that is no LLM's, a socket is never work.
+        let is_visit = is_http && (!is_work || client.is_some());
         // A page of hundreds of files costs no GPU anything: it is none of the requests counted.
         let permit = match is_visit {
             true => Permit::default(),
             false => gateway.limiter.enter(&catalog.settings, key)?,
         };
-        let queue = service.filter(|_| !is_visit).and_then(|service| service.queue.clone());
+        let queue = queue.filter(|_| !is_visit);
         let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
         let mut headers = forward::passed_headers(head.headers, id);
         if client.is_some() {
@@ -263,7 +258,7 @@ impl Arriving<'_> {
             peer,
             arrived,
             is_visit,
-            queue: queue.map(|path| Queue { watched: Arc::clone(&gateway.watched), path }),
+            queue,
         };
         let job = Job::passing(gateway, id, passing);
         Ok(Ready { job, gateway: Arc::clone(gateway), spec, client, base })

@@ -13,7 +13,9 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::auth;
 use super::forward::{self, Outgoing};
+use crate::config::catalog::{EngineKind, ModelSpec};
 use crate::orchestrator::Lease;
 use crate::units::InstanceId;
 
@@ -99,6 +101,26 @@ impl Watched {
 pub struct Queue {
     pub watched: Arc<Watched>,
     pub path: String,
+}
+
+/// Of `engine: http`: whether a request is work, and where to see when that is done. Of all other
+/// engines every request is.
+pub fn work_of(
+    watched: &Arc<Watched>,
+    spec: &ModelSpec,
+    method: &Method,
+    path: &str,
+) -> (bool, Option<Queue>) {
+    if spec.engine != EngineKind::Http {
+        return (true, None);
+    }
+    let Some(service) = &spec.http else { return (false, None) };
+    let is_work = service.activity.iter().any(|rule| {
+        rule.method.as_ref().is_none_or(|asked| asked == method) && auth::matches(&rule.path, path)
+    });
+    let queue = service.queue.as_ref().filter(|_| is_work);
+    let queue = queue.map(|path| Queue { watched: Arc::clone(watched), path: path.clone() });
+    (is_work, queue)
 }
 
 /// A request that may bring work: until the head of its answer, or until its client leaves.

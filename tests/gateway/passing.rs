@@ -570,3 +570,27 @@ async fn a_page_of_many_files_is_none_of_the_requests_that_a_key_is_limited_to()
         world.send(ask(&world, "POST", "/upstream/painter/prompt")).await.error().await;
     assert_eq!((status, code.as_str()), (429, "rate_limited"));
 }
+
+#[tokio::test]
+async fn the_inference_paths_keep_the_same_rule() {
+    let speech = ModelSpec {
+        http: Some(Arc::new(HttpService {
+            activity: vec![PathRule { method: None, path: "/v1/audio/speech".into() }],
+            ..HttpService::default()
+        })),
+        engine: EngineKind::Http,
+        ..model("kokoro", &[])
+    };
+    let change = |to: &mut Catalog| drop(to.models.insert(speech.name.clone(), Arc::new(speech)));
+    let mut world = World::with(change, Limits::default()).await;
+    let request = world.post("/v1/images/generations", r#"{"model":"kokoro"}"#);
+    let (status, code, _) = world.send(request).await.error().await;
+    assert_eq!((status, code.as_str()), (503, "model_not_loaded"));
+    assert!(world.messages.try_recv().is_err());
+    let reply = world.spawn(world.post("/v1/audio/speech", r#"{"model":"kokoro"}"#));
+    let arrived = world.arrived().await;
+    let endpoint = world.engine.endpoint();
+    arrived.grant(&world.handle.gate_for_tests(InstanceId(1), &"kokoro".into(), endpoint, 8));
+    world.engine.request().await.answer("200 OK", "", "sound").await;
+    assert_eq!(reply.await.unwrap().text().await, "sound");
+}
