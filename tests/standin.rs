@@ -354,3 +354,35 @@ async fn memory_is_entered_in_the_ledger_and_never_over_committed() {
         held(folder.path()).iter().find(|entry| entry["pid"] == pid).expect("it")["bytes"].as_u64();
     assert_eq!(share, Some(((24_u64 << 30) as f64 * 0.9) as u64));
 }
+
+#[tokio::test]
+async fn a_server_that_is_no_llms_queues_its_work_and_tells_it() {
+    let mut engine = Engine::start(&["--style", "comfyui", "--work", "300ms"]);
+    let port = engine.port;
+    until("its page", async || {
+        matches!(http(port, "GET", "/", "").await, Ok((200, _))).then_some(())
+    })
+    .await;
+    for number in 1..=2 {
+        let (status, body) = http(port, "POST", "/prompt", "{}").await.unwrap();
+        assert_eq!(status, 200, "{body}");
+        assert!(body.contains(&format!("\"prompt-{number}\"")), "{body}");
+    }
+    let queue = async || {
+        let (_, body) = http(port, "GET", "/queue", "").await.unwrap();
+        serde_json::from_str::<Value>(&body).unwrap()
+    };
+    let first = queue().await;
+    assert_eq!(first["queue_running"].as_array().unwrap().len(), 1, "{first}");
+    assert_eq!(first["queue_pending"].as_array().unwrap().len(), 1, "{first}");
+    until("an empty queue", async || {
+        (queue().await["queue_running"] == serde_json::json!([])).then_some(())
+    })
+    .await;
+    let (_, history) = http(port, "GET", "/history", "").await.unwrap();
+    assert!(history.contains("prompt-1") && history.contains("prompt-2"), "{history}");
+    assert_eq!(http(port, "POST", "/free", "{\"a\":1}").await.unwrap().0, 200);
+    assert_eq!(http(port, "GET", "/ws", "").await.unwrap().0, 400, "no handshake");
+    assert_eq!(http(port, "GET", "/v1/models", "").await.unwrap().0, 404);
+    engine.line("freeing memory: {\"a\":1}").await;
+}

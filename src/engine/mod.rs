@@ -7,8 +7,10 @@ mod derive;
 mod hub;
 mod key;
 mod log_lines;
+pub mod paths;
 mod probe;
 mod ready;
+mod release;
 pub mod request;
 mod sleep;
 mod token;
@@ -99,6 +101,12 @@ pub async fn sleep(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
 /// Wakes it again, and returns once it says that it is awake.
 pub async fn wake(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
     sleep::wake(spec, running).await
+}
+
+/// Asks a server that is no LLM's to let go of its memory, where its configuration says how.
+/// Five seconds at most; a failure is logged and changes nothing.
+pub async fn release(spec: &ModelSpec, running: &Running) {
+    release::release(spec, running).await;
 }
 
 /// Lines of the engine's log that go with a fault.

@@ -96,6 +96,16 @@ pub async fn post_lines(
     }
 }
 
+pub async fn send(
+    endpoint: &Endpoint,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+    limit: Duration,
+) -> Result<Answer, HttpError> {
+    within(limit, exchange(endpoint, method, path, body)).await
+}
+
 /// The bare connection; over https its handshake is tried as well, on one of its own.
 pub async fn connect(endpoint: &Endpoint, limit: Duration) -> Result<TcpStream, HttpError> {
     within(limit, async {

@@ -39,6 +39,7 @@ impl Arrival {
             path: path.into(),
             request_id: id.clone(),
             entitled: false,
+            is_visit: false,
             key: None,
             permit: Permit::default(),
             requested: String::new(),
@@ -62,6 +63,13 @@ impl Arrival {
         if let Some(record) = &mut self.0 {
             record.entitled = true;
             record.key = key.map(|key| key.name.clone());
+        }
+    }
+
+    /// No work, but a look at a page: nothing is told of it.
+    pub fn visits(&mut self) {
+        if let Some(record) = &mut self.0 {
+            (record.entitled, record.is_visit) = (false, true);
         }
     }
 
@@ -226,6 +234,7 @@ struct Record {
     path: Cow<'static, str>,
     request_id: HeaderValue,
     entitled: bool,
+    is_visit: bool,
     key: Option<String>,
     permit: Permit,
     requested: String,
@@ -264,7 +273,7 @@ impl Record {
         // The client that sees its end may ask again at once.
         self.ticket = None;
         self.permit = Permit::default();
-        if let Some(model) = model {
+        if let Some(model) = model.filter(|_| !self.is_visit) {
             let (request, seconds) = (self.id(), took.as_secs_f64());
             tracing::debug!(request, %model, outcome, seconds, "request ended");
             let metrics = &self.gateway.metrics;

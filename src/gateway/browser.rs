@@ -64,15 +64,18 @@ pub fn check(
     Ok(())
 }
 
+/// Paths whose reads act: they may load or unload a model.
+const ACTING: [&str; 5] = ["/unload", "/upstream", "/comfyui", "/sdapi", "/v1/audio/voices"];
+
 /// Everything that is not a plain read; and the reads that act (llama-swap's `GET /unload`, the
 /// pass-through, WebSockets).
 fn changes_state(method: &Method, uri: &Uri, headers: &HeaderMap) -> bool {
     let path = uri.path();
     !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
         || headers.contains_key(header::UPGRADE)
-        || path == "/unload"
-        || path == "/upstream"
-        || path.starts_with("/upstream/")
+        || ACTING.iter().any(|acting| {
+            path.strip_prefix(acting).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
 }
 
 fn is_foreign(settings: &Settings, headers: &HeaderMap) -> bool {

@@ -176,6 +176,17 @@ pub fn request_headers(mut headers: HeaderMap, request_id: &HeaderValue) -> Head
     headers
 }
 
+/// As [`request_headers`], of a request that is passed on as it came. Its `Origin` was judged here
+/// and means nothing at the engine, whose host is another one.
+pub fn passed_headers(headers: HeaderMap, request_id: &HeaderValue) -> HeaderMap {
+    let mut headers = request_headers(headers, request_id);
+    headers.remove(header::ORIGIN);
+    for name in ["sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"] {
+        headers.remove(name);
+    }
+    headers
+}
+
 /// Headers of the answer as the client gets them. Whom browsers may tell is ours to say.
 pub fn response_headers(headers: &mut HeaderMap) {
     strip_hop_by_hop(headers);

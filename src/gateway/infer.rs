@@ -19,6 +19,7 @@ use super::reject::{Reject, Viewer};
 use super::relay::{Relay, Source};
 use super::routes::{Api, BodyKind, Inference};
 use super::timing::{Timing, swap_share};
+use super::underway::{self, Following, Queue};
 use super::usage::Meter;
 use super::{Gateway, auth, filter, multipart, parse, wait};
 use crate::config::catalog::{
@@ -131,6 +132,8 @@ impl Admitted<'_> {
         edits.extend(usage);
         let body = parse::apply(body.clone(), edits);
 
+        let (is_work, queue) =
+            underway::work_of(&gateway.watched, &spec, &head.method, inference.upstream);
         let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
         let outgoing = Outgoing {
             method: head.method,
@@ -160,6 +163,9 @@ impl Admitted<'_> {
             remove_usage,
             viewer: auth::viewer(key, peer),
             arrived,
+            is_visit: !is_work,
+            queue,
+            following: None,
         })
     }
 }
@@ -197,9 +203,57 @@ pub struct Job {
     account: Account,
     arrived: Time,
     queue_timeout: Duration,
+    /// `engine: http`: no work, so served by a ready instance or not at all.
+    is_visit: bool,
+    /// `engine: http`: where the server says what of its work is under way.
+    queue: Option<Queue>,
+    following: Option<Following>,
+}
+
+/// A request that is passed on as it came, by a path that names its model.
+pub struct Passing<'a> {
+    pub catalog: &'a Catalog,
+    pub spec: Arc<ModelSpec>,
+    pub key: Option<&'a ApiKey>,
+    pub wishes: Wishes,
+    pub account: Account,
+    pub outgoing: Outgoing,
+    pub held: Held,
+    pub peer: Option<std::net::SocketAddr>,
+    pub arrived: Time,
+    pub is_visit: bool,
+    pub queue: Option<Queue>,
 }
 
 impl Job {
+    pub fn passing(gateway: &Arc<Gateway>, passing: Passing<'_>) -> Job {
+        let Passing { catalog, spec, key, wishes, .. } = passing;
+        Job {
+            account: passing.account,
+            gateway: Arc::clone(gateway),
+            api: Api::Other,
+            options: RequestOptions {
+                model: spec.name.clone(),
+                priority: wishes.priority(&spec, key),
+                max_wait: wishes.max_wait(key),
+                may_hurry: admit::may_hurry(key),
+                never_start: wishes.never_start(key),
+                retry_of: None,
+            },
+            waiting: None,
+            queue_timeout: catalog.settings.queue.timeout,
+            spec,
+            outgoing: passing.outgoing,
+            held: passing.held,
+            remove_usage: false,
+            viewer: auth::viewer(key, passing.peer),
+            arrived: passing.arrived,
+            is_visit: passing.is_visit,
+            queue: passing.queue,
+            following: None,
+        }
+    }
+
     /// To the head of the upstream answer. Dropping the future frees everything.
     pub async fn run(mut self, stage: watch::Sender<Stage>) -> Result<Answer, Reject> {
         let cancelled = self.account.cancelled().clone();
@@ -253,7 +307,10 @@ impl Job {
             let lease = self.lease(stage).await?;
             stage.send_replace(Stage::Forwarded);
             waited += asked.elapsed();
-            self.account.granted(lease.start, waited);
+            if !lease.is_visit() {
+                self.account.granted(lease.start, waited);
+            }
+            self.following = self.queue.as_ref().map(|queue| queue.follow(&lease));
             let mut timing = self.timing(waited);
             let sent = Instant::now();
             let silence_max =
@@ -273,6 +330,16 @@ impl Job {
 
     async fn lease(&self, stage: &watch::Sender<Stage>) -> Result<Lease, Reject> {
         let handle = &self.gateway.handle;
+        if self.is_visit {
+            let visit = handle.gates().get(&self.spec.name).and_then(Gate::visit);
+            return visit.ok_or_else(|| {
+                let model = &self.spec.name;
+                self.refused(&Refusal::NotLoaded).saying(format!(
+                    "\"{model}\" is not loaded, and this request does not load it: only what \
+                     `http.activity` names does; send such a request, or POST /models/{model}/load"
+                ))
+            });
+        }
         let ready = if self.options.never_start {
             handle.gates().get(&self.spec.name).and_then(Gate::try_lease_quietly)
         } else {

@@ -2,6 +2,10 @@
 //! [`admit`] it → [`infer`] takes a lease, and [`wait`]s if there is none → [`forward`] →
 //! [`relay`] the answer. Whatever goes wrong becomes HTTP in [`reject`].
 //!
+//! [`pass`] is the other way in: the path names the model ([`path`]), the body goes on as it came,
+//! and the connection may become a [`websocket`]. Of `engine: http`, work may outlast its request:
+//! [`underway`] holds a lease for it.
+//!
 //! The gateway never sees Docker or NVML. It knows the orchestrator's handle, and nothing else.
 
 mod account;
@@ -17,9 +21,12 @@ mod infer;
 mod limits;
 mod multipart;
 pub mod nearest;
+mod not_loaded;
 mod notes;
 mod pages;
 mod parse;
+mod pass;
+mod path;
 mod receive;
 pub mod reject;
 mod relay;
@@ -27,8 +34,10 @@ pub mod routes;
 mod server;
 mod timing;
 mod traffic;
+mod underway;
 mod usage;
 mod wait;
+mod websocket;
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -41,6 +50,8 @@ use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
 use limits::Limiter;
 use receive::BodyBudget;
+use underway::Watched;
+use websocket::Sockets;
 
 pub use captures::Capture;
 pub use in_flight::Entry;
@@ -65,6 +76,8 @@ fn router_of(handle: Handle, metrics: Arc<Metrics>, limits: Limits, traffic: Tra
         traffic,
         bodies: Arc::default(),
         limiter: Limiter::default(),
+        watched: Arc::default(),
+        sockets: Sockets::default(),
         id_seed: RandomState::new().hash_one(std::process::id()),
         id_next: AtomicU64::new(0),
     }))
@@ -82,6 +95,10 @@ pub struct Limits {
     pub reader_stall: Duration,
     /// A waiting stream is told something at least this often.
     pub keep_alive: Duration,
+    /// A WebSocket on which nothing was sent for so long is closed: one that holds a lease, and one
+    /// that does not.
+    pub socket_idle: Duration,
+    pub visit_idle: Duration,
 }
 
 impl Default for Limits {
@@ -92,6 +109,8 @@ impl Default for Limits {
             upstream_silence: Duration::from_secs(600),
             reader_stall: Duration::from_secs(30),
             keep_alive: Duration::from_secs(5),
+            socket_idle: Duration::from_secs(600),
+            visit_idle: Duration::from_secs(3600),
         }
     }
 }
@@ -105,6 +124,9 @@ pub struct Gateway {
     traffic: Traffic,
     bodies: Arc<BodyBudget>,
     limiter: Limiter,
+    /// Queues of `engine: http` that are being looked at.
+    watched: Arc<Watched>,
+    sockets: Sockets,
     id_seed: u64,
     id_next: AtomicU64,
 }

@@ -81,6 +81,31 @@ fn row(id: &str, spec: &ModelSpec, handle: &Handle, view: &View) -> Value {
     })
 }
 
+/// What marks a model as one for pictures, by its type or a tag.
+const PICTURES: [&str; 6] =
+    ["image", "images", "diffusion", "stable-diffusion", "txt2img", "sdapi"];
+
+/// Models for pictures in the shape of the Stable Diffusion web UI. Their names are what
+/// `POST /sdapi/v1/txt2img` takes as `model`.
+pub fn sd_models(gateway: &Gateway, headers: &HeaderMap) -> Result<Json<Value>, Reject> {
+    let catalog = gateway.handle.catalog();
+    let key = auth::authorize(&catalog.settings, headers, Scope::Inference)?;
+    let paints = |word: &str| PICTURES.iter().any(|known| word.eq_ignore_ascii_case(known));
+    let rows = catalog
+        .models
+        .values()
+        .filter(|spec| !spec.unlisted && auth::may_use(key, spec.name.as_str(), spec.name.as_str()))
+        .filter(|spec| paints(&spec.model_type) || spec.tags.iter().any(|tag| paints(tag)))
+        .map(|spec| {
+            let title = spec.display_name.as_deref().unwrap_or(spec.name.as_str());
+            json!({
+                "title": title, "model_name": spec.name, "filename": spec.name,
+                "hash": null, "sha256": null, "config": null,
+            })
+        });
+    Ok(Json(Value::Array(rows.collect())))
+}
+
 fn created(handle: &Handle) -> u64 {
     handle.wall(Time::ZERO).duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -107,6 +107,13 @@ impl Reject {
         self
     }
 
+    /// In other words, where the usual ones do not fit.
+    #[must_use]
+    pub fn saying(mut self, message: impl Into<String>) -> Reject {
+        self.0.message = message.into();
+        self
+    }
+
     /// Why, in words, where there is no fault to tell.
     #[must_use]
     pub fn because(mut self, why: &str) -> Reject {

@@ -6,11 +6,11 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{any, get, post};
 use http::{Method, StatusCode, Uri};
 
 use super::reject::Reject;
-use super::{Gateway, browser, infer, pages};
+use super::{Gateway, browser, infer, pages, pass};
 use crate::api;
 
 /// Which shape a stream's chunks have.
@@ -82,7 +82,16 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .route("/v1/models/{*id}", get(pages::model))
         .route("/health", get(pages::health))
         .route("/status", get(pages::status))
-        .route("/metrics", get(pages::metrics));
+        .route("/metrics", get(pages::metrics))
+        .route("/upstream", get(pass::list))
+        .route("/upstream/", get(pass::list))
+        .route("/upstream/{*path}", any(pass::upstream))
+        // llama-swap's ways to servers that are no LLM's.
+        .route("/comfyui", any(pass::comfyui))
+        .route("/comfyui/", any(pass::comfyui))
+        .route("/comfyui/{*path}", any(pass::comfyui))
+        .route("/sdapi/v1/{*path}", any(pass::named))
+        .route("/v1/audio/voices", get(pass::named).post(pass::named));
     for inference in &INFERENCE {
         let serve = move |State(gateway): State<Arc<Gateway>>, request: Request| {
             infer::infer(gateway, inference, request)

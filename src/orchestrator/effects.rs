@@ -250,7 +250,12 @@ impl Effects {
                 stop.grace = stop.grace.min(FAILED_START_GRACE);
             }
             let stopped = match slot.peek() {
-                Some(running) => unpanicked(effects.stop_within(&running, &stop)).await,
+                Some(running) => {
+                    if !was_starting {
+                        engine::release(&spec, &running).await;
+                    }
+                    unpanicked(effects.stop_within(&running, &stop)).await
+                }
                 None => Ok(()),
             };
             if stopped.is_ok() {

@@ -98,7 +98,14 @@ impl Gate {
     pub fn try_lease_quietly(self: &Arc<Self>) -> Option<Lease> {
         self.take_permit()?;
         self.granted_quietly.fetch_add(1, Ordering::Relaxed);
-        Some(self.lease(StartKind::Hot, true))
+        Some(self.lease(StartKind::Hot, Hold::Quiet))
+    }
+
+    /// For what is no work: it takes no permit, nobody waits for its end, and it ends when the
+    /// engine is told to stop or sleep. `None`: that is so already.
+    pub fn visit(self: &Arc<Self>) -> Option<Lease> {
+        let lease = self.lease(StartKind::Hot, Hold::Visit);
+        (!lease.cut.is_cancelled()).then_some(lease)
     }
 
     fn take_permit(&self) -> Option<()> {
@@ -125,15 +132,15 @@ impl Gate {
     fn leased(self: &Arc<Self>, start: StartKind) -> Lease {
         self.granted.fetch_add(1, Ordering::Relaxed);
         self.touch();
-        self.lease(start, false)
+        self.lease(start, Hold::Work)
     }
 
-    fn lease(self: &Arc<Self>, start: StartKind, quiet: bool) -> Lease {
+    fn lease(self: &Arc<Self>, start: StartKind, hold: Hold) -> Lease {
         Lease {
             gate: Arc::clone(self),
             cut: CancellationToken::clone(&self.cut.load()),
             start,
-            quiet,
+            hold,
         }
     }
 
@@ -192,8 +199,11 @@ impl Gate {
         self.last_used.store(elapsed_ms(self.epoch), Ordering::Relaxed);
     }
 
-    fn release(&self, quiet: bool) {
-        if !quiet {
+    fn release(&self, hold: Hold) {
+        if hold == Hold::Visit {
+            return;
+        }
+        if hold == Hold::Work {
             self.touch();
         }
         let before = self.word.fetch_sub(1, Ordering::SeqCst);
@@ -222,12 +232,40 @@ pub struct Lease {
     gate: Arc<Gate>,
     cut: CancellationToken,
     pub start: StartKind,
-    quiet: bool,
+    hold: Hold,
+}
+
+/// What a lease is to its gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hold {
+    Work,
+    /// Counted while it lasts, but no demand.
+    Quiet,
+    /// Not counted at all.
+    Visit,
 }
 
 impl Lease {
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate
+    }
+
+    /// One more lease for work that goes on behind this one. As this one is counted, the owner sees
+    /// no moment without a lease in between. It ends with the same cut.
+    pub fn another(&self) -> Lease {
+        debug_assert!(!self.is_visit(), "a guest's lease is not counted");
+        self.gate.word.fetch_add(1, Ordering::AcqRel);
+        Lease {
+            gate: Arc::clone(&self.gate),
+            cut: self.cut.clone(),
+            start: self.start,
+            hold: Hold::Work,
+        }
+    }
+
+    /// Taken by [`Gate::visit`].
+    pub fn is_visit(&self) -> bool {
+        self.hold == Hold::Visit
     }
 
     /// Cancelled when this lease must end now: drain deadline, forced unload, or a dead instance.
@@ -238,7 +276,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.gate.release(self.quiet);
+        self.gate.release(self.hold);
     }
 }
 
@@ -286,6 +324,35 @@ mod tests {
         assert_eq!((gate.in_flight(), gate.granted()), (0, 3));
     }
 
+    #[test]
+    fn a_guest_is_not_counted_and_leaves_when_the_engine_does() {
+        let gate = gate();
+        let guest = gate.visit().unwrap();
+        gate.close();
+        assert!(gate.visit().is_some(), "also while the last work ends");
+        assert_eq!((gate.in_flight(), gate.granted()), (0, 0));
+        drop(guest);
+        assert_eq!(gate.in_flight(), 0);
+        let guest = gate.visit().unwrap();
+        gate.cancel_leases();
+        assert!(guest.cut().is_cancelled());
+        assert!(gate.visit().is_none());
+    }
+
+    #[test]
+    fn work_behind_a_request_is_counted_as_long_as_it_lasts() {
+        let gate = gate();
+        let request = gate.try_lease().unwrap();
+        let work = request.another();
+        gate.close();
+        drop(request);
+        assert_eq!((gate.in_flight(), gate.granted()), (1, 1));
+        gate.cancel_leases();
+        assert!(work.cut().is_cancelled());
+        drop(work);
+        assert_eq!(gate.in_flight(), 0);
+    }
+
     /// Reading and releasing at the same moment, often: with weaker orders than `SeqCst` some
     /// releases are neither counted nor told.
     #[test]
@@ -313,7 +380,7 @@ mod tests {
                     for _ in 0..20 {
                         std::hint::black_box(gate.in_flight());
                     }
-                    gate.release(true);
+                    gate.release(Hold::Quiet);
                     ended.store(round, Ordering::Release);
                 }
             });

@@ -45,7 +45,9 @@ impl Owner {
                 self.unpublish_gate(instance);
                 self.count_residency(now, instance);
                 let Some(live) = self.instances.get_mut(&instance) else { return };
-                live.gate = None;
+                if let Some(gate) = live.gate.take() {
+                    gate.cancel_leases();
+                }
                 let (slot, spec) = (live.slot.clone(), Arc::clone(&live.spec));
                 live.task = Some(self.effects.sleep(swap, instance, slot, spec));
             }
@@ -236,6 +238,10 @@ impl Owner {
             return;
         };
         live.stopping = true;
+        if let Some(gate) = &live.gate {
+            // Guests are not waited for: they leave now.
+            gate.cancel_leases();
+        }
         // Closes idle upstream connections: an engine that drains must not wait for them.
         live.gate = None;
         tracing::info!(model = %live.spec.name, %instance, "stopping");

@@ -305,6 +305,9 @@ impl Owner {
         self.keep_all_totals();
         let stops = std::mem::take(&mut self.instances).into_iter().map(|(instance, mut live)| {
             let task = live.task.take();
+            if let Some(gate) = live.gate.take() {
+                gate.cancel_leases();
+            }
             if let Some(task) = &task {
                 task.cancel.cancel();
             }
@@ -326,8 +329,14 @@ impl Owner {
                 let mut stop = live.spec.stop.clone();
                 stop.grace = stop.grace.min(until.saturating_duration_since(Instant::now()));
                 let hurried = StopSpec { grace: HURRIED_GRACE.min(stop.grace), ..stop.clone() };
+                let released = async {
+                    if live.ready_at.is_some() {
+                        crate::engine::release(&live.spec, &running).await;
+                    }
+                    effects.stop_within(&running, &stop).await
+                };
                 let stopped = tokio::select! {
-                    stopped = effects.stop_within(&running, &stop) => stopped,
+                    stopped = released => stopped,
                     () = hurry.cancelled() => effects.stop_within(&running, &hurried).await,
                 };
                 if let Err(fault) = stopped {

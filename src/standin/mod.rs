@@ -3,6 +3,7 @@
 //!
 //! It serves demos and fault tests; it replaces no real engine in a claim.
 
+mod comfy;
 mod engine;
 pub mod ledger;
 mod load;
@@ -13,6 +14,7 @@ mod reply;
 mod routes;
 mod server;
 mod sleep;
+mod socket;
 mod workers;
 
 use std::io;
@@ -119,6 +121,7 @@ fn announce(options: &Options) {
         Style::Vllm => "INFO:     Application startup complete.".to_owned(),
         Style::Llamacpp => format!("main: server is listening on http://{host}:{port}"),
         Style::Plain | Style::Ollama => format!("ready on http://{host}:{port}"),
+        Style::Http => format!("To see the GUI go to: http://{host}:{port}"),
     });
 }
 

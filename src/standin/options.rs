@@ -103,6 +103,9 @@ pub struct SpeedOptions {
     /// Prompt tokens to report; otherwise the words of the prompt are counted
     #[arg(long)]
     pub prompt_tokens: Option<u32>,
+    /// Time of one piece of work of --style http, unless its body says {"seconds": 2.5}
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "1s")]
+    pub work: Duration,
     /// Requests served at once; the others wait
     #[arg(long, visible_alias = "max-num-seqs", alias = "parallel", default_value_t = 256)]
     pub slots: u32,
@@ -197,6 +200,9 @@ pub enum Style {
     Plain,
     /// Ollama: loads and unloads models by its API; --load is the time of one of them
     Ollama,
+    /// No LLM server but something like ComfyUI: a page, POST /prompt, GET /queue, POST /free, /ws
+    #[value(alias = "comfyui")]
+    Http,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -13,6 +13,7 @@ use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::comfy;
 use super::engine::{Engine, say};
 use super::options::Style;
 use super::reply::{Asked, Kind, Reply, unix_seconds};
@@ -28,6 +29,9 @@ const EVENT_STREAM: [(header::HeaderName, &str); 2] = [
 ];
 
 pub fn router(engine: Arc<Engine>) -> Router {
+    if engine.options.style == Style::Http {
+        return comfy::router(engine).fallback(unknown);
+    }
     let inference = Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completion))
@@ -42,6 +46,7 @@ pub fn router(engine: Arc<Engine>) -> Router {
     router = match engine.options.style {
         Style::Llamacpp => router.route("/props", get(props)),
         Style::Vllm | Style::Plain => router.merge(sleep::routes()),
+        Style::Ollama | Style::Http => router,
     };
     router.with_state(engine)
 }
@@ -286,7 +291,7 @@ async fn health(State(engine): State<Arc<Engine>>) -> Response {
     }
     match engine.options.style {
         Style::Llamacpp => axum::Json(json!({"status": "ok"})).into_response(),
-        Style::Vllm | Style::Plain | Style::Ollama => StatusCode::OK.into_response(),
+        Style::Vllm | Style::Plain | Style::Ollama | Style::Http => StatusCode::OK.into_response(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -22,6 +23,16 @@ pub struct ResetSwitch(Arc<Notify>);
 impl ResetSwitch {
     pub fn pull(&self) {
         self.0.notify_one();
+    }
+}
+
+/// Set by a handler that answers 101: what follows on its connection is a WebSocket.
+#[derive(Clone, Debug, Default)]
+pub struct UpgradeSwitch(Arc<AtomicBool>);
+
+impl UpgradeSwitch {
+    pub fn pull(&self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 
@@ -78,10 +89,13 @@ async fn serve(stream: TcpStream, router: Router, mut closing: watch::Receiver<b
     let _ = stream.set_nodelay(true);
     let reset = ResetSwitch::default();
     let switch = reset.clone();
+    let upgrade = UpgradeSwitch::default();
+    let upgrading = upgrade.clone();
     let service = service_fn(move |request: http::Request<Incoming>| {
         let router = router.clone();
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(switch.clone());
+        request.extensions_mut().insert(upgrading.clone());
         Box::pin(router.oneshot(request))
     });
     let mut builder = http1::Builder::new();
@@ -90,7 +104,17 @@ async fn serve(stream: TcpStream, router: Router, mut closing: watch::Receiver<b
     let mut is_closing = false;
     loop {
         tokio::select! {
-            _ = std::future::poll_fn(|cx| connection.poll_without_shutdown(cx)) => return,
+            _ = std::future::poll_fn(|cx| connection.poll_without_shutdown(cx)) => {
+                if upgrade.0.load(Ordering::SeqCst) {
+                    let parts = connection.into_parts();
+                    let socket = super::socket::echo(parts.io.into_inner(), parts.read_buf);
+                    tokio::select! {
+                        _ = socket => {}
+                        () = closed(&mut closing) => {}
+                    }
+                }
+                return;
+            }
             () = reset.0.notified() => {
                 let stream = connection.into_parts().io.into_inner();
                 let _ = stream.set_zero_linger();

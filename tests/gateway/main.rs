@@ -10,6 +10,8 @@ mod admission;
 mod filters;
 mod forwarding;
 mod keys;
+mod passing;
 mod paths;
 mod relaying;
 mod waiting;
+mod websockets;

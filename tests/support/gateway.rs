@@ -303,6 +303,19 @@ impl Exchange {
         timely(self.stream.write_all(bytes.as_ref())).await.unwrap();
     }
 
+    /// What the gateway sends next on this connection; empty: it said its last.
+    pub async fn read(&mut self) -> Vec<u8> {
+        let mut buffer = vec![0; 64 << 10];
+        let read = timely(self.stream.read(&mut buffer)).await.unwrap_or(0);
+        buffer.truncate(read);
+        buffer
+    }
+
+    /// Says its last and goes on hearing.
+    pub async fn half_close(&mut self) {
+        timely(self.stream.shutdown()).await.unwrap();
+    }
+
     /// A whole answer; the connection stays open for the next request.
     pub async fn answer(mut self, status: &str, headers: &str, body: &str) {
         let length = body.len();
