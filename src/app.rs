@@ -15,6 +15,7 @@ use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
 use crate::store::Store;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::performance;
 use crate::{api, gateway, orchestrator};
 
 /// How long a taken listener port is retried (a predecessor may just be leaving).
@@ -51,8 +52,9 @@ pub async fn run(
     // Before the first answer: whoever has one may send a signal.
     let mut signals = stop_signals()?;
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
-    let control = api::router(handle.clone(), Arc::clone(&metrics));
-    let inference = gateway::router(handle.clone(), metrics);
+    let traffic = gateway::Traffic::default();
+    let control = api::router_with(handle.clone(), Arc::clone(&metrics), traffic.clone());
+    let inference = gateway::router(handle.clone(), metrics, traffic);
     let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
     let mut serving = Vec::new();
     let control = match gateway_listener {
@@ -74,6 +76,7 @@ pub async fn run(
     )));
     tracing::info!(gateway = %gateway_at, orchestrator = %orchestrator_at, "serving");
 
+    let sampling = tokio::spawn(performance::sample(handle.clone()));
     let reloads = tokio::spawn(reload_on_sighup(reload, handle.clone(), orchestrator_at));
     let signal_name = tokio::select! {
         name = wait_for_stop(&mut signals) => name,
@@ -82,6 +85,7 @@ pub async fn run(
     };
     tracing::info!("{signal_name}: draining, at most {} s; once more to hurry", drain.as_secs());
     reloads.abort();
+    sampling.abort();
     // Whoever waits in the queue hears it now, not when the drain is over and connections are cut.
     handle.refuse_new();
     stop.cancel();

@@ -8,7 +8,11 @@ mod account;
 pub mod admit;
 pub mod auth;
 pub mod browser;
+mod captures;
+mod figures;
+mod filter;
 mod forward;
+mod in_flight;
 mod infer;
 mod limits;
 mod multipart;
@@ -22,6 +26,7 @@ mod relay;
 pub mod routes;
 mod server;
 mod timing;
+mod traffic;
 mod usage;
 mod wait;
 
@@ -37,19 +42,27 @@ use crate::telemetry::metrics::Metrics;
 use limits::Limiter;
 use receive::BodyBudget;
 
+pub use captures::Capture;
+pub use in_flight::Entry;
 pub use reject::{Reject, Viewer};
 pub use server::{serve, serve_until};
+pub use traffic::Traffic;
 
 /// The gateway's paths, to be served by [`serve`].
-pub fn router(handle: Handle, metrics: Arc<Metrics>) -> Router {
-    router_with(handle, metrics, Limits::default())
+pub fn router(handle: Handle, metrics: Arc<Metrics>, traffic: Traffic) -> Router {
+    router_of(handle, metrics, Limits::default(), traffic)
 }
 
 pub fn router_with(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Router {
+    router_of(handle, metrics, limits, Traffic::default())
+}
+
+fn router_of(handle: Handle, metrics: Arc<Metrics>, limits: Limits, traffic: Traffic) -> Router {
     routes::router(Arc::new(Gateway {
         handle,
         metrics,
         limits,
+        traffic,
         bodies: Arc::default(),
         limiter: Limiter::default(),
         id_seed: RandomState::new().hash_one(std::process::id()),
@@ -89,6 +102,7 @@ pub struct Gateway {
     handle: Handle,
     metrics: Arc<Metrics>,
     limits: Limits,
+    traffic: Traffic,
     bodies: Arc<BodyBudget>,
     limiter: Limiter,
     id_seed: u64,

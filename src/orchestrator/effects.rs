@@ -15,6 +15,7 @@ use crate::engine;
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::{LaunchSpec, Progress, Running, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind, GpuMemory};
+use crate::telemetry::logs::Logs;
 use crate::units::{Bytes, GpuId, InstanceId, SwapId, Time};
 
 /// A stop that takes longer than its grace by this much has failed.
@@ -60,6 +61,8 @@ pub struct Effects {
     pub inbox: Inbox,
     pub holders: Holders,
     pub epoch: Instant,
+    /// Where engines' lines are copied to.
+    pub logs: Logs,
 }
 
 impl Effects {
@@ -137,6 +140,7 @@ impl Effects {
             let launched = unpanicked(effects.runtimes.start(&launch)).await;
             if let Ok(running) = &launched {
                 effects.holders.register(running);
+                effects.logs.copy(&running.identity.model, &running.log);
                 slot.put(Some(running.clone()));
             }
             drop(launching);
@@ -478,6 +482,7 @@ mod tests {
             inbox,
             holders: Holders::new("here"),
             epoch: Instant::now(),
+            logs: Logs::default(),
         };
         effects.spawn(SwapId(3), InstanceId(4), Done::Fetch, async { panic!("out of {}", "luck") });
         let Some(Message::Effect(Event::MoveDone { swap, instance, done })) = messages.recv().await

@@ -1,8 +1,8 @@
 //! Builds the owner from its parts, reconciles with what an earlier run left, and lets it run.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -33,7 +33,10 @@ use crate::runtime::{Foreign, Identity, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
 use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
 use crate::store::{Figures, Store};
+use crate::telemetry::feed::Feed;
+use crate::telemetry::logs::Logs;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::performance::Performance;
 use crate::units::{ModelName, Time};
 
 const FOREIGN_EVERY: Duration = Duration::from_secs(15);
@@ -75,6 +78,7 @@ pub async fn start(
         inbox: inbox.clone(),
         holders: holders.clone(),
         epoch,
+        logs: Logs::of_this_process(),
     };
     // Also for containers of models that ran there before the configuration changed.
     let configured = uses_docker(&catalog);
@@ -179,8 +183,12 @@ fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
         gates: ArcSwap::new(Arc::new(Gates::new())),
         view: ArcSwap::new(Arc::new(View::default())),
         store,
+        feed: Feed::default(),
+        logs: Logs::of_this_process(),
+        performance: Performance::default(),
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
+        contexts: Mutex::default(),
     };
     shared.follow_wall_clock();
     shared
@@ -285,6 +293,7 @@ impl Owner {
         if let Some(why) = unfit {
             return self.step(Event::Stray { instance, model, gpus, footprint, why });
         }
+        self.effects.logs.copy(&model, &running.log);
         self.became_ready(instance, &running);
         self.watch_exit(instance, &running);
         self.step(Event::Adopted { instance, model, gpus, footprint });

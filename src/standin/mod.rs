@@ -6,6 +6,7 @@
 mod engine;
 pub mod ledger;
 mod load;
+mod messages;
 mod ollama;
 mod options;
 mod reply;

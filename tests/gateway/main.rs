@@ -5,8 +5,11 @@
 #[path = "../support/gateway.rs"]
 mod support;
 
+mod activity;
 mod admission;
+mod filters;
 mod forwarding;
 mod keys;
+mod paths;
 mod relaying;
 mod waiting;
