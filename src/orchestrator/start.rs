@@ -111,13 +111,7 @@ pub async fn start(
     if configured {
         writer.note_docker();
     }
-    let begin = Begin {
-        wharf: env!("CARGO_PKG_VERSION").to_owned(),
-        at: humantime::format_rfc3339_millis(shared.wall(Time::ZERO)).to_string(),
-        next_ids,
-        world: world.clone(),
-        catalog: Arc::clone(&catalog),
-    };
+    let begin = begin_of(&shared, next_ids, &world, &catalog);
     let cost = "events are missing from it until then";
     let no_journal = Outage::new("the journal", cost, inbox.clone());
     let mut owner = Owner {
@@ -159,6 +153,16 @@ pub async fn start(
         drop(handle.ensure_detached(spec.name.clone(), EnsureKind::Warmup, WARMUP_WITHIN));
     }
     Ok((handle, tokio::spawn(owner.run())))
+}
+
+fn begin_of(shared: &Shared, next_ids: NextIds, world: &World, catalog: &Arc<Catalog>) -> Begin {
+    Begin {
+        wharf: env!("CARGO_PKG_VERSION").to_owned(),
+        at: humantime::format_rfc3339_millis(shared.wall(Time::ZERO)).to_string(),
+        next_ids,
+        world: world.clone(),
+        catalog: Arc::clone(catalog),
+    }
 }
 
 fn world_of(gpus: &Gpus) -> World {
