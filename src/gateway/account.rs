@@ -11,11 +11,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::Gateway;
 use super::captures::Draft;
+use super::figures::Figures;
 use super::in_flight::{Ticket, Who};
 use super::limits::Permit;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::{CLIENT_CLOSED, Reject};
-use super::usage::Figures;
 use crate::config::catalog::ApiKey;
 use crate::orchestrator::StartKind;
 use crate::store::Activity;
@@ -23,17 +23,17 @@ use crate::units::{ModelName, Time};
 
 /// A request whose model is not known yet.
 #[derive(Debug)]
-pub struct Visit(Option<Box<Record>>);
+pub struct Arrival(Option<Box<Record>>);
 
-impl Visit {
+impl Arrival {
     /// `id`: as in `X-Request-Id`.
     pub fn open(
         gateway: &Arc<Gateway>,
         method: &Method,
         path: impl Into<Cow<'static, str>>,
         id: &HeaderValue,
-    ) -> Visit {
-        Visit(Some(Box::new(Record {
+    ) -> Arrival {
+        Arrival(Some(Box::new(Record {
             gateway: Arc::clone(gateway),
             method: method.clone(),
             path: path.into(),
@@ -117,7 +117,7 @@ impl Visit {
     }
 }
 
-impl Drop for Visit {
+impl Drop for Arrival {
     fn drop(&mut self) {
         if let Some(record) = self.0.take() {
             record.close(None, CLIENT_GONE);

@@ -117,7 +117,7 @@ fn added(body: &[u8], filters: &Filters, seen: &HashSet<&str>) -> Option<Edit> {
         .map(|(name, value)| format!("{}:{value},", serde_json::Value::from(name.as_str())))
         .collect();
     let open = body.iter().position(|&byte| byte == b'{')? + 1;
-    (!with.is_empty()).then(|| Edit { at: open..open, with })
+    (!with.is_empty()).then_some(Edit { at: open..open, with })
 }
 
 #[cfg(test)]

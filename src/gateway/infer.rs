@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::account::{Account, Visit};
+use super::account::{Account, Arrival};
 use super::admit::{self, Wishes};
 use super::forward::{self, Failure, Outgoing};
 use super::receive::{self, Held};
@@ -40,11 +40,11 @@ pub async fn infer(
     request: Request,
 ) -> Response {
     let id = admit::request_id(request.headers(), || gateway.fresh_id());
-    let mut visit = Visit::open(&gateway, request.method(), inference.path, &id);
-    let mut response = match admit(&gateway, inference, request, &id, &mut visit).await {
+    let mut arrival = Arrival::open(&gateway, request.method(), inference.path, &id);
+    let mut response = match admit(&gateway, inference, request, &id, &mut arrival).await {
         Ok(job) => wait::respond(job).await,
         Err(reject) => {
-            visit.turned_away(&reject);
+            arrival.turned_away(&reject);
             gateway.metrics.refused(reject.code());
             reject.into_response()
         }
@@ -59,16 +59,16 @@ async fn admit(
     inference: &'static Inference,
     request: Request,
     id: &HeaderValue,
-    visit: &mut Visit,
+    arrival: &mut Arrival,
 ) -> Result<Job, Reject> {
     let arrived = gateway.handle.now();
     let catalog = gateway.handle.catalog();
     let (head, body) = request.into_parts();
     let entitled = auth::authorize(&catalog.settings, &head.headers, Scope::Inference)
-        .inspect(|key| visit.entitled(*key))
+        .inspect(|key| arrival.entitled(*key))
         .and_then(|key| {
             let wishes = Wishes::read(&head.headers)?;
-            visit.hold(gateway.limiter.enter(&catalog.settings, key)?);
+            arrival.hold(gateway.limiter.enter(&catalog.settings, key)?);
             Ok((key, wishes))
         });
     let (key, wishes) = match entitled {
@@ -87,7 +87,7 @@ async fn admit(
     )
     .await?;
     let admitted = Admitted { gateway, inference, catalog: &catalog, head, key, wishes, arrived };
-    admitted.job(received, id, visit)
+    admitted.job(received, id, arrival)
 }
 
 struct Admitted<'a> {
@@ -105,15 +105,15 @@ impl Admitted<'_> {
         self,
         received: receive::Received,
         id: &HeaderValue,
-        visit: &mut Visit,
+        arrival: &mut Arrival,
     ) -> Result<Job, Reject> {
         let Admitted { gateway, inference, catalog, head, key, wishes, arrived } = self;
-        visit.received(&head.headers, &received.bytes);
+        arrival.received(&head.headers, &received.bytes);
         let mut asked = match inference.body {
             BodyKind::Json => parse::parse(&received.bytes)?,
             BodyKind::Form => multipart::parse(&received.bytes, &head.headers)?,
         };
-        visit.asked(&asked.model);
+        arrival.asked(&asked.model);
         let spec = Arc::clone(admit::model(catalog, &asked.model, key)?);
         let mut body = received.bytes.clone();
         let filtered;
@@ -141,7 +141,7 @@ impl Admitted<'_> {
         let peer = head.extensions.get::<ConnectInfo<std::net::SocketAddr>>().map(|peer| peer.0);
         let waiting = spec.waiting.unwrap_or(catalog.settings.waiting);
         Ok(Job {
-            account: visit.admitted(spec.name.clone()),
+            account: arrival.admitted(spec.name.clone()),
             gateway: Arc::clone(gateway),
             api: inference.api,
             options: RequestOptions {

@@ -9,6 +9,7 @@ pub mod admit;
 pub mod auth;
 pub mod browser;
 mod captures;
+mod figures;
 mod filter;
 mod forward;
 mod in_flight;

@@ -24,6 +24,7 @@ use crate::units::ModelName;
 
 /// How often a stream is looked at for a stall.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+const LOOK_EVERY_MIN: Duration = Duration::from_millis(50);
 
 /// Why an answer ends before its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,8 +168,9 @@ async fn watch(
     by_operator: CancellationToken,
     limits: Limits,
 ) {
-    let look_every = LOOK_EVERY.min(limits.reader_stall).min(limits.upstream_silence);
-    let mut look = interval(look_every);
+    let shortest = limits.reader_stall.min(limits.upstream_silence);
+    let first_within = flow.state().first_within.unwrap_or(LOOK_EVERY);
+    let mut look = interval(LOOK_EVERY.min(shortest).min(first_within.max(LOOK_EVERY_MIN)));
     loop {
         tokio::select! {
             () = cut.cancelled() => return flow.cut(Cut::Cancelled),

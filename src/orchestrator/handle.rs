@@ -1,8 +1,8 @@
 //! What the rest of Wharf holds of the orchestrator: a handle to ask, and views to read.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
@@ -108,6 +108,8 @@ pub(super) struct Shared {
     pub performance: Performance,
     pub next_request: AtomicU64,
     pub next_ask: AtomicU64,
+    /// Context lengths as engines told them when they were ready last.
+    pub contexts: Mutex<BTreeMap<ModelName, u64>>,
 }
 
 /// How a request asks for its model.
@@ -123,6 +125,10 @@ pub struct RequestOptions {
 }
 
 impl Shared {
+    pub(super) fn contexts(&self) -> MutexGuard<'_, BTreeMap<ModelName, u64>> {
+        self.contexts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn wall(&self, time: Time) -> SystemTime {
         UNIX_EPOCH + Duration::from_millis(self.epoch_unix_ms.load(Ordering::Relaxed) + time.0)
     }
@@ -186,6 +192,11 @@ impl Handle {
     /// The owner runs.
     pub fn is_alive(&self) -> bool {
         !self.inbox.0.is_closed()
+    }
+
+    /// Tokens of prompt and answer that a model's engine takes, as it said when it was ready last.
+    pub fn context_length(&self, model: &ModelName) -> Option<u64> {
+        self.shared.contexts().get(model).copied()
     }
 
     /// Wall-clock time of one of the owner's times.
@@ -340,6 +351,7 @@ impl Handle {
             performance: Performance::default(),
             next_request: AtomicU64::new(1),
             next_ask: AtomicU64::new(1),
+            contexts: Mutex::default(),
         };
         (Handle { inbox, shared: Arc::new(shared) }, messages)
     }

@@ -6,6 +6,7 @@
 mod engine;
 pub mod ledger;
 mod load;
+mod messages;
 mod options;
 mod reply;
 mod routes;

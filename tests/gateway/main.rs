@@ -5,7 +5,9 @@
 #[path = "../support/gateway.rs"]
 mod support;
 
+mod activity;
 mod admission;
+mod filters;
 mod forwarding;
 mod keys;
 mod paths;
