@@ -117,6 +117,7 @@ async fn the_context_length_is_what_the_engine_says() {
     world.stop().await;
 }
 
+// contract: GET /api/inflight
 // contract: POST /api/inflight/{id}/cancel
 #[tokio::test]
 async fn a_request_is_cancelled_by_its_id_on_either_port() {

@@ -10,10 +10,11 @@ use clap::Parser;
 use control::*;
 use serde_json::Value;
 use wharf::cli::client::{Client, Connection};
-use wharf::cli::{ensure, load, status, swaps, unload};
+use wharf::cli::{ensure, load, logs, status, swaps, unload};
 use wharf::orchestrator::handle::Message;
 use wharf::scheduler::action::{Answer, Refusal};
 use wharf::scheduler::event::Event;
+use wharf::telemetry::logs::Source;
 use wharf::telemetry::metrics::Metrics;
 use wharf::units::*;
 
@@ -23,6 +24,7 @@ enum Command {
     Ensure(ensure::Args),
     Load(load::Args),
     Unload(unload::Args),
+    Logs(logs::Args),
     Swaps(swaps::Args),
 }
 
@@ -34,6 +36,7 @@ async fn wharf(url: &str, args: &[&str]) -> ExitCode {
         Command::Ensure(args) => ensure::run(args).await,
         Command::Load(args) => load::run(args).await,
         Command::Unload(args) => unload::run(args).await,
+        Command::Logs(args) => logs::run(args).await,
         Command::Swaps(args) => swaps::run(args).await,
     }
 }
@@ -142,6 +145,38 @@ async fn who_does_not_wait_hears_which_swap_began() {
     let (url, _leases) = serve(no).await;
     let client = Client::new(&at(&url)).expect("a URL");
     assert!(client.post(path, &body, limit).await.is_err(), "refused at once");
+}
+
+// contract: CLI logs
+#[tokio::test]
+async fn logs_are_told_line_by_line() {
+    let (mut puppet, _leases) = world();
+    let written = puppet.handle.logs().clone();
+    written.push(Source::Proxy, "wharf began");
+    written.push(Source::Model(MISTRAL.into()), "é loads");
+    let router = wharf::api::router(puppet.handle.clone(), Arc::new(Metrics::new()));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    assert_eq!(wharf(&url, &["logs"]).await, ExitCode::SUCCESS);
+    assert_eq!(wharf(&url, &["logs", "nope", "--follow"]).await, ExitCode::from(4));
+
+    let client = Client::new(&at(&url)).expect("a URL");
+    let mut lines = Vec::new();
+    client.lines("/logs", |line| lines.push(line.to_owned())).await.expect("all of it");
+    assert_eq!(lines, ["wharf began", "é loads"]);
+    let told = std::cell::RefCell::new(Vec::new());
+    let follow = client.lines("/logs/stream/mistral", |line| {
+        told.borrow_mut().push(line.to_owned());
+        match told.borrow().len() {
+            1 => written.push(Source::Model(MISTRAL.into()), "é is ready"),
+            _ => puppet.handle.refuse_new(),
+        }
+    });
+    let followed = tokio::time::timeout(std::time::Duration::from_secs(20), follow).await;
+    followed.expect("it ends with Wharf").expect("in order");
+    assert_eq!(told.into_inner(), ["é loads", "é is ready"]);
+    puppet.inbox.close();
 }
 
 #[tokio::test]

@@ -19,6 +19,8 @@ use crate::api::reachable;
 
 /// A ledger of a thousand swaps with their logs stays far below.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// What an answer that refuses may say.
+const REFUSAL_BYTES_MAX: usize = 64 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For answers that wait for nothing.
 pub const READ_TIMEOUT: Duration = Duration::from_secs(30);
@@ -177,6 +179,35 @@ impl Client {
         self.send(Method::POST, path, Some(body), limit).await
     }
 
+    /// Hands on each line of a text answer as it comes, until the answer ends.
+    pub async fn lines(&self, path: &str, mut each: impl FnMut(&str)) -> Result<(), Failure> {
+        let asked = self.http.request(self.request(Method::GET, path, None)?);
+        let response = tokio::time::timeout(READ_TIMEOUT, asked)
+            .await
+            .map_err(|_| self.unreachable(format!("no answer within {READ_TIMEOUT:?}")))?
+            .map_err(|error| self.broken(&error))?;
+        let status = response.status();
+        let mut body = response.into_body();
+        if !status.is_success() {
+            let bytes = Limited::new(body, REFUSAL_BYTES_MAX).collect().await;
+            let bytes = bytes.map_err(|error| self.broken(&*error))?.to_bytes();
+            let text = String::from_utf8_lossy(&bytes).trim().to_owned();
+            let body: Value = serde_json::from_str(&text).unwrap_or_default();
+            let message = body["error"]["message"].as_str().map_or(text, str::to_owned);
+            return Err(Failure::Refused { status, message, body });
+        }
+        let mut unfinished = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| self.broken(&error))?;
+            unfinished.extend_from_slice(&frame.into_data().unwrap_or_default());
+            while let Some(end) = unfinished.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = unfinished.drain(..=end).collect();
+                each(String::from_utf8_lossy(&line[..end]).as_ref());
+            }
+        }
+        Ok(())
+    }
+
     async fn send(
         &self,
         method: Method,
@@ -261,7 +292,7 @@ pub fn show(answer: &Value, json: bool, describe: impl FnOnce(&Value) -> String)
 }
 
 /// A line to stdout; a reader that left (`| head`) is no error.
-fn say(line: &str) {
+pub(super) fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 

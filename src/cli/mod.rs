@@ -7,6 +7,7 @@ pub mod engine;
 pub mod ensure;
 pub mod import;
 pub mod load;
+pub mod logs;
 pub mod pull;
 pub mod schema;
 pub mod serve;
@@ -74,6 +75,8 @@ enum Command {
         #[arg(long, short, env = "WHARF_CONFIG")]
         config: Option<PathBuf>,
     },
+    /// What Wharf and its engines wrote last, and what they write
+    Logs(logs::Args),
     /// The ledger of swaps
     Swaps(swaps::Args),
     /// Run the stand-in engine
@@ -120,6 +123,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
             let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
             pull::run(&args, &catalog, &docker).await?
         }
+        Command::Logs(args) => logs::run(args).await,
         Command::Swaps(args) => swaps::run(args).await,
         Command::Engine(args) => engine::run(args).await?,
     })
