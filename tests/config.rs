@@ -250,7 +250,7 @@ fn models_of_an_ollama_are_where_they_say_or_the_environment_or_usual() {
     let urls = |env: &[(&str, &str)]| {
         let loaded = parse_with(text, env).expect("valid");
         let url = |spec: &ModelSpec| match &spec.runtime {
-            RuntimeSpec::External(external) => external.url.clone(),
+            RuntimeSpec::Ollama(ollama) => ollama.at.url.clone(),
             other => panic!("{other:?}"),
         };
         let urls: Vec<String> = loaded.catalog.models.values().map(|spec| url(spec)).collect();

@@ -67,13 +67,15 @@ pub(super) fn apply(read: &mut ReadSettings, env: Env<'_>, sink: &mut Sink) -> V
 pub(super) fn ollama(models: &[ReadModel], env: Env<'_>, sink: &mut Sink) -> Option<Override> {
     const VARIABLE: &str = "OLLAMA_BASE_URL";
     let url = env(VARIABLE).filter(|url| !url.trim().is_empty())?;
-    let used = models.iter().any(|model| match &model.spec.runtime {
-        RuntimeSpec::Ollama(ollama) => {
-            let external_node = model.node.get("external");
-            let says_url = external_node.is_some_and(|node| node.get("url").is_some());
-            !says_url && ollama.at.url == url.trim().trim_end_matches('/')
-        }
-        RuntimeSpec::Docker(_) | RuntimeSpec::Process(_) | RuntimeSpec::External(_) => false,
+    let used = models.iter().any(|model| {
+        let at = match &model.spec.runtime {
+            RuntimeSpec::Ollama(ollama) => &ollama.at,
+            RuntimeSpec::External(external) => external,
+            RuntimeSpec::Docker(_) | RuntimeSpec::Process(_) => return false,
+        };
+        let external_node = model.node.get("external");
+        let says_url = external_node.is_some_and(|node| node.get("url").is_some());
+        !says_url && at.url == url.trim().trim_end_matches('/')
     });
     if used {
         return Some(Override { variable: VARIABLE, key: "external.url", value: url });
