@@ -255,7 +255,7 @@ async fn paths_outside_of_an_engines_list_are_refused_however_they_are_spelt() {
 async fn development_paths_take_an_admin_key_and_what_wharf_owns_takes_none() {
     let key = |name: &str, scopes: &[Scope]| ApiKey {
         name: name.into(),
-        key: format!("{name}-key-0123456789"),
+        key: format!("{name}-key-0123456789").into(),
         models: vec!["*".into()],
         scopes: scopes.to_vec(),
         ..ApiKey::default()
