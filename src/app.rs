@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::catalog::Catalog;
@@ -15,6 +15,7 @@ use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
 use crate::store::Store;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::performance;
 use crate::{api, gateway, orchestrator};
 
 /// How long a taken listener port is retried (a predecessor may just be leaving).
@@ -48,9 +49,12 @@ pub async fn run(
     let (handle, mut owner) =
         orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics), store.clone()).await?;
 
+    // Before the first answer: whoever has one may send a signal.
+    let mut signals = stop_signals()?;
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
-    let control = api::router(handle.clone(), Arc::clone(&metrics));
-    let inference = gateway::router(handle.clone(), metrics);
+    let traffic = gateway::Traffic::default();
+    let control = api::router_with(handle.clone(), Arc::clone(&metrics), traffic.clone());
+    let inference = gateway::router(handle.clone(), metrics, traffic);
     let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
     let mut serving = Vec::new();
     let control = match gateway_listener {
@@ -72,14 +76,16 @@ pub async fn run(
     )));
     tracing::info!(gateway = %gateway_at, orchestrator = %orchestrator_at, "serving");
 
+    let sampling = tokio::spawn(performance::sample(handle.clone()));
     let reloads = tokio::spawn(reload_on_sighup(reload, handle.clone(), orchestrator_at));
     let signal_name = tokio::select! {
-        name = wait_for_stop() => name?,
+        name = wait_for_stop(&mut signals) => name,
         // Only after a panic. The engines live on: whoever starts us again adopts them.
         _ = &mut owner => bail!("the orchestrator ended by itself: report the last log lines"),
     };
     tracing::info!("{signal_name}: draining, at most {} s; once more to hurry", drain.as_secs());
     reloads.abort();
+    sampling.abort();
     // Whoever waits in the queue hears it now, not when the drain is over and connections are cut.
     handle.refuse_new();
     stop.cancel();
@@ -145,7 +151,7 @@ fn drain_text<'a>(busy: impl Iterator<Item = (&'a str, u32)>, left: Duration) ->
 /// Wrappers pass a signal on that the whole group also gets: that is still the same one.
 async fn next_stop() -> anyhow::Result<&'static str> {
     tokio::time::sleep(SAME_SIGNAL_WITHIN).await;
-    wait_for_stop().await
+    Ok(wait_for_stop(&mut stop_signals()?).await)
 }
 
 /// A control API that anyone on the network can use is refused, not warned about.
@@ -197,13 +203,16 @@ async fn occupant(port: u16) -> String {
     listeners.first().map_or_else(unseen, ToString::to_string)
 }
 
-async fn wait_for_stop() -> anyhow::Result<&'static str> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(tokio::select! {
+/// SIGTERM and SIGINT, which end nothing by themselves from now on.
+fn stop_signals() -> std::io::Result<(Signal, Signal)> {
+    Ok((signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?))
+}
+
+async fn wait_for_stop((terminate, interrupt): &mut (Signal, Signal)) -> &'static str {
+    tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
-    })
+    }
 }
 
 /// A bad file changes nothing and says why.

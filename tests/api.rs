@@ -4,6 +4,7 @@
 mod control;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -12,7 +13,7 @@ use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tower::ServiceExt;
-use wharf::config::catalog::{ApiKey, AuthSettings, DockerSpec, RuntimeSpec, Scope};
+use wharf::config::catalog::{ApiKey, AuthSettings, Catalog, DockerSpec, RuntimeSpec, Scope};
 use wharf::orchestrator::View;
 use wharf::orchestrator::handle::Message;
 use wharf::scheduler::action::{Answer, Refusal};
@@ -67,6 +68,7 @@ fn answer_next(mut puppet: Puppet, answer: Answer) -> tokio::task::JoinHandle<(E
     })
 }
 
+// contract: GET /status
 #[tokio::test]
 async fn status_holds_every_field_of_the_older_tools() {
     let (puppet, _leases) = world();
@@ -93,6 +95,8 @@ async fn status_holds_every_field_of_the_older_tools() {
     assert_eq!(swap["from"], TINY);
 }
 
+// contract: GET /health
+// contract: HEADER Retry-After
 #[tokio::test]
 async fn health_is_green_only_if_every_needed_part_works() {
     let (puppet, _leases) = world();
@@ -123,7 +127,7 @@ async fn health_is_green_only_if_every_needed_part_works() {
     let (status, body) = read(&api, "/health").await;
     assert_eq!(status, StatusCode::OK, "only asked for what an earlier run left: {body}");
     assert_eq!(body["docker"]["status"], "unused");
-    let before = wharf::config::catalog::Catalog::clone(&puppet.handle.catalog());
+    let before = Catalog::clone(&puppet.handle.catalog());
     let mut needed = before.clone();
     for spec in needed.models.values_mut() {
         Arc::make_mut(spec).runtime = RuntimeSpec::Docker(DockerSpec::default());
@@ -166,9 +170,13 @@ async fn health_tries_the_gateways_listener() {
     assert_eq!(body["gateway"]["status"], "failed");
 }
 
+// contract: GET /models
 #[tokio::test]
 async fn one_row_per_model_serves_both_older_tools() {
     let (puppet, _leases) = world();
+    let mut catalog = Catalog::clone(&puppet.handle.catalog());
+    catalog.settings.gateway = ([0, 0, 0, 0], 8080).into();
+    puppet.handle.catalog_for_tests(catalog);
     let api = api(&puppet);
     let (_, body) = read(&api, "/models").await;
     let rows = body["models"].as_array().expect("rows");
@@ -185,12 +193,14 @@ async fn one_row_per_model_serves_both_older_tools() {
         ("model_id", json!(MISTRAL)),
         ("display_name", json!("Mistral 7B")),
         ("model_type", json!("llm")),
-        ("port", json!(18051)),
+        // No front door of its own: clients reach it through the gateway.
+        ("port", json!(8080)),
         ("state", json!("HOT")),
         // In flight: the ttl of 600 s has not begun to run.
         ("ttl_remaining_minutes", json!(10.0)),
         ("warmup", json!(false)),
-        ("endpoint", json!("http://127.0.0.1:18051")),
+        ("endpoint", json!("http://127.0.0.1:8080")),
+        ("engine_endpoint", json!("http://127.0.0.1:18051")),
         ("tags", json!(["chat"])),
         ("residency", json!("ready")),
         ("in_flight", json!(2)),
@@ -210,6 +220,43 @@ async fn one_row_per_model_serves_both_older_tools() {
     assert!(rows[2]["unloaded_at"].is_string());
 }
 
+// contract: GET /models/{id}/health
+#[tokio::test]
+async fn a_model_has_a_health_of_its_own() {
+    let (puppet, _leases) = world();
+    let api = api(&puppet);
+    let (status, ready) = read(&api, "/models/gpt-4o-mini/health").await;
+    assert_eq!((status, &ready["model"]), (StatusCode::OK, &json!(MISTRAL)));
+    assert_eq!((&ready["status"], &ready["state"]), (&json!("ready"), &json!("HOT")));
+    assert_eq!(ready["requests_served"], 42);
+    assert!(ready["uptime_seconds"].is_number() && ready["port"].is_number(), "{ready}");
+    for (name, word) in [("org/coder:7b", "starting"), ("tiny", "failed")] {
+        let path = format!("/models/{name}/health");
+        let response = api.clone().oneshot(request(Method::GET, &path, "")).await.expect("one");
+        assert!(response.headers().contains_key("retry-after"), "{name}");
+        let (status, body) = read(&api, &path).await;
+        assert_eq!((status, &body["status"]), (StatusCode::SERVICE_UNAVAILABLE, &json!(word)));
+        assert_eq!(body["uptime_seconds"], 0.0);
+    }
+    assert_eq!(read(&api, "/models/nope/health").await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn after_its_ttl_a_model_cools_for_as_long_as_it_may_be_rescued() {
+    let (puppet, leases) = world();
+    let api = api(&puppet);
+    let mut catalog = Catalog::clone(&puppet.handle.catalog());
+    let mistral = Arc::make_mut(catalog.models.get_mut(MISTRAL).expect("configured"));
+    (mistral.ttl, mistral.grace) = (Some(Duration::ZERO), Duration::from_secs(120));
+    puppet.handle.catalog_for_tests(catalog);
+    let state = async || read(&api, "/models/mistral").await.1["state"].clone();
+    assert_eq!(state().await, "HOT", "requests are in flight");
+    drop(leases);
+    assert_eq!(state().await, "COOLING");
+    assert_eq!(read(&api, "/models/mistral").await.1["ttl_remaining_minutes"], 0.0);
+}
+
+// contract: GET /models/{name}
 #[tokio::test]
 async fn names_with_slashes_and_colons_work_in_paths() {
     let (puppet, _leases) = world();
@@ -244,6 +291,7 @@ async fn names_with_slashes_and_colons_work_in_paths() {
     }
 }
 
+// contract: POST /ensure_model
 #[tokio::test]
 async fn ensure_tells_what_the_swap_did() {
     let (puppet, _leases) = world();
@@ -291,6 +339,7 @@ async fn ensure_waits_for_the_ledgers_row() {
     assert_eq!((&body["from"], &body["seconds"]), (&json!(MISTRAL), &json!(9.0)));
 }
 
+// contract: POST /ensure_model
 #[tokio::test]
 async fn ensure_without_waiting_answers_202_and_goes_on() {
     let (mut puppet, _leases) = world();
@@ -332,6 +381,7 @@ async fn an_ensure_that_fails_says_why_with_the_engines_last_lines() {
     owner.await.expect("an ask");
 }
 
+// contract: POST /ensure_model
 #[tokio::test]
 async fn an_ensure_that_takes_too_long_names_the_swap_that_goes_on() {
     let (puppet, _leases) = world();
@@ -354,6 +404,8 @@ async fn an_owner_that_never_answers_does_not_hold_the_caller() {
     assert_eq!((status, &body["error"]["code"]), (StatusCode::GATEWAY_TIMEOUT, &json!("timeout")));
 }
 
+// contract: POST /models/{name}/load
+// contract: POST /models/{name}/unload
 #[tokio::test]
 async fn load_and_unload_answer_in_the_swappers_shape() {
     let (puppet, _leases) = world();
@@ -382,6 +434,8 @@ async fn load_and_unload_answer_in_the_swappers_shape() {
     assert!(matches!(event, Event::UnloadAsked { force: false, .. }), "{event:?}");
 }
 
+// contract: GET /metrics
+// contract: GET /metrics/{name}
 #[tokio::test]
 async fn metrics_are_text_or_the_swappers_json() {
     let (puppet, _leases) = world();
@@ -404,6 +458,8 @@ async fn metrics_are_text_or_the_swappers_json() {
     assert_eq!(one["uptime_hours"].as_f64(), Some(total / 3600.0));
 }
 
+// contract: GET /swaps
+// contract: GET /swaps/{id}
 #[tokio::test]
 async fn swaps_are_listed_newest_first_and_told_whole() {
     let (puppet, _leases) = world();
@@ -428,6 +484,7 @@ async fn swaps_are_listed_newest_first_and_told_whole() {
     assert_eq!(read(&api, "/swaps/x").await.0, StatusCode::NOT_FOUND);
 }
 
+// contract: GET /gpus
 #[tokio::test]
 async fn gpus_name_who_holds_what() {
     let (puppet, _leases) = world();
@@ -450,6 +507,7 @@ async fn gpus_name_who_holds_what() {
     );
 }
 
+// contract: GET /queue
 #[tokio::test]
 async fn the_queue_says_what_is_waited_for() {
     let (puppet, _leases) = world();

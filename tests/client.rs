@@ -70,6 +70,11 @@ fn no(_event: &Event) -> Answer {
     })
 }
 
+// contract: CLI status
+// contract: CLI ensure
+// contract: CLI load
+// contract: CLI unload
+// contract: CLI swaps
 #[tokio::test]
 async fn exit_codes_say_what_happened() {
     let (url, _leases) = serve(yes).await;

@@ -358,6 +358,7 @@ fn no_secret_is_ever_shown() {
     }
 }
 
+// contract: CLI check
 #[test]
 fn exit_codes_and_json() {
     let missing = check::outcome("none.yaml", config::load(Path::new("tests/none.yaml")), false);

@@ -18,6 +18,7 @@ use support::{EXE, processes_with};
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 const PATIENCE: Duration = Duration::from_secs(120);
 
+// contract: CLI demo
 #[test]
 fn ctrl_c_ends_the_demo_with_its_server_and_engines() {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);

@@ -384,6 +384,7 @@ async fn a_killed_wharf_leaves_no_download_behind() {
     assert!(!world.file("org/slow", "model.safetensors").exists(), "killed before it was complete");
 }
 
+// contract: CLI pull
 #[tokio::test(flavor = "multi_thread")]
 async fn the_pull_command_brings_weights_with_a_token_from_a_file() {
     let Some(world) = World::open("weights-pull").await else { return };

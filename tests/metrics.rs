@@ -45,6 +45,81 @@ fn exercised(metrics: &Metrics) {
     metrics.instance_restarted(&mistral);
 }
 
+// contract: METRIC orchestrator_model_swaps_total
+// contract: METRIC orchestrator_swap_duration_seconds
+// contract: METRIC orchestrator_current_model
+// contract: METRIC swapper_active_model
+// contract: METRIC swapper_model_uptime_seconds
+// contract: METRIC swapper_model_requests_total
+// contract: METRIC orchestrator_swap_phase_duration_seconds
+// contract: METRIC orchestrator_queue_depth
+// contract: METRIC orchestrator_queue_wait_seconds
+// contract: METRIC orchestrator_requests_total
+// contract: METRIC orchestrator_request_duration_seconds
+// contract: METRIC orchestrator_time_to_first_token_seconds
+// contract: METRIC orchestrator_inflight_requests
+// contract: METRIC orchestrator_tokens_total
+// contract: METRIC orchestrator_gpu_memory_used_bytes
+// contract: METRIC orchestrator_gpu_memory_total_bytes
+// contract: METRIC orchestrator_gpu_memory_promised_bytes
+// contract: METRIC orchestrator_gpu_utilization_ratio
+// contract: METRIC orchestrator_model_state
+// contract: METRIC orchestrator_evictions_total
+// contract: METRIC orchestrator_refusals_total
+// contract: METRIC orchestrator_instance_restarts_total
+// contract: METRIC orchestrator_build_info
+#[test]
+fn the_names_types_and_labels_of_the_contract_are_there() {
+    const SWAP: &[&str] = &["from", "to", "result"];
+    const MODEL: &[&str] = &["model"];
+    const GPU: &[&str] = &["gpu"];
+    let (puppet, _leases) = world();
+    let metrics = Metrics::new();
+    exercised(&metrics);
+    let text = metrics.render(&puppet.handle);
+    for (name, kind, labels) in [
+        ("orchestrator_model_swaps_total", "counter", SWAP),
+        ("orchestrator_swap_duration_seconds", "histogram", MODEL),
+        ("orchestrator_current_model", "gauge", MODEL),
+        ("swapper_active_model", "gauge", MODEL),
+        ("swapper_model_uptime_seconds", "gauge", MODEL),
+        ("swapper_model_requests_total", "counter", MODEL),
+        ("orchestrator_swap_phase_duration_seconds", "histogram", &["phase", "model"]),
+        ("orchestrator_queue_depth", "gauge", MODEL),
+        ("orchestrator_queue_wait_seconds", "histogram", MODEL),
+        ("orchestrator_requests_total", "counter", &["model", "outcome"]),
+        ("orchestrator_request_duration_seconds", "histogram", MODEL),
+        ("orchestrator_time_to_first_token_seconds", "histogram", &["model", "start"]),
+        ("orchestrator_inflight_requests", "gauge", MODEL),
+        ("orchestrator_tokens_total", "counter", &["model", "kind"]),
+        ("orchestrator_gpu_memory_used_bytes", "gauge", GPU),
+        ("orchestrator_gpu_memory_total_bytes", "gauge", GPU),
+        ("orchestrator_gpu_memory_promised_bytes", "gauge", GPU),
+        ("orchestrator_gpu_utilization_ratio", "gauge", GPU),
+        ("orchestrator_model_state", "gauge", &["model", "state"]),
+        ("orchestrator_evictions_total", "counter", &["model", "cause"]),
+        ("orchestrator_refusals_total", "counter", &["reason"]),
+        ("orchestrator_instance_restarts_total", "counter", MODEL),
+        ("orchestrator_build_info", "gauge", &["version"]),
+    ] {
+        assert!(text.contains(&format!("# TYPE {name} {kind}\n")), "{name} is no {kind}");
+        let sample = match kind {
+            "histogram" => format!("{name}_bucket{{"),
+            _ => format!("{name}{{"),
+        };
+        let series = text.lines().find_map(|line| line.strip_prefix(&sample));
+        let series = series.unwrap_or_else(|| panic!("{name} has no series"));
+        let (inside, _) = series.rsplit_once('}').expect("labels");
+        let mut found: Vec<&str> =
+            inside.split(',').filter_map(|label| label.split('=').next()).collect();
+        found.retain(|label| *label != "le");
+        found.sort_unstable();
+        let mut wanted = labels.to_vec();
+        wanted.sort_unstable();
+        assert_eq!(found, wanted, "{name}");
+    }
+}
+
 #[test]
 fn a_swap_is_counted_by_who_left_who_came_and_why() {
     let (puppet, _leases) = world();

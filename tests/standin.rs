@@ -89,6 +89,7 @@ async fn open_stream(port: u16) -> TcpStream {
     stream
 }
 
+// contract: CLI engine
 #[tokio::test]
 async fn a_reply_names_its_model_and_keeps_to_max_tokens() {
     let engine = Engine::ready(&["--name", "coder", "--name", "org/coder:7b"]).await;

@@ -11,6 +11,7 @@ use support::{gpu, serve, standin};
 
 const LAG: &str = "300ms";
 
+// contract: CLI serve
 #[tokio::test]
 async fn each_request_is_answered_by_the_model_it_names_and_the_first_is_gone_before_the_second() {
     let models = standin("ada", "14GiB", "--load 300ms") + &standin("bob", "14GiB", "--load 300ms");

@@ -137,16 +137,7 @@ async fn unload(
     catalog: &Catalog,
 ) -> Result<Response, Reject> {
     let name = &spec.name;
-    let swap = &catalog.settings.swap;
-    let limit = swap.drain_timeout + swap.vram_timeout + spec.stop.grace + UNLOAD_MARGIN;
-    let answer = tokio::time::timeout(limit, api.handle.unload(name.clone(), body.force)).await;
-    let was_loaded = match answer {
-        Ok(Answer::Unloaded { was_loaded }) => was_loaded,
-        Ok(Answer::Refused(refusal)) => return Err(refused(&refusal, name, api)),
-        Ok(Answer::TimedOut { swap }) => return Err(not_yet(api, name, limit, swap, "unloaded")),
-        Err(_) => return Err(not_yet(api, name, limit, None, "unloaded")),
-        Ok(Answer::Ready { .. }) => return Err(internal("unload answered as a load")),
-    };
+    let was_loaded = unloaded(api, spec, body.force, catalog).await?;
     let message = match was_loaded {
         true => format!("Model {name} unloaded"),
         false => format!("Model {name} was not loaded"),
@@ -154,6 +145,26 @@ async fn unload(
     let mut body = render::object(render::done(name, message));
     body.insert("was_loaded".to_owned(), json!(was_loaded));
     Ok(Json(body).into_response())
+}
+
+/// Whether it was loaded; answers when it is gone.
+pub(super) async fn unloaded(
+    api: &Api,
+    spec: &ModelSpec,
+    force: bool,
+    catalog: &Catalog,
+) -> Result<bool, Reject> {
+    let name = &spec.name;
+    let swap = &catalog.settings.swap;
+    let limit = swap.drain_timeout + swap.vram_timeout + spec.stop.grace + UNLOAD_MARGIN;
+    let answer = tokio::time::timeout(limit, api.handle.unload(name.clone(), force)).await;
+    match answer {
+        Ok(Answer::Unloaded { was_loaded }) => Ok(was_loaded),
+        Ok(Answer::Refused(refusal)) => Err(refused(&refusal, name, api)),
+        Ok(Answer::TimedOut { swap }) => Err(not_yet(api, name, limit, swap, "unloaded")),
+        Err(_) => Err(not_yet(api, name, limit, None, "unloaded")),
+        Ok(Answer::Ready { .. }) => Err(internal("unload answered as a load")),
+    }
 }
 
 /// The owner keeps the deadline; should it not, the caller still gets an answer.

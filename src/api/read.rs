@@ -3,7 +3,8 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::http::StatusCode;
+use axum::http::header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -12,6 +13,7 @@ use super::error::{not_found, unknown_model};
 use super::extract::{PathText, QueryText};
 use super::render::{self, Snapshot};
 use super::{Api, health, ledger, machine, name};
+use crate::config::catalog::ModelSpec;
 use crate::gateway::reject::Reject;
 use crate::orchestrator::Handle;
 use crate::orchestrator::view::LEDGER_ROWS_MAX;
@@ -20,6 +22,8 @@ use crate::units::ModelName;
 
 /// Rows of `GET /swaps` where the caller sets no limit.
 const SWAP_ROWS: usize = 100;
+/// Of a model that is not ready: somebody may ask for it at any time.
+const RETRY_AFTER_S: &str = "5";
 /// The version of the text format is part of its content type.
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -43,15 +47,23 @@ pub async fn models(State(api): State<Api>) -> Json<Value> {
     Json(json!({ "models": rows.collect::<Vec<_>>() }))
 }
 
-pub async fn model(
-    State(api): State<Api>,
-    PathText(path): PathText,
-) -> Result<Json<Value>, Reject> {
+/// `GET /models/{name}` and `GET /models/{name}/health`: one route, because names may hold slashes.
+pub async fn model(State(api): State<Api>, PathText(path): PathText) -> Result<Response, Reject> {
     let at = Snapshot::of(&api.handle);
     match name::split(&path, |name| at.catalog.resolve(name)) {
-        Some((spec, "")) => Ok(Json(render::model(&at, spec))),
+        Some((spec, "")) => Ok(Json(render::model(&at, spec)).into_response()),
+        Some((spec, "health")) => Ok(model_health(&at, spec)),
         _ => Err(unknown_model(&at.catalog, &path)),
     }
+}
+
+/// 200 only while the model is ready: a probe of one model.
+fn model_health(at: &Snapshot<'_>, spec: &ModelSpec) -> Response {
+    let (body, ready) = render::pool::model_health(at, spec);
+    if ready {
+        return Json(body).into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, RETRY_AFTER_S)], Json(body)).into_response()
 }
 
 /// Prometheus text, or the swapper's JSON for who prefers it.

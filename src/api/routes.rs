@@ -7,14 +7,20 @@ use axum::routing::{MethodRouter, get, post};
 
 use super::extract::BODY_BYTES_MAX;
 use super::guard::{Guard, Needs, guard};
-use super::{Api, change, error, read};
+use super::{Api, change, error, events, llama_swap, logs, read, traffic};
 use crate::gateway::browser;
 
 /// One row: path, who may call it, and the handler.
 type Route = (&'static str, Needs, MethodRouter<Api>);
 
-fn table() -> [Route; 12] {
-    [
+fn table() -> Vec<Route> {
+    let mut table = own();
+    table.extend(llama_swap());
+    table
+}
+
+fn own() -> Vec<Route> {
+    vec![
         ("/health", Needs::Nothing, get(read::health)),
         ("/status", Needs::Read, get(read::status)),
         ("/models", Needs::Read, get(read::models)),
@@ -28,6 +34,31 @@ fn table() -> [Route; 12] {
         ("/ensure_model", Needs::Admin, post(change::ensure_model)),
         // `{name}/load` and `{name}/unload`
         ("/models/{*name}", Needs::Admin, post(change::verb)),
+        ("/events", Needs::Read, get(events::events)),
+    ]
+}
+
+/// llama-swap's control paths; served by the gateway too, so that its users need one address.
+fn llama_swap() -> Vec<Route> {
+    vec![
+        ("/api/models/unload", Needs::Admin, post(llama_swap::unload_all)),
+        ("/api/models/unload/{*model}", Needs::Admin, post(llama_swap::unload_one)),
+        ("/api/events", Needs::Read, get(events::llama_swap)),
+        ("/api/metrics", Needs::Read, get(llama_swap::metrics)),
+        ("/api/performance", Needs::Read, get(llama_swap::performance)),
+        ("/api/version", Needs::Read, get(llama_swap::version)),
+        ("/api/inflight", Needs::Read, get(traffic::in_flight)),
+        ("/api/inflight/{id}/cancel", Needs::Admin, post(traffic::cancel)),
+        // They hold prompts.
+        ("/api/captures/{id}", Needs::Admin, get(traffic::capture)),
+        ("/running", Needs::Read, get(llama_swap::running)),
+        ("/unload", Needs::Admin, get(llama_swap::unload)),
+        ("/log", Needs::Read, get(logs::all)),
+        ("/logs", Needs::Read, get(logs::all)),
+        ("/logs/stream", Needs::Read, get(logs::stream_all)),
+        ("/logs/stream/{*source}", Needs::Read, get(logs::stream)),
+        ("/logs/streamSSE", Needs::Read, get(logs::stream_sse_all)),
+        ("/logs/streamSSE/{*source}", Needs::Read, get(logs::stream_sse)),
     ]
 }
 
@@ -38,14 +69,24 @@ pub fn is_control(path: &str) -> bool {
 }
 
 pub fn router(api: Api) -> Router {
+    let browsers = from_fn_with_state(api.handle.clone(), browser::guard);
+    guarded(table(), api).layer(browsers)
+}
+
+/// The control paths that the gateway serves too, to be merged into its own; without the browser
+/// rules, which stand before everything there.
+pub fn on_gateway(api: Api) -> Router {
+    guarded(llama_swap(), api)
+}
+
+fn guarded(table: Vec<Route>, api: Api) -> Router {
     let mut router = Router::new();
-    for (path, needs, handler) in table() {
+    for (path, needs, handler) in table {
         let guarded = Guard { api: api.clone(), needs };
         router = router.route(path, handler.route_layer(from_fn_with_state(guarded, guard)));
     }
     router
         .method_not_allowed_fallback(error::method_not_allowed)
-        .layer(from_fn_with_state(api.handle.clone(), browser::guard))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(api)
 }

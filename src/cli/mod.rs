@@ -5,8 +5,10 @@ pub mod client;
 pub mod demo;
 pub mod engine;
 pub mod ensure;
+pub mod import;
 pub mod load;
 pub mod pull;
+pub mod schema;
 pub mod serve;
 pub mod status;
 pub mod swaps;
@@ -51,6 +53,10 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Convert the configuration of another tool
+    Import(import::Args),
+    /// The JSON Schema of the configuration, for editors
+    Schema(schema::Args),
     /// Models, queue, swaps under way and GPUs at a glance
     Status(status::Args),
     /// Make a model ready, wait for it, and hold it for its caller (until its first request ends,
@@ -103,6 +109,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Check { file, config, json } => {
             check::run(&crate::config::path(file.or(config)), json)
         }
+        Command::Import(args) => import::run(&args),
+        Command::Schema(args) => schema::run(&args),
         Command::Status(args) => status::run(args).await,
         Command::Ensure(args) => ensure::run(args).await,
         Command::Load(args) => load::run(args).await,

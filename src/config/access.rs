@@ -54,7 +54,10 @@ fn key(
         &[
             ("waiting", Unread::Hint("how a stream waits is said per model, or for all")),
             ("rate_limits", Unread::Hint("did you mean `limits`?")),
-            ("expires", Unread::LaterError),
+            (
+                "expires",
+                Unread::Hint("keys do not expire: remove it, and the key when its time is over"),
+            ),
         ],
     );
     if name_at.is_none() {

@@ -25,6 +25,9 @@ pub(super) struct Sink {
     pub problems: Vec<Problem>,
     /// Values that no message may contain.
     pub secrets: Vec<String>,
+    /// Which keys were looked for where: held against the schema.
+    #[cfg(test)]
+    pub looked_for: Vec<(String, Vec<&'static str>)>,
 }
 
 impl Sink {
@@ -351,8 +354,6 @@ pub(super) struct Table<'n> {
 
 /// What is said about a key that is not read.
 pub(super) enum Unread {
-    /// Belongs to a later version; ignoring it would do something else than asked.
-    LaterError,
     /// A wrong name or place; the text says the right one.
     Hint(&'static str),
 }
@@ -378,15 +379,13 @@ impl<'n> Table<'n> {
 
     /// Reports every key that was not taken.
     pub(super) fn finish(self, sink: &mut Sink, unread: &[(&str, Unread)]) {
+        #[cfg(test)]
+        sink.looked_for.push((self.at.spot.path.clone(), self.taken.clone()));
         for (key, _) in self.entries.iter().filter(|(k, _)| !self.taken.contains(&&*k.text)) {
             let spot = Spot { place: key.place, path: join(&self.at.spot.path, &key.text) };
             let name = key.text.as_str();
-            match unread.iter().find(|(known, _)| *known == name).map(|(_, unread)| unread) {
-                Some(Unread::LaterError) => {
-                    sink.error(&spot, format!("`{name}` is not supported yet"), "remove it")
-                        .help("ignoring it would not do what the file asks for");
-                }
-                Some(Unread::Hint(hint)) => {
+            match unread.iter().find(|(known, _)| *known == name) {
+                Some((_, Unread::Hint(hint))) => {
                     sink.error(&spot, format!("unknown key `{name}`"), *hint);
                 }
                 None => self.unknown(sink, &spot, name),

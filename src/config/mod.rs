@@ -13,6 +13,7 @@ pub mod diff;
 mod fields;
 mod fit;
 mod groups;
+pub mod import;
 mod keep;
 mod launch;
 mod models;
@@ -20,6 +21,7 @@ mod overrides;
 mod problem;
 mod routing;
 mod rules;
+pub mod schema;
 mod secrets;
 mod settings;
 mod shape;
@@ -198,7 +200,7 @@ const UNREAD: &[(&str, Unread)] = &[
 
 /// In the order of the file, each told once, with its source line, without secrets.
 fn finished(sink: Sink, text: &str) -> Vec<Problem> {
-    let Sink { mut problems, secrets } = sink;
+    let Sink { mut problems, secrets, .. } = sink;
     let lines: Vec<&str> = text.lines().collect();
     for problem in &mut problems {
         problem.finish(&lines, &secrets);

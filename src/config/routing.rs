@@ -232,7 +232,8 @@ fn route(at: &At<'_>, known: &Known<'_>, sink: &mut Sink) -> Option<Route> {
         0 => {
             sink.error(&list.spot, "this route leads nowhere", "expected names of models");
         }
-        1 => {
+        // A peer's model can have another name only in this way.
+        1 if models.iter().any(|model| known.models.names.contains(model)) => {
             sink.warning(&list.spot, "this route leads to one model", "an alias does the same");
         }
         _ => {}

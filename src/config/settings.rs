@@ -199,7 +199,10 @@ fn swap(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
     }
     let on_exit = [("keep", OnExit::Keep), ("stop", OnExit::Stop)];
     set(&mut swap.on_exit, table.take("on_exit").and_then(|at| at.choice(sink, &on_exit)));
-    table.finish(sink, &[("policy", Unread::LaterError)]);
+    table.finish(
+        sink,
+        &[("policy", Unread::Hint("there is one policy; `max_wait` and `priority` shape it"))],
+    );
 }
 
 pub(super) const MODES: [(&str, SwapMode); 2] =

@@ -1,6 +1,7 @@
 //! What differs between engines: arguments, readiness, load phases from logs, sleep and wake.
 
 mod command_line;
+mod context;
 mod contradict;
 mod derive;
 mod hub;
@@ -10,7 +11,7 @@ pub mod paths;
 mod probe;
 mod ready;
 mod release;
-mod request;
+pub mod request;
 mod sleep;
 mod token;
 
@@ -23,6 +24,7 @@ use crate::runtime::{EngineKey, Given, LaunchKey, Progress, Running};
 use crate::scheduler::event::Fault;
 use crate::units::Bytes;
 
+pub use context::context_length;
 pub use hub::{HubModel, hub_model};
 
 /// What Wharf adds to the configured command of an engine.

@@ -11,10 +11,9 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::account::{self, Account};
+use super::account::{Account, Arrival};
 use super::admit::{self, Wishes};
 use super::forward::{self, Failure, Outgoing};
-use super::limits::Permit;
 use super::receive::{self, Held};
 use super::reject::{Reject, Viewer};
 use super::relay::{Relay, Source};
@@ -22,7 +21,7 @@ use super::routes::{Api, BodyKind, Inference};
 use super::timing::{Timing, swap_share};
 use super::underway::{self, Following, Queue};
 use super::usage::Meter;
-use super::{Gateway, auth, multipart, parse, wait};
+use super::{Gateway, auth, filter, multipart, parse, wait};
 use crate::config::catalog::{
     ApiKey, Catalog, EngineKind, ModelSpec, Scope, WaitingSettings, WaitingStyle,
 };
@@ -42,10 +41,11 @@ pub async fn infer(
     request: Request,
 ) -> Response {
     let id = admit::request_id(request.headers(), || gateway.fresh_id());
-    let mut response = match admit(&gateway, inference, request, &id).await {
+    let mut arrival = Arrival::open(&gateway, request.method(), inference.path, &id);
+    let mut response = match admit(&gateway, inference, request, &id, &mut arrival).await {
         Ok(job) => wait::respond(job).await,
         Err(reject) => {
-            account::turned_away(&id, reject.code());
+            arrival.turned_away(&reject);
             gateway.metrics.refused(reject.code());
             reject.into_response()
         }
@@ -60,17 +60,19 @@ async fn admit(
     inference: &'static Inference,
     request: Request,
     id: &HeaderValue,
+    arrival: &mut Arrival,
 ) -> Result<Job, Reject> {
     let arrived = gateway.handle.now();
     let catalog = gateway.handle.catalog();
     let (head, body) = request.into_parts();
-    let entitled =
-        auth::authorize(&catalog.settings, &head.headers, Scope::Inference).and_then(|key| {
+    let entitled = auth::authorize(&catalog.settings, &head.headers, Scope::Inference)
+        .inspect(|key| arrival.entitled(*key))
+        .and_then(|key| {
             let wishes = Wishes::read(&head.headers)?;
-            let permit = gateway.limiter.enter(&catalog.settings, key)?;
-            Ok((key, wishes, permit))
+            arrival.hold(gateway.limiter.enter(&catalog.settings, key)?);
+            Ok((key, wishes))
         });
-    let (key, wishes, permit) = match entitled {
+    let (key, wishes) = match entitled {
         Ok(entitled) => entitled,
         Err(reject) => {
             receive::discard(body, &head.headers).await;
@@ -86,9 +88,7 @@ async fn admit(
     )
     .await?;
     let admitted = Admitted { gateway, inference, catalog: &catalog, head, key, wishes, arrived };
-    let mut job = admitted.job(received, id)?;
-    job.account.hold(permit);
-    Ok(job)
+    admitted.job(received, id, arrival)
 }
 
 struct Admitted<'a> {
@@ -102,22 +102,35 @@ struct Admitted<'a> {
 }
 
 impl Admitted<'_> {
-    fn job(self, received: receive::Received, id: &HeaderValue) -> Result<Job, Reject> {
+    fn job(
+        self,
+        received: receive::Received,
+        id: &HeaderValue,
+        arrival: &mut Arrival,
+    ) -> Result<Job, Reject> {
         let Admitted { gateway, inference, catalog, head, key, wishes, arrived } = self;
-        let asked = match inference.body {
+        arrival.received(&head.headers, &received.bytes);
+        let mut asked = match inference.body {
             BodyKind::Json => parse::parse(&received.bytes)?,
             BodyKind::Form => multipart::parse(&received.bytes, &head.headers)?,
         };
+        arrival.asked(&asked.model);
         let spec = Arc::clone(admit::model(catalog, &asked.model, key)?);
+        let mut body = received.bytes.clone();
+        let filtered;
+        if inference.body == BodyKind::Json && !spec.filters.is_empty() {
+            body = filter::apply(body, &spec.filters)?;
+            filtered = body.clone();
+            asked = parse::parse(&filtered)?;
+        }
         let stream = asked.stream;
         let mut edits = Vec::new();
         edits.extend(asked.rename(spec.served_name()));
-        let usage = (stream && may_inject(inference, &spec))
-            .then(|| asked.include_usage(&received.bytes))
-            .flatten();
+        let usage =
+            (stream && may_inject(inference, &spec)).then(|| asked.include_usage(&body)).flatten();
         let remove_usage = usage.is_some();
         edits.extend(usage);
-        let body = parse::apply(received.bytes.clone(), edits);
+        let body = parse::apply(body.clone(), edits);
 
         let (is_work, queue) =
             underway::work_of(&gateway.watched, &spec, &head.method, inference.upstream);
@@ -131,11 +144,7 @@ impl Admitted<'_> {
         let peer = head.extensions.get::<ConnectInfo<std::net::SocketAddr>>().map(|peer| peer.0);
         let waiting = spec.waiting.unwrap_or(catalog.settings.waiting);
         Ok(Job {
-            account: Account::open(
-                Arc::clone(&gateway.metrics),
-                spec.name.clone(),
-                id.to_str().unwrap_or_default().to_owned(),
-            ),
+            account: arrival.admitted(spec.name.clone()),
             gateway: Arc::clone(gateway),
             api: inference.api,
             options: RequestOptions {
@@ -166,6 +175,8 @@ fn may_inject(inference: &Inference, spec: &ModelSpec) -> bool {
     spec.include_usage
         && matches!(inference.api, Api::Chat | Api::Completions)
         && spec.engine != EngineKind::Llamacpp
+        // Whoever configures that field means it.
+        && !spec.filters.touch("stream_options")
 }
 
 /// Where a request is, for those who tell its client.
@@ -205,7 +216,7 @@ pub struct Passing<'a> {
     pub spec: Arc<ModelSpec>,
     pub key: Option<&'a ApiKey>,
     pub wishes: Wishes,
-    pub permit: Permit,
+    pub account: Account,
     pub outgoing: Outgoing,
     pub held: Held,
     pub peer: Option<std::net::SocketAddr>,
@@ -215,14 +226,10 @@ pub struct Passing<'a> {
 }
 
 impl Job {
-    pub fn passing(gateway: &Arc<Gateway>, id: &HeaderValue, passing: Passing<'_>) -> Job {
+    pub fn passing(gateway: &Arc<Gateway>, passing: Passing<'_>) -> Job {
         let Passing { catalog, spec, key, wishes, .. } = passing;
-        let metrics = Arc::clone(&gateway.metrics);
-        let text = id.to_str().unwrap_or_default().to_owned();
-        let mut account = Account::open(metrics, spec.name.clone(), text);
-        account.hold(passing.permit);
         Job {
-            account,
+            account: passing.account,
             gateway: Arc::clone(gateway),
             api: Api::Other,
             options: RequestOptions {
@@ -249,22 +256,41 @@ impl Job {
 
     /// To the head of the upstream answer. Dropping the future frees everything.
     pub async fn run(mut self, stage: watch::Sender<Stage>) -> Result<Answer, Reject> {
-        match self.forwarded(&stage).await {
+        let cancelled = self.account.cancelled().clone();
+        let forwarded = tokio::select! {
+            biased;
+            forwarded = self.forwarded(&stage) => forwarded,
+            () = cancelled.cancelled() => Err(Reject::cancelled(&self.spec.name)),
+        };
+        match forwarded {
             Ok((response, lease, timing)) => {
                 drop(self.held);
                 let (head, body) = response.into_parts();
                 let limits = self.gateway.limits.clone();
                 let (account, remove_usage) = (self.account, self.remove_usage);
-                Ok(Answer { head, body, lease, timing, account, remove_usage, limits })
+                let first_within =
+                    self.spec.answer_timeout.map(|limit| limit.saturating_sub(timing.upstream));
+                Ok(Answer {
+                    head,
+                    body,
+                    lease,
+                    timing,
+                    account,
+                    remove_usage,
+                    first_within,
+                    limits,
+                })
             }
             Err(reject) => {
                 let code = reject.code();
                 if code.starts_with("upstream_") {
-                    self.account.end("upstream_error");
+                    self.account.refused(&reject, "upstream_error");
                     tracing::warn!(model = %self.spec.name, "{}", reject.problem().message);
                 } else {
-                    self.account.end(code);
-                    self.gateway.metrics.refused(code);
+                    self.account.refused(&reject, code);
+                    if code != "cancelled" {
+                        self.gateway.metrics.refused(code);
+                    }
                 }
                 Err(reject)
             }
@@ -287,7 +313,8 @@ impl Job {
             self.following = self.queue.as_ref().map(|queue| queue.follow(&lease));
             let mut timing = self.timing(waited);
             let sent = Instant::now();
-            let silence_max = self.gateway.limits.upstream_silence;
+            let silence_max =
+                self.spec.answer_timeout.unwrap_or(self.gateway.limits.upstream_silence);
             let failure = match forward::send(&lease, &self.outgoing, silence_max).await {
                 Ok(response) => {
                     timing.upstream = sent.elapsed();
@@ -410,6 +437,7 @@ pub struct Answer {
     pub timing: Timing,
     pub account: Account,
     remove_usage: bool,
+    first_within: Option<Duration>,
     limits: super::Limits,
 }
 
@@ -436,9 +464,10 @@ impl Answer {
         response
     }
 
-    pub fn into_relay(self, epilogue: Option<bytes::Bytes>) -> Relay {
+    pub fn into_relay(mut self, epilogue: Option<bytes::Bytes>) -> Relay {
         let plain = !self.head.headers.contains_key(header::CONTENT_ENCODING);
         let events = plain && self.is_event_stream();
+        self.account.answered(self.head.status, &self.head.headers, self.is_event_stream());
         let meter = match (plain, events) {
             (false, _) => Meter::Blind,
             (true, true) => Meter::events(self.remove_usage),
@@ -452,6 +481,7 @@ impl Answer {
             meter,
             events,
             epilogue,
+            first_within: self.first_within,
         };
         Relay::new(source, &self.limits)
     }

@@ -12,7 +12,11 @@ mod account;
 pub mod admit;
 pub mod auth;
 pub mod browser;
+mod captures;
+mod figures;
+mod filter;
 mod forward;
+mod in_flight;
 mod infer;
 mod limits;
 mod multipart;
@@ -29,6 +33,7 @@ mod relay;
 pub mod routes;
 mod server;
 mod timing;
+mod traffic;
 mod underway;
 mod usage;
 mod wait;
@@ -48,19 +53,27 @@ use receive::BodyBudget;
 use underway::Watched;
 use websocket::Sockets;
 
+pub use captures::Capture;
+pub use in_flight::Entry;
 pub use reject::{Reject, Viewer};
 pub use server::{serve, serve_until};
+pub use traffic::Traffic;
 
 /// The gateway's paths, to be served by [`serve`].
-pub fn router(handle: Handle, metrics: Arc<Metrics>) -> Router {
-    router_with(handle, metrics, Limits::default())
+pub fn router(handle: Handle, metrics: Arc<Metrics>, traffic: Traffic) -> Router {
+    router_of(handle, metrics, Limits::default(), traffic)
 }
 
 pub fn router_with(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Router {
+    router_of(handle, metrics, limits, Traffic::default())
+}
+
+fn router_of(handle: Handle, metrics: Arc<Metrics>, limits: Limits, traffic: Traffic) -> Router {
     routes::router(Arc::new(Gateway {
         handle,
         metrics,
         limits,
+        traffic,
         bodies: Arc::default(),
         limiter: Limiter::default(),
         watched: Arc::default(),
@@ -108,6 +121,7 @@ pub struct Gateway {
     handle: Handle,
     metrics: Arc<Metrics>,
     limits: Limits,
+    traffic: Traffic,
     bodies: Arc<BodyBudget>,
     limiter: Limiter,
     /// Queues of `engine: http` that are being looked at.

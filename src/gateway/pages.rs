@@ -32,15 +32,14 @@ pub async fn models(
     let catalog = gateway.handle.catalog();
     let key = auth::authorize(&catalog.settings, &headers, Scope::Inference)?;
     let view = gateway.handle.view();
-    let created = created(&gateway.handle);
     let mut rows = Vec::new();
     for spec in catalog.models.values().filter(|spec| !spec.unlisted) {
         if auth::may_use(key, spec.name.as_str(), spec.name.as_str()) {
-            rows.push(row(spec.name.as_str(), spec, &view, created));
+            rows.push(row(spec.name.as_str(), spec, &gateway.handle, &view));
         }
         for alias in spec.aliases.iter().filter(|_| listing.aliases) {
             if auth::may_use(key, spec.name.as_str(), alias) {
-                rows.push(row(alias, spec, &view, created));
+                rows.push(row(alias, spec, &gateway.handle, &view));
             }
         }
     }
@@ -55,17 +54,17 @@ pub async fn model(
     let catalog = gateway.handle.catalog();
     let key = auth::authorize(&catalog.settings, &headers, Scope::Inference)?;
     let spec = admit::model(&catalog, &id, key)?;
-    let row = row(&id, spec, &gateway.handle.view(), created(&gateway.handle));
+    let row = row(&id, spec, &gateway.handle, &gateway.handle.view());
     Ok(Json(row).into_response())
 }
 
 /// One row of `/v1/models`: what OpenAI clients read, and ours in `meta`.
-fn row(id: &str, spec: &ModelSpec, view: &View, created: u64) -> Value {
+fn row(id: &str, spec: &ModelSpec, handle: &Handle, view: &View) -> Value {
     let state = view.model(&spec.name).map_or("stopped", |model| model.residency.as_str());
     json!({
         "id": id,
         "object": "model",
-        "created": created,
+        "created": created(handle),
         "owned_by": "wharf",
         "meta": {
             "model": spec.name,
@@ -76,6 +75,8 @@ fn row(id: &str, spec: &ModelSpec, view: &View, created: u64) -> Value {
             "aliases": spec.aliases,
             "name": spec.display_name,
             "description": spec.description,
+            "metadata": spec.metadata,
+            "context_length": handle.context_length(&spec.name),
         },
     })
 }

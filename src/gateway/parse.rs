@@ -82,7 +82,7 @@ pub fn model_missing() -> Reject {
     Reject::bad_request("model_missing", message).param("model")
 }
 
-fn invalid(message: impl Into<String>) -> Reject {
+pub fn invalid(message: impl Into<String>) -> Reject {
     Reject::bad_request("invalid_json", message)
 }
 
@@ -95,8 +95,8 @@ fn string(raw: &RawValue) -> Option<Cow<'_, str>> {
 
 #[derive(Debug, PartialEq)]
 pub struct Edit {
-    at: Range<usize>,
-    with: String,
+    pub at: Range<usize>,
+    pub with: String,
 }
 
 impl<'a> Asked<'a> {
@@ -151,7 +151,7 @@ impl<'a> Asked<'a> {
 }
 
 /// Where a value borrowed from `body` lies in it.
-fn span(body: &[u8], raw: &RawValue) -> Range<usize> {
+pub fn span(body: &[u8], raw: &RawValue) -> Range<usize> {
     let start = raw.get().as_ptr().addr() - body.as_ptr().addr();
     start..start + raw.get().len()
 }
@@ -161,7 +161,8 @@ pub fn apply(body: Bytes, mut edits: Vec<Edit>) -> Bytes {
     if edits.is_empty() {
         return body;
     }
-    edits.sort_by_key(|edit| edit.at.start);
+    // What is inserted at the beginning of a replaced span comes before it.
+    edits.sort_by_key(|edit| (edit.at.start, edit.at.end));
     let added: usize = edits.iter().map(|edit| edit.with.len()).sum();
     let mut out = Vec::with_capacity(body.len() + added);
     let mut from = 0;

@@ -11,16 +11,16 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header, request};
 use serde_json::json;
 use tokio::sync::watch;
 
+use super::account::Arrival;
 use super::admit::{self, Wishes};
 use super::forward::{self, Outgoing};
 use super::infer::{Answer, Job, Passing, Stage};
-use super::limits::Permit;
 use super::path::{self, Target};
 use super::receive::{self, Received};
 use super::reject::Reject;
 use super::underway;
 use super::websocket::{self, Client};
-use super::{Gateway, account, auth, multipart, not_loaded, pages, parse};
+use super::{Gateway, auth, multipart, not_loaded, pages, parse};
 use crate::config::catalog::{ApiKey, Catalog, EngineKind, ModelSpec, Scope};
 use crate::engine::paths::{self, Verdict};
 use crate::units::Time;
@@ -90,11 +90,14 @@ async fn pass(
     let id = admit::request_id(request.headers(), || gateway.fresh_id());
     let wants_page =
         request.method() == Method::GET && not_loaded::is_navigation(request.headers());
-    let mut response = match Arriving::receive(&gateway, request, prefix, names, &id).await {
+    let path = request.uri().path().to_owned();
+    let mut arrival = Arrival::open(&gateway, request.method(), path, &id);
+    let received = Arriving::receive(&gateway, request, prefix, names, &id, &mut arrival).await;
+    let mut response = match received {
         Ok(Arrived::Elsewhere(response)) => response,
         Ok(Arrived::Ready(ready)) => ready.respond(wants_page).await,
         Err(reject) => {
-            account::turned_away(&id, reject.code());
+            arrival.turned_away(&reject);
             gateway.metrics.refused(reject.code());
             reject.into_response()
         }
@@ -136,6 +139,7 @@ impl Arriving<'_> {
         prefix: &'static str,
         names: Names,
         id: &HeaderValue,
+        arrival: &mut Arrival,
     ) -> Result<Arrived, Reject> {
         let arrived = gateway.handle.now();
         let catalog = gateway.handle.catalog();
@@ -160,7 +164,7 @@ impl Arriving<'_> {
             let moved = moved(&arriving.head.method, &to, arriving.head.uri.query());
             return Ok(Arrived::Elsewhere(moved));
         }
-        arriving.ready(way, client, id).map(|ready| Arrived::Ready(Box::new(ready)))
+        arriving.ready(way, client, id, arrival).map(|ready| Arrived::Ready(Box::new(ready)))
     }
 
     fn way(&self, prefix: &str, names: Names) -> Result<Way, Reject> {
@@ -215,7 +219,13 @@ impl Arriving<'_> {
         admit::model(self.catalog, name, self.key).map(Arc::clone)
     }
 
-    fn ready(self, way: Way, client: Option<Client>, id: &HeaderValue) -> Result<Ready, Reject> {
+    fn ready(
+        self,
+        way: Way,
+        client: Option<Client>,
+        id: &HeaderValue,
+        arrival: &mut Arrival,
+    ) -> Result<Ready, Reject> {
         let Way { spec, rest, base } = way;
         let is_http = spec.engine == EngineKind::Http;
         let target = path::normalise(&rest, !is_http).map_err(|why| {
@@ -230,11 +240,14 @@ impl Arriving<'_> {
             underway::work_of(&gateway.watched, &spec, &head.method, &target.plain);
         // Of a server that is no LLM's, a socket is never work.
         let is_visit = is_http && (!is_work || client.is_some());
-        // A page of hundreds of files costs no GPU anything: it is none of the requests counted.
-        let permit = match is_visit {
-            true => Permit::default(),
-            false => gateway.limiter.enter(&catalog.settings, key)?,
-        };
+        // A page of hundreds of files costs no GPU anything: it gives no rows of activity, and is
+        // none of the requests that a key is limited to.
+        if !is_visit {
+            arrival.entitled(key);
+            arrival.hold(gateway.limiter.enter(&catalog.settings, key)?);
+            arrival.received(&head.headers, &body.bytes);
+            arrival.asked(spec.name.as_str());
+        }
         let queue = queue.filter(|_| !is_visit);
         let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
         let mut headers = forward::passed_headers(head.headers, id);
@@ -247,7 +260,7 @@ impl Arriving<'_> {
             spec: Arc::clone(&spec),
             key,
             wishes,
-            permit,
+            account: arrival.admitted(spec.name.clone()),
             outgoing: Outgoing {
                 method: head.method,
                 path_and_query: format!("{}{query}", target.sent),
@@ -260,7 +273,7 @@ impl Arriving<'_> {
             is_visit,
             queue,
         };
-        let job = Job::passing(gateway, id, passing);
+        let job = Job::passing(gateway, passing);
         Ok(Ready { job, gateway: Arc::clone(gateway), spec, client, base })
     }
 

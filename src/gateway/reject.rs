@@ -20,6 +20,9 @@ use crate::units::{ModelName, SwapId, Time};
 const RETRY_UNKNOWN: Duration = Duration::from_secs(5);
 const RETRY_MAX: Duration = Duration::from_secs(600);
 
+/// "Client closed request": no answer was, or shall be, given.
+pub const CLIENT_CLOSED: u16 = 499;
+
 /// Why a request gets an error. Boxed: it travels in the `Err` of most of the gateway.
 #[derive(Debug)]
 pub struct Reject(Box<Problem>);
@@ -67,6 +70,13 @@ impl Reject {
             retry_after,
             hopeless: false,
         }))
+    }
+
+    /// An operator ended it. A 4xx, so that SDKs do not send it again by themselves.
+    pub fn cancelled(model: &ModelName) -> Reject {
+        let status = StatusCode::from_u16(CLIENT_CLOSED).unwrap_or(StatusCode::BAD_REQUEST);
+        let message = format!("the request to model \"{model}\" was cancelled by an operator");
+        Reject::new(status, "cancelled", message).model(model)
     }
 
     pub fn bad_request(code: &'static str, message: impl Into<String>) -> Reject {

@@ -20,15 +20,19 @@ use super::account::Account;
 use super::reject::Reject;
 use super::usage::Meter;
 use crate::orchestrator::{Gate, Lease};
+use crate::units::ModelName;
 
 /// How often a stream is looked at for a stall.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+const LOOK_EVERY_MIN: Duration = Duration::from_millis(50);
 
 /// Why an answer ends before its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cut {
     /// The owner ended the lease: drain deadline, forced unload, or the instance died.
     Cancelled,
+    /// An operator cancelled this request.
+    ByOperator,
     /// The client reads nothing while the model is under notice.
     ReaderStalled(Duration),
     UpstreamStalled(Duration),
@@ -36,8 +40,9 @@ pub enum Cut {
 }
 
 impl Cut {
-    fn reject(&self, model: &str) -> Reject {
+    fn reject(&self, model: &ModelName) -> Reject {
         let (status, code, message) = match self {
+            Cut::ByOperator => return Reject::cancelled(model),
             Cut::Cancelled => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "instance_lost",
@@ -80,6 +85,8 @@ struct State {
     /// Whom the stream waits for, and since when.
     waits_for_reader: bool,
     since: Instant,
+    /// Until the first byte: how long it may take.
+    first_within: Option<Duration>,
 }
 
 impl Flow {
@@ -108,8 +115,8 @@ impl Flow {
             (under_notice && waited >= limits.reader_stall)
                 .then_some(Cut::ReaderStalled(limits.reader_stall))
         } else {
-            (waited >= limits.upstream_silence)
-                .then_some(Cut::UpstreamStalled(limits.upstream_silence))
+            let silence_max = state.first_within.unwrap_or(limits.upstream_silence);
+            (waited >= silence_max).then_some(Cut::UpstreamStalled(silence_max))
         }
     }
 
@@ -134,6 +141,7 @@ impl Flow {
                     if let Ok(data) = frame.into_data()
                         && !data.is_empty()
                     {
+                        state.first_within = None;
                         return Poll::Ready(Some(Ok(data)));
                     }
                 }
@@ -153,11 +161,20 @@ impl Flow {
     }
 }
 
-async fn watch(flow: Arc<Flow>, gate: Arc<Gate>, cut: CancellationToken, limits: Limits) {
-    let mut look = interval(LOOK_EVERY.min(limits.reader_stall));
+async fn watch(
+    flow: Arc<Flow>,
+    gate: Arc<Gate>,
+    cut: CancellationToken,
+    by_operator: CancellationToken,
+    limits: Limits,
+) {
+    let shortest = limits.reader_stall.min(limits.upstream_silence);
+    let first_within = flow.state().first_within.unwrap_or(LOOK_EVERY);
+    let mut look = interval(LOOK_EVERY.min(shortest).min(first_within.max(LOOK_EVERY_MIN)));
     loop {
         tokio::select! {
             () = cut.cancelled() => return flow.cut(Cut::Cancelled),
+            () = by_operator.cancelled() => return flow.cut(Cut::ByOperator),
             _ = look.tick() => if let Some(why) = flow.overdue(&gate, &limits) {
                 return flow.cut(why);
             },
@@ -191,11 +208,13 @@ pub struct Source {
     /// The body is an event stream in plain text: an error can be told in it.
     pub events: bool,
     pub epilogue: Option<Bytes>,
+    /// What is left of the model's `answer_timeout`.
+    pub first_within: Option<Duration>,
 }
 
 impl Relay {
     pub fn new(source: Source, limits: &Limits) -> Relay {
-        let Source { status, body, lease, account, meter, events, epilogue } = source;
+        let Source { status, body, lease, account, meter, events, epilogue, first_within } = source;
         let (gate, cut) = (Arc::clone(lease.gate()), lease.cut().clone());
         let remaining = if events { None } else { body.size_hint().exact() };
         let flow = Arc::new(Flow(Mutex::new(State {
@@ -204,8 +223,11 @@ impl Relay {
             waker: None,
             waits_for_reader: true,
             since: Instant::now(),
+            first_within,
         })));
-        let watchdog = tokio::spawn(watch(Arc::clone(&flow), gate, cut, limits.clone()));
+        let by_operator = account.cancelled().clone();
+        let watching = watch(Arc::clone(&flow), gate, cut, by_operator, limits.clone());
+        let watchdog = tokio::spawn(watching);
         let mut relay = Relay {
             flow,
             watchdog,
@@ -234,20 +256,22 @@ impl Relay {
         self.ended = true;
         self.meter.finish(&mut self.ready);
         self.ready.extend(self.epilogue.take());
-        if let Some(tokens) = self.meter.tokens() {
-            self.account.tokens(tokens);
-        }
+        self.account.counted(self.meter.figures());
+        self.account.relayed(&self.ready);
         self.account.end(if self.status.is_server_error() { "upstream_error" } else { "ok" });
     }
 
     /// In a stream the error is its last event; elsewhere only a broken connection tells.
     fn broken(&mut self, cut: &Cut) -> Option<Result<Frame<Bytes>, axum::BoxError>> {
         self.ended = true;
-        let reject = cut.reject(self.account.model().as_str());
-        self.account.end("cut");
+        let reject = cut.reject(self.account.model());
+        self.account.counted(self.meter.figures());
+        let event = self.events.then(|| reject.event());
+        self.account.relayed(&event);
+        self.account.end(if *cut == Cut::ByOperator { reject.code() } else { "cut" });
         tracing::warn!(model = %self.account.model(), "{}", reject.problem().message);
-        if self.events {
-            return Some(Ok(Frame::data(reject.event())));
+        if let Some(event) = event {
+            return Some(Ok(Frame::data(event)));
         }
         Some(Err(reject.problem().message.clone().into()))
     }
@@ -274,8 +298,9 @@ impl Body for Relay {
             }
             match std::task::ready!(relay.flow.poll(cx)) {
                 Some(Ok(data)) => {
-                    relay.account.first_byte();
+                    relay.account.arrived(data.len());
                     relay.meter.feed(data, &mut relay.ready);
+                    relay.account.relayed(&relay.ready);
                 }
                 Some(Err(cut)) => return Poll::Ready(relay.broken(&cut)),
                 None => relay.finish(),
@@ -291,6 +316,9 @@ impl Body for Relay {
 impl Drop for Relay {
     fn drop(&mut self) {
         self.watchdog.abort();
+        if !self.ended {
+            self.account.counted(self.meter.figures());
+        }
         // The aborted watchdog still holds its share for a moment; the lease must not.
         drop(self.flow.state().open.take());
     }

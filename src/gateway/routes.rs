@@ -98,11 +98,14 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         };
         router = router.route(inference.path, post(serve));
     }
+    let metrics = Arc::clone(&gateway.metrics);
+    let control = api::on_gateway(handle.clone(), metrics, gateway.traffic.clone());
     router
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
-        .layer(middleware::from_fn_with_state(handle, browser::guard))
         .with_state(gateway)
+        .merge(control)
+        .layer(middleware::from_fn_with_state(handle, browser::guard))
 }
 
 pub async fn unknown_path(State(gateway): State<Arc<Gateway>>, uri: Uri) -> Response {

@@ -6,64 +6,27 @@ use std::collections::VecDeque;
 use bytes::{Bytes, BytesMut};
 use serde::Deserialize;
 
+use super::figures::{Figures, Timings, Usage, figures};
+
 /// Engines write usage near the end of an answer.
 const TAIL_BYTES: usize = 4096;
+/// Of the beginning, which is looked at where the end of an answer is not all of it.
+const HEAD_BYTES: usize = 1024;
 /// An event longer than this is passed on in parts and not looked into.
 const EVENT_BYTES_MAX: usize = 1 << 20;
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tokens {
-    pub prompt: u64,
-    pub completion: u64,
-}
-
-/// The names of the OpenAI API, old and new.
-#[derive(Deserialize)]
-struct Usage {
-    #[serde(alias = "input_tokens")]
-    prompt_tokens: Option<u64>,
-    #[serde(alias = "output_tokens")]
-    completion_tokens: Option<u64>,
-}
-
-/// llama.cpp's own figures, in the last event of every stream.
-#[derive(Deserialize)]
-struct Timings {
-    prompt_n: Option<u64>,
-    cache_n: Option<u64>,
-    predicted_n: Option<u64>,
-}
-
-impl From<Usage> for Tokens {
-    fn from(usage: Usage) -> Tokens {
-        Tokens {
-            prompt: usage.prompt_tokens.unwrap_or(0),
-            completion: usage.completion_tokens.unwrap_or(0),
-        }
-    }
-}
-
-impl From<Timings> for Tokens {
-    fn from(timings: Timings) -> Tokens {
-        Tokens {
-            prompt: timings.prompt_n.unwrap_or(0) + timings.cache_n.unwrap_or(0),
-            completion: timings.predicted_n.unwrap_or(0),
-        }
-    }
-}
 
 /// Finds the token counts of an answer that passes through.
 #[derive(Debug)]
 pub enum Meter {
     /// Not looked into (compressed).
     Blind,
-    Json(Tail),
+    Json(Ends),
     Events(Events),
 }
 
 impl Meter {
     pub fn json() -> Meter {
-        Meter::Json(Tail::default())
+        Meter::Json(Ends::default())
     }
 
     /// `remove`: the usage event is ours and must not reach the client.
@@ -75,8 +38,8 @@ impl Meter {
     pub fn feed(&mut self, data: Bytes, out: &mut VecDeque<Bytes>) {
         match self {
             Meter::Blind => out.push_back(data),
-            Meter::Json(tail) => {
-                tail.keep(&data);
+            Meter::Json(ends) => {
+                ends.keep(&data);
                 out.push_back(data);
             }
             Meter::Events(events) => events.feed(data, out),
@@ -90,35 +53,44 @@ impl Meter {
         }
     }
 
-    pub fn tokens(&self) -> Option<Tokens> {
+    pub fn figures(&self) -> Option<Figures> {
         match self {
             Meter::Blind => None,
-            Meter::Json(tail) => tail.tokens(),
-            Meter::Events(events) => events.tokens,
+            Meter::Json(ends) => ends.figures(),
+            Meter::Events(events) => figures(events.usage, events.timings),
         }
     }
 }
 
-/// The last bytes of an answer.
+/// The last bytes of an answer, and what its first ones told.
 #[derive(Debug, Default)]
-pub struct Tail(Vec<u8>);
+pub struct Ends {
+    tail: Vec<u8>,
+    /// llama.cpp writes the usage of embeddings and rankings before their numbers.
+    early: Option<Usage>,
+    looked: bool,
+}
 
-impl Tail {
+impl Ends {
     fn keep(&mut self, data: &[u8]) {
+        let surplus = (self.tail.len() + data.len()).saturating_sub(TAIL_BYTES);
+        if surplus > 0 && !self.looked {
+            self.looked = true;
+            let first: Vec<u8> = self.tail.iter().chain(data).copied().take(HEAD_BYTES).collect();
+            self.early = last_value(&first, b"\"usage\"");
+        }
         if data.len() >= TAIL_BYTES {
-            self.0.clear();
-            self.0.extend_from_slice(&data[data.len() - TAIL_BYTES..]);
+            self.tail.clear();
+            self.tail.extend_from_slice(&data[data.len() - TAIL_BYTES..]);
             return;
         }
-        let surplus = (self.0.len() + data.len()).saturating_sub(TAIL_BYTES);
-        self.0.drain(..surplus);
-        self.0.extend_from_slice(data);
+        self.tail.drain(..surplus);
+        self.tail.extend_from_slice(data);
     }
 
-    fn tokens(&self) -> Option<Tokens> {
-        last_value::<Usage>(&self.0, b"\"usage\"")
-            .map(Tokens::from)
-            .or_else(|| last_value::<Timings>(&self.0, b"\"timings\"").map(Tokens::from))
+    fn figures(&self) -> Option<Figures> {
+        let usage = last_value(&self.tail, b"\"usage\"").or(self.early);
+        figures(usage, last_value(&self.tail, b"\"timings\""))
     }
 }
 
@@ -151,7 +123,8 @@ pub struct Events {
     partial: BytesMut,
     /// Inside an event that is too long to be held.
     overlong: bool,
-    tokens: Option<Tokens>,
+    usage: Option<Usage>,
+    timings: Option<Timings>,
 }
 
 impl Events {
@@ -224,10 +197,13 @@ impl Events {
         }
         let Some(data) = event_data(event) else { return false };
         let Ok(chunk) = serde_json::from_slice::<Chunk>(data) else { return false };
-        let usage = chunk.usage.or(chunk.response.and_then(|response| response.usage));
+        let wrapped = chunk.response.or(chunk.message.and_then(Message::whole));
+        let usage = chunk.usage.or(wrapped.and_then(|whole| whole.usage));
         let found = usage.is_some();
-        let tokens = usage.map(Tokens::from).or(chunk.timings.map(Tokens::from));
-        self.tokens = tokens.or(self.tokens);
+        if let Some(usage) = usage {
+            self.usage.get_or_insert_default().absorb(usage);
+        }
+        self.timings = chunk.timings.or(self.timings);
         self.remove && found && chunk.choices.is_some_and(|choices| choices.is_empty())
     }
 }
@@ -239,6 +215,24 @@ struct Chunk {
     timings: Option<Timings>,
     /// `/v1/responses` wraps the whole answer in its last event.
     response: Option<Whole>,
+    /// And so does `/v1/messages` in its first.
+    message: Option<Message>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Message {
+    Whole(Whole),
+    Other(serde::de::IgnoredAny),
+}
+
+impl Message {
+    fn whole(self) -> Option<Whole> {
+        match self {
+            Message::Whole(whole) => Some(whole),
+            Message::Other(_) => None,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -297,6 +291,11 @@ mod tests {
         String::from_utf8(all).unwrap()
     }
 
+    fn counted(prompt: u64, completion: u64) -> Option<Figures> {
+        let (prompt, completion) = (Some(prompt), Some(completion));
+        Some(Figures { prompt, completion, ..Figures::default() })
+    }
+
     fn without_usage() -> String {
         let from = STREAM.find("data: {\"id\"").unwrap();
         let to = STREAM.find("data: [DONE]").unwrap();
@@ -318,11 +317,11 @@ mod tests {
 
             let mut meter = Meter::events(true);
             prop_assert_eq!(pass(&mut meter, &parts), without_usage());
-            prop_assert_eq!(meter.tokens(), Some(Tokens { prompt: 5, completion: 7 }));
+            prop_assert_eq!(meter.figures(), counted(5, 7));
 
             let mut meter = Meter::events(false);
             prop_assert_eq!(pass(&mut meter, &parts), STREAM);
-            prop_assert_eq!(meter.tokens(), Some(Tokens { prompt: 5, completion: 7 }));
+            prop_assert_eq!(meter.figures(), counted(5, 7));
         }
     }
 
@@ -349,22 +348,36 @@ mod tests {
         assert_eq!(all, format!("{long}yy\n\ndata: b\n\n").into_bytes());
     }
 
+    fn of_json(parts: &[&[u8]]) -> Option<Figures> {
+        let mut meter = Meter::json();
+        pass(&mut meter, parts);
+        meter.figures()
+    }
+
     #[test]
     fn tokens_of_json_answers() {
-        let tokens = |parts: &[&[u8]]| {
-            let mut meter = Meter::json();
-            pass(&mut meter, parts);
-            meter.tokens()
-        };
-        let found = Some(Tokens { prompt: 3, completion: 4 });
+        let found = counted(3, 4);
         let body =
             br#"{"x":"\"usage\": {}","usage": {"prompt_tokens":3,"completion_tokens":4},"y":null}"#;
-        assert_eq!(tokens(&[body]), found);
-        assert_eq!(tokens(&[&vec![b' '; 5000], &body[..30], &body[30..]]), found);
-        assert_eq!(tokens(&[br#"{"usage":{"input_tokens":3,"output_tokens":4}}"#]), found);
-        assert_eq!(tokens(&[br#"{"timings":{"cache_n":1,"prompt_n":2,"predicted_n":4}}"#]), found);
-        assert_eq!(tokens(&[br#"{"usage":{"prompt_tokens":3,"comp"#]), None);
-        assert_eq!(tokens(&[br#"{"choices":[]}"#]), None);
+        assert_eq!(of_json(&[body]), found);
+        assert_eq!(of_json(&[&vec![b' '; 5000], &body[..30], &body[30..]]), found);
+        assert_eq!(of_json(&[br#"{"usage":{"input_tokens":3,"output_tokens":4}}"#]), found);
+        assert_eq!(of_json(&[br#"{"usage":{"prompt_tokens":3,"comp"#]), None);
+        assert_eq!(of_json(&[br#"{"choices":[]}"#]), None);
+        let embeddings = Figures { completion: None, ..found.unwrap() };
+        assert_eq!(of_json(&[br#"{"data":[],"usage":{"prompt_tokens":3}}"#]), Some(embeddings));
+    }
+
+    #[test]
+    fn usage_before_a_long_list_of_numbers_is_found() {
+        // As llama.cpp answers /v1/embeddings.
+        let head = br#"{"model":"m","object":"list","usage":{"prompt_tokens":6,"total_tokens":6},"data":["#;
+        let numbers = b"0.12345678,".repeat(1000);
+        let expected = Some(Figures { prompt: Some(6), ..Figures::default() });
+        let whole = [head.as_slice(), &numbers].concat();
+        assert_eq!(of_json(&[&whole]), expected);
+        let parts: Vec<&[u8]> = whole.chunks(1500).collect();
+        assert_eq!(of_json(&parts), expected);
     }
 
     #[test]
@@ -372,11 +385,43 @@ mod tests {
         for event in [
             r#"data: {"choices":[{"finish_reason":"stop"}],"timings":{"prompt_n":5,"predicted_n":7}}"#,
             r#"data: {"type":"response.completed","response":{"usage":{"input_tokens":5,"output_tokens":7}}}"#,
+            r#"data: {"message":"done","usage":{"input_tokens":5,"output_tokens":7}}"#,
         ] {
             let mut meter = Meter::events(true);
             let text = format!("event: x\n{event}\n\n");
             assert_eq!(pass(&mut meter, &[text.as_bytes()]), text);
-            assert_eq!(meter.tokens(), Some(Tokens { prompt: 5, completion: 7 }), "{event}");
+            assert_eq!(meter.figures(), counted(5, 7), "{event}");
+        }
+    }
+
+    /// As recorded from the Anthropic API.
+    const MESSAGES: &str = r#"event: message_start
+data: {"type":"message_start","message":{"id":"msg_1","type":"message","role":"assistant","content":[],"model":"m","stop_reason":null,"usage":{"input_tokens":25,"cache_creation_input_tokens":5,"cache_read_input_tokens":10,"output_tokens":1}}}
+
+event: content_block_delta
+data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hello"}}
+
+event: message_delta
+data: {"type":"message_delta","delta":{"stop_reason":"end_turn","stop_sequence":null},"usage":{"output_tokens":15}}
+
+event: message_stop
+data: {"type":"message_stop"}
+
+"#;
+
+    #[test]
+    fn anthropic_streams_are_counted_from_their_first_and_last_events() {
+        for size in [1, 7, 100, MESSAGES.len()] {
+            let mut meter = Meter::events(false);
+            let parts: Vec<&[u8]> = MESSAGES.as_bytes().chunks(size).collect();
+            assert_eq!(pass(&mut meter, &parts), MESSAGES);
+            let expected = Figures {
+                prompt: Some(40),
+                cached: Some(10),
+                completion: Some(15),
+                ..Figures::default()
+            };
+            assert_eq!(meter.figures(), Some(expected));
         }
     }
 }

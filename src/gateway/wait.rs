@@ -132,7 +132,15 @@ async fn begin(answer: Result<Answer, Reject>, epilogue: bool) -> Result<Relay, 
 /// An upstream answer that is no stream, as the event that SDKs raise.
 async fn error_of(answer: Answer) -> Bytes {
     let Answer { head, body, lease, mut account, .. } = answer;
-    let collected = timeout(ERROR_TIME_MAX, Limited::new(body, ERROR_BYTES_MAX).collect()).await;
+    account.answered(head.status, &head.headers, false);
+    let collected = tokio::select! {
+        collected = timeout(ERROR_TIME_MAX, Limited::new(body, ERROR_BYTES_MAX).collect()) => collected,
+        () = account.cancelled().clone().cancelled_owned() => {
+            let reject = Reject::cancelled(account.model());
+            account.refused(&reject, reject.code());
+            return reject.event();
+        }
+    };
     drop(lease);
     account.end(if head.status.is_server_error() { "upstream_error" } else { "ok" });
     let text = match collected {

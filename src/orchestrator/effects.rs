@@ -13,8 +13,9 @@ use super::memory_watch::Holders;
 use crate::config::catalog::{ModelSpec, StopSpec, Vram};
 use crate::engine;
 use crate::gpu::{GpuKind, Gpus};
-use crate::runtime::{LaunchSpec, Progress, Running, Runtimes};
+use crate::runtime::{LaunchSpec, Progress, Running, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind, GpuMemory};
+use crate::telemetry::logs::Logs;
 use crate::units::{Bytes, GpuId, InstanceId, SwapId, Time};
 
 /// A stop that takes longer than its grace by this much has failed.
@@ -60,6 +61,8 @@ pub struct Effects {
     pub inbox: Inbox,
     pub holders: Holders,
     pub epoch: Instant,
+    /// Where engines' lines are copied to.
+    pub logs: Logs,
 }
 
 impl Effects {
@@ -137,6 +140,7 @@ impl Effects {
             let launched = unpanicked(effects.runtimes.start(&launch)).await;
             if let Ok(running) = &launched {
                 effects.holders.register(running);
+                effects.logs.copy(&running.identity.model, &running.log);
                 slot.put(Some(running.clone()));
             }
             drop(launching);
@@ -179,6 +183,9 @@ impl Effects {
         deadline: Instant,
     ) -> Result<Option<Bytes>, Fault> {
         let (spec, instance) = (&launch.model, launch.identity.instance);
+        if let RuntimeHandle::Ollama { .. } = running.handle {
+            return self.bring_up_in_ollama(swap, launch, running, progress, deadline).await;
+        }
         tokio::select! {
             ready = engine::wait_ready(spec, running, progress, deadline.into()) => ready?,
             never = self.runtimes.follow_unfinished(running) => match never {},
@@ -433,6 +440,7 @@ mod tests {
     use crate::runtime::LaunchKey;
     use crate::runtime::docker::DockerRuntime;
     use crate::runtime::external::ExternalRuntime;
+    use crate::runtime::ollama::OllamaRuntime;
     use crate::runtime::process::ProcessRuntime;
 
     #[tokio::test]
@@ -473,11 +481,13 @@ mod tests {
                 process: ProcessRuntime::default(),
                 docker: DockerRuntime::new(None),
                 external: ExternalRuntime,
+                ollama: OllamaRuntime::default(),
             },
             gpus: Gpus::open(&catalog.settings.gpu, dir.path()).await.unwrap(),
             inbox,
             holders: Holders::new("here"),
             epoch: Instant::now(),
+            logs: Logs::default(),
         };
         effects.spawn(SwapId(3), InstanceId(4), Done::Fetch, async { panic!("out of {}", "luck") });
         let Some(Message::Effect(Event::MoveDone { swap, instance, done })) = messages.recv().await

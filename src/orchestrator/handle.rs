@@ -1,8 +1,8 @@
 //! What the rest of Wharf holds of the orchestrator: a handle to ask, and views to read.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
@@ -18,7 +18,10 @@ use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
-use crate::store::Store;
+use crate::store::{Activity, Store};
+use crate::telemetry::feed::{Feed, News};
+use crate::telemetry::logs::Logs;
+use crate::telemetry::performance::Performance;
 use crate::units::{AskId, InstanceId, ModelName, Priority, RequestId, Time};
 
 /// What the one owner receives.
@@ -100,8 +103,13 @@ pub(super) struct Shared {
     pub gates: ArcSwap<Gates>,
     pub view: ArcSwap<View>,
     pub store: Store,
+    pub feed: Feed,
+    pub logs: Logs,
+    pub performance: Performance,
     pub next_request: AtomicU64,
     pub next_ask: AtomicU64,
+    /// Context lengths as engines told them when they were ready last.
+    pub contexts: Mutex<BTreeMap<ModelName, u64>>,
 }
 
 /// How a request asks for its model.
@@ -117,6 +125,10 @@ pub struct RequestOptions {
 }
 
 impl Shared {
+    pub(super) fn contexts(&self) -> MutexGuard<'_, BTreeMap<ModelName, u64>> {
+        self.contexts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn wall(&self, time: Time) -> SystemTime {
         UNIX_EPOCH + Duration::from_millis(self.wall_ms(time))
     }
@@ -156,6 +168,27 @@ impl Handle {
         &self.shared.store
     }
 
+    /// What happens, for `/events`.
+    pub fn feed(&self) -> &Feed {
+        &self.shared.feed
+    }
+
+    /// Wharf's own lines and its engines'.
+    pub fn logs(&self) -> &Logs {
+        &self.shared.logs
+    }
+
+    pub fn performance(&self) -> &Performance {
+        &self.shared.performance
+    }
+
+    /// Keeps the row of a finished request and tells of it.
+    pub fn record_activity(&self, row: Activity) -> u64 {
+        let id = self.shared.store.record_activity(row);
+        self.shared.feed.publish(News::Activity { id });
+        id
+    }
+
     pub fn now(&self) -> Time {
         Time::ZERO + self.shared.epoch.elapsed()
     }
@@ -163,6 +196,11 @@ impl Handle {
     /// The owner runs.
     pub fn is_alive(&self) -> bool {
         !self.inbox.0.is_closed()
+    }
+
+    /// Tokens of prompt and answer that a model's engine takes, as it said when it was ready last.
+    pub fn context_length(&self, model: &ModelName) -> Option<u64> {
+        self.shared.contexts().get(model).copied()
     }
 
     /// Wall-clock time of one of the owner's times.
@@ -228,8 +266,10 @@ impl Handle {
         let _ = done.await;
     }
 
-    /// Refuses what waits and what comes from now on; requests that hold a lease go on.
+    /// Refuses what waits and what comes from now on; requests that hold a lease go on. Streams of
+    /// news and logs end: nobody could wait for their end else.
     pub fn refuse_new(&self) {
+        self.shared.feed.close();
         self.inbox.send(Message::RefuseNew);
     }
 
@@ -310,8 +350,12 @@ impl Handle {
             gates: ArcSwap::default(),
             view: ArcSwap::default(),
             store: Store::in_memory(),
+            feed: Feed::default(),
+            logs: Logs::default(),
+            performance: Performance::default(),
             next_request: AtomicU64::new(1),
             next_ask: AtomicU64::new(1),
+            contexts: Mutex::default(),
         };
         (Handle { inbox, shared: Arc::new(shared) }, messages)
     }

@@ -1,7 +1,8 @@
 //! The one owner of the scheduler, and what it hands to everyone else.
 //!
 //! `run` is the loop, `perform` what it does with each action, `effects` the work that happens
-//! outside it, `docker` what it does when Docker comes and goes, `handle` and `gate` what the gateway holds, `view` what everyone may read.
+//! outside it, `docker` what it does when Docker comes and goes, `handle` and `gate` what the gateway holds, `view` what everyone may read,
+//! `news` what is told of its changes.
 
 mod docker;
 mod effects;
@@ -11,6 +12,8 @@ mod journal;
 mod launch;
 mod leftovers;
 mod memory_watch;
+mod news;
+mod ollama;
 mod outage;
 mod perform;
 mod publish;

@@ -8,6 +8,8 @@ use super::handle::Message;
 use super::launch::Launcher;
 use super::run::{Live, Owner, Reply};
 use super::view::LEDGER_ROWS_MAX;
+use crate::config::catalog::ModelSpec;
+use crate::engine;
 use crate::runtime::{LaunchSpec, Running};
 use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
@@ -148,10 +150,9 @@ impl Owner {
         let Some(live) = self.instances.get_mut(&instance) else {
             return Err(Fault::new(FaultKind::Internal, "the instance is gone"));
         };
-        let port = if live.spec.is_external() {
-            0
-        } else {
-            self.ports.assign(instance, live.spec.port)?
+        let port = match live.spec.takes_a_port() {
+            true => self.ports.assign(instance, live.spec.port)?,
+            false => 0,
         };
         let launcher = Launcher {
             gpus: &self.effects.gpus,
@@ -359,10 +360,22 @@ impl Owner {
         )));
         live.told = None;
         live.ready_at = Some(now);
-        let facts = self.facts.entry(live.spec.name.clone()).or_default();
+        let spec = Arc::clone(&live.spec);
+        let facts = self.facts.entry(spec.name.clone()).or_default();
         facts.loaded_at = Some(now);
         facts.last_fault = None;
         facts.endpoint = Some(running.endpoint.base.clone());
+        self.learn_context(spec, running);
+    }
+
+    /// Nobody waits for it, and an engine that does not tell is not asked again.
+    fn learn_context(&self, spec: Arc<ModelSpec>, running: &Running) {
+        let (shared, endpoint) = (Arc::clone(&self.shared), running.endpoint.clone());
+        tokio::spawn(async move {
+            if let Some(length) = engine::context_length(&spec, &endpoint).await {
+                shared.contexts().insert(spec.name.clone(), length);
+            }
+        });
     }
 
     /// Tells the scheduler when a ready engine ends by itself.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::news;
 use super::run::Owner;
 use super::view::{GpuFacts, Health, View};
 
@@ -36,7 +37,7 @@ impl Owner {
             .filter(|(_, live)| live.ready_at.is_none() && live.task.is_some())
             .map(|(instance, live)| (*instance, live.progress_now.borrow().clone()))
             .collect();
-        self.shared.view.store(Arc::new(View {
+        let view = Arc::new(View {
             at: now,
             scheduler,
             models: self.facts.clone(),
@@ -48,6 +49,11 @@ impl Owner {
             leftovers: self.leftovers.values().cloned().collect(),
             foreign: self.foreign.borrow().clone(),
             ledger: Arc::clone(&self.ledger),
-        }));
+        });
+        let before = self.shared.view.swap(Arc::clone(&view));
+        // Told only now: who hears of a change can read it.
+        for news in news::between(&before, &view) {
+            self.shared.feed.publish(news);
+        }
     }
 }

@@ -20,11 +20,13 @@ use super::state_dir::{LastIds, StateDir};
 use super::state_writer::StateWriter;
 use super::view::{Leftover, ModelFacts};
 use crate::config::catalog::ModelSpec;
+use crate::config::diff::changes;
 use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow};
 use crate::scheduler::Scheduler;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{Event, GateCount};
 use crate::scheduler::record::SwapRecord;
+use crate::telemetry::feed::News;
 use crate::telemetry::metrics::Metrics;
 use crate::units::{AskId, GpuId, InstanceId, ModelName, RequestId, Time};
 
@@ -195,7 +197,9 @@ impl Owner {
             Message::WhoLives(answer) => self.who_lives(answer),
             Message::DockerHealth(health) => self.docker_health(health),
             Message::Reload { catalog, reply } => {
-                self.shared.catalog.store(Arc::clone(&catalog));
+                let before = self.shared.catalog.swap(Arc::clone(&catalog));
+                let changes = changes(&before, &catalog).to_string();
+                self.shared.logs.keep_only(&catalog);
                 for (name, facts) in facts_before(&catalog, &self.shared.store) {
                     self.facts.entry(name).or_insert(facts);
                 }
@@ -207,6 +211,7 @@ impl Owner {
                     }
                 }
                 self.step(Event::CatalogChanged(catalog));
+                self.shared.feed.publish(News::Reloaded { changes });
                 self.replies.push(Reply::Reloaded(reply));
             }
             Message::RefuseNew => self.step(Event::ShuttingDown),

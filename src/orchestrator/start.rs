@@ -1,8 +1,8 @@
 //! Builds the owner from its parts, reconciles with what an earlier run left, and lets it run.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -27,12 +27,16 @@ use crate::config::catalog::{Catalog, OnExit, StopSpec};
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::external::ExternalRuntime;
+use crate::runtime::ollama::OllamaRuntime;
 use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Foreign, Identity, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
 use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
 use crate::store::{Figures, Store};
+use crate::telemetry::feed::Feed;
+use crate::telemetry::logs::Logs;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::performance::Performance;
 use crate::units::{ModelName, Time};
 
 const FOREIGN_EVERY: Duration = Duration::from_secs(15);
@@ -64,11 +68,17 @@ pub async fn start(
     let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
     let (process, external) = (ProcessRuntime::default(), ExternalRuntime);
     let effects = Effects {
-        runtimes: Runtimes { process, docker: docker.clone(), external },
+        runtimes: Runtimes {
+            process,
+            docker: docker.clone(),
+            external,
+            ollama: OllamaRuntime::default(),
+        },
         gpus: gpus.clone(),
         inbox: inbox.clone(),
         holders: holders.clone(),
         epoch,
+        logs: Logs::of_this_process(),
     };
     // Also for containers of models that ran there before the configuration changed.
     let configured = uses_docker(&catalog);
@@ -93,9 +103,7 @@ pub async fn start(
         watch::channel(Vec::new()).1
     };
     let learned = learned_before(&catalog, &state, &shared.store).await;
-    // The state folder may be younger than the store.
-    let last_swap = shared.store.swaps(1).first().map_or(0, |row| row.record.id.0);
-    let last_ids = LastIds { instance: last_id, swap: before.swap.max(last_swap) };
+    let last_ids = LastIds { instance: last_id, swap: last_swap(before, &shared.store) };
     let next_ids = NextIds { instance: last_ids.instance + 1, swap: last_ids.swap + 1 };
     let cost = "ids may come twice after a restart";
     let outage = Outage::new("the state folder", cost, inbox.clone());
@@ -171,11 +179,20 @@ fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
         gates: ArcSwap::new(Arc::new(Gates::new())),
         view: ArcSwap::new(Arc::new(View::default())),
         store,
+        feed: Feed::default(),
+        logs: Logs::of_this_process(),
+        performance: Performance::default(),
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
+        contexts: Mutex::default(),
     };
     shared.follow_wall_clock();
     shared
+}
+
+/// The state folder may be younger than the store.
+fn last_swap(before: LastIds, store: &Store) -> u64 {
+    store.swaps(1).first().map_or(0, |row| row.record.id.0).max(before.swap)
 }
 
 /// Less what was learned of engines that are configured differently now.
@@ -187,10 +204,10 @@ async fn learned_before(
     let (old, mut learned) = (state.old_learned(), store.learned());
     if !old.is_empty() {
         for (model, figures) in old {
-            if !learned.contains_key(&model) {
-                store.put_learned(&model, &figures);
-                learned.insert(model, figures);
-            }
+            learned.entry(model).or_insert_with_key(|model| {
+                store.put_learned(model, &figures);
+                figures
+            });
         }
         if store.is_durable() && store.flush().await.is_ok() {
             state.forget_old_learned();
@@ -272,6 +289,7 @@ impl Owner {
         if let Some(why) = unfit {
             return self.step(Event::Stray { instance, model, gpus, footprint, why });
         }
+        self.effects.logs.copy(&model, &running.log);
         self.became_ready(instance, &running);
         self.watch_exit(instance, &running);
         self.step(Event::Adopted { instance, model, gpus, footprint });

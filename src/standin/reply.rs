@@ -1,7 +1,7 @@
 //! What is answered: `NAME-1 NAME-2 …`, so that a reader sees which model did, token by token.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
 use bytes::Bytes;
@@ -9,6 +9,7 @@ use futures_util::stream;
 use serde_json::{Value, json};
 
 use super::engine::{Engine, Place};
+use super::options::Style;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -19,15 +20,18 @@ pub enum Kind {
 /// One reply under way. Dropping it gives up its place in the engine.
 pub struct Reply {
     engine: Arc<Engine>,
-    place: Option<Place>,
+    pub(super) place: Option<Place>,
     kind: Kind,
-    id: u64,
-    name: String,
-    prompt_tokens: u32,
+    pub(super) id: u64,
+    pub(super) name: String,
+    pub(super) prompt_tokens: u32,
     /// Tokens to answer with, and whether the client set that bound.
     total: u32,
     limited: bool,
-    sent: u32,
+    pub(super) sent: u32,
+    /// When the prompt was begun with, and the first token there.
+    began: Instant,
+    first: Option<Instant>,
     sleeps: u64,
     /// Level 2 sleep without a reload of the weights.
     garbage: bool,
@@ -42,7 +46,7 @@ pub struct Asked {
     pub max_tokens: Option<u32>,
 }
 
-enum Part {
+pub(super) enum Part {
     Token(String),
     End(&'static str),
 }
@@ -60,13 +64,15 @@ impl Reply {
             name: asked.name,
             prompt_tokens: asked.prompt_tokens,
             sent: 0,
+            began: Instant::now(),
+            first: None,
             sleeps: now.sleeps,
             garbage: now.stale,
             engine,
         }
     }
 
-    async fn next(&mut self) -> Part {
+    pub(super) async fn next(&mut self) -> Part {
         if self.sent == self.total {
             return Part::End(if self.limited { "length" } else { "stop" });
         }
@@ -79,6 +85,7 @@ impl Reply {
             () = self.pace() => {}
         }
         self.sent += 1;
+        self.first.get_or_insert_with(Instant::now);
         let name = if self.garbage { "garbage" } else { &self.name };
         let gap = if self.sent == 1 { "" } else { " " };
         Part::Token(format!("{gap}{name}-{}", self.sent))
@@ -125,6 +132,7 @@ impl Reply {
         };
         let mut answer = self.envelope(false, json!([choice]));
         answer["usage"] = self.usage();
+        self.add_timings(&mut answer);
         answer
     }
 
@@ -147,6 +155,25 @@ impl Reply {
             "id": format!("{prefix}-{}", self.id), "object": object, "created": unix_seconds(),
             "model": self.name, "choices": choices,
         })
+    }
+
+    /// llama.cpp tells its figures in every answer, and in the last event of every stream.
+    fn add_timings(&self, answer: &mut Value) {
+        if self.engine.options.style != Style::Llamacpp {
+            return;
+        }
+        let first = self.first.unwrap_or_else(Instant::now);
+        let (prompt, predicted) = (first.duration_since(self.began), first.elapsed());
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        // Never by zero: the smallest time that is told is a microsecond.
+        let speed = |n: u32, time: Duration| f64::from(n) / time.as_secs_f64().max(1e-6);
+        answer["timings"] = json!({
+            "cache_n": 0,
+            "prompt_n": self.prompt_tokens, "prompt_ms": ms(prompt),
+            "prompt_per_second": speed(self.prompt_tokens, prompt),
+            "predicted_n": self.sent, "predicted_ms": ms(predicted),
+            "predicted_per_second": speed(self.sent, predicted),
+        });
     }
 
     fn usage(&self) -> Value {
@@ -205,7 +232,9 @@ impl Frames {
             (Part::End(finish), kind) => {
                 self.stage = if self.include_usage { Stage::Usage } else { Stage::Done };
                 let nothing = if kind == Kind::Chat { json!({}) } else { json!("") };
-                self.chunk(nothing, Some(finish))
+                let mut last = self.chunk(nothing, Some(finish));
+                self.reply.add_timings(&mut last);
+                last
             }
         }
     }

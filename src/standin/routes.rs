@@ -18,10 +18,15 @@ use super::engine::{Engine, say};
 use super::options::Style;
 use super::reply::{Asked, Kind, Reply, unix_seconds};
 use super::server::ResetSwitch;
-use super::sleep;
+use super::{messages, sleep};
 
 const BODY_BYTES_MAX: usize = 256 << 20;
+const CONTEXT_LENGTH: u32 = 4096;
 const EMBEDDING_DIMENSIONS: usize = 8;
+const EVENT_STREAM: [(header::HeaderName, &str); 2] = [
+    (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+    (header::CACHE_CONTROL, "no-cache"),
+];
 
 pub fn router(engine: Arc<Engine>) -> Router {
     if engine.options.style == Style::Http {
@@ -30,6 +35,7 @@ pub fn router(engine: Arc<Engine>) -> Router {
     let inference = Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completion))
+        .route("/v1/messages", post(messages))
         .route("/v1/embeddings", post(embeddings))
         .layer(from_fn_with_state(Arc::clone(&engine), faults))
         .route("/v1/models", get(models))
@@ -37,9 +43,10 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX));
     let mut router =
         inference.route("/health", get(health)).route("/metrics", get(metrics)).fallback(unknown);
-    if engine.options.style != Style::Llamacpp {
-        router = router.merge(sleep::routes());
-    }
+    router = match engine.options.style {
+        Style::Llamacpp => router.route("/props", get(props)),
+        Style::Vllm | Style::Plain | Style::Http | Style::Ollama => router.merge(sleep::routes()),
+    };
     router.with_state(engine)
 }
 
@@ -147,11 +154,35 @@ async fn completion(engine: State<Arc<Engine>>, body: Bytes) -> Response {
     generate(engine, Kind::Completion, &body).await
 }
 
+async fn messages(State(engine): State<Arc<Engine>>, body: Bytes) -> Response {
+    let (request, name) = match read(&engine, &body) {
+        Ok(read) => read,
+        Err(refused) => return *refused,
+    };
+    let streamed = request.stream;
+    let reply = begin(engine, Kind::Chat, request, name).await;
+    match streamed {
+        true => (EVENT_STREAM, messages::stream(reply)).into_response(),
+        false => axum::Json(messages::whole(reply).await).into_response(),
+    }
+}
+
 async fn generate(State(engine): State<Arc<Engine>>, kind: Kind, body: &[u8]) -> Response {
     let (request, name) = match read(&engine, body) {
         Ok(read) => read,
         Err(refused) => return *refused,
     };
+    let streamed = request.stream;
+    let include_usage =
+        request.stream_options.as_ref().is_some_and(|options| options.include_usage);
+    let reply = begin(engine, kind, request, name).await;
+    match streamed {
+        true => (EVENT_STREAM, reply.stream(include_usage)).into_response(),
+        false => axum::Json(reply.whole().await).into_response(),
+    }
+}
+
+async fn begin(engine: Arc<Engine>, kind: Kind, request: Inference, name: String) -> Reply {
     let prompt = if kind == Kind::Chat { &request.messages } else { &request.prompt };
     let prompt_tokens = engine.options.speed.prompt_tokens.unwrap_or_else(|| words(prompt));
     let asked = Asked {
@@ -161,16 +192,7 @@ async fn generate(State(engine): State<Arc<Engine>>, kind: Kind, body: &[u8]) ->
         prompt_tokens,
         max_tokens: request.max_completion_tokens.or(request.max_tokens),
     };
-    let reply = Reply::begin(engine, asked).await;
-    if !request.stream {
-        return axum::Json(reply.whole().await).into_response();
-    }
-    let include_usage = request.stream_options.is_some_and(|options| options.include_usage);
-    let headers = [
-        (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
-        (header::CACHE_CONTROL, "no-cache"),
-    ];
-    (headers, reply.stream(include_usage)).into_response()
+    Reply::begin(engine, asked).await
 }
 
 async fn embeddings(State(engine): State<Arc<Engine>>, body: Bytes) -> Response {
@@ -240,11 +262,22 @@ async fn models(State(engine): State<Arc<Engine>>) -> Response {
         .map(|name| {
             json!({
                 "id": name, "object": "model", "created": unix_seconds(), "owned_by": "wharf",
-                "root": name, "parent": null, "max_model_len": 4096,
+                "root": name, "parent": null, "max_model_len": CONTEXT_LENGTH,
             })
         })
         .collect();
     axum::Json(json!({"object": "list", "data": models})).into_response()
+}
+
+/// llama.cpp's word for its slots and their context.
+async fn props(State(engine): State<Arc<Engine>>) -> Response {
+    if !engine.is_ready() {
+        return loading();
+    }
+    let slots = engine.options.speed.slots;
+    let settings = json!({"n_ctx": CONTEXT_LENGTH});
+    axum::Json(json!({"default_generation_settings": settings, "total_slots": slots}))
+        .into_response()
 }
 
 /// Answers 200 asleep too, as vLLM does.
@@ -257,7 +290,7 @@ async fn health(State(engine): State<Arc<Engine>>) -> Response {
     }
     match engine.options.style {
         Style::Llamacpp => axum::Json(json!({"status": "ok"})).into_response(),
-        Style::Vllm | Style::Plain | Style::Http => StatusCode::OK.into_response(),
+        Style::Vllm | Style::Plain | Style::Http | Style::Ollama => StatusCode::OK.into_response(),
     }
 }
 

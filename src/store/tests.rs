@@ -120,7 +120,9 @@ async fn pages_reach_back_to_swaps_that_left_memory_and_name_each_once() {
             store.flush().await.unwrap();
         }
     }
-    for store in [store, open(&path)] {
+    let mut open_store = Some(store);
+    for _ in 0..2 {
+        let store = open_store.take().unwrap_or_else(|| open(&path));
         store.flush().await.unwrap();
         let (mut ids, mut before) = (Vec::new(), None);
         loop {

@@ -1,23 +1,27 @@
 //! The log: one line per event on stderr.
 
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, fmt};
+
+use super::logs::{Logs, OwnLog};
 
 /// Environment variables that set the filter, the first one set wins.
 pub const FILTER_VARIABLES: [&str; 2] = ["WHARF_LOG", "RUST_LOG"];
 
-/// Sends log lines to stderr. `WHARF_LOG` or `RUST_LOG` sets the filter (`debug`,
+/// Sends log lines to stderr, and to what `GET /logs` shows. `WHARF_LOG` or `RUST_LOG` sets the filter (`debug`,
 /// `wharf::gateway=trace,info`, …), else `info`. A second call changes nothing.
 pub fn init() {
     let wanted = FILTER_VARIABLES.iter().find_map(|variable| std::env::var(variable).ok());
     let (filter, bad) = filter(wanted.as_deref().unwrap_or_default());
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr())
         && std::env::var_os("NO_COLOR").is_none();
-    let begun = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(ansi)
-        .with_target(false)
+    let own = OwnLog(Logs::of_this_process());
+    let begun = tracing_subscriber::registry()
+        .with(filter)
+        .with(fmt::layer().with_writer(std::io::stderr).with_ansi(ansi).with_target(false))
+        .with(fmt::layer().with_writer(own).with_ansi(false).with_target(false))
         .try_init();
     if let (Ok(()), Some(error)) = (begun, bad) {
         tracing::warn!(%error, "the log filter is not valid and was not used");

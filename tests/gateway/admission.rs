@@ -193,6 +193,8 @@ async fn keys_decide_who_may_ask_for_what() {
     }
 }
 
+// contract: GET /v1/models
+// contract: GET /v1/models/{id}
 #[tokio::test]
 async fn the_list_of_models() {
     let world = World::with(keys, Limits::default()).await;
@@ -225,6 +227,7 @@ async fn the_list_of_models() {
     assert_eq!(world.send(list("/v1/models/no", "sk-all")).await.error().await.0, 404);
 }
 
+// contract: GET /health
 #[tokio::test]
 async fn health_is_200_only_if_it_can_serve() {
     // Port 0: whoever asks here has the listener already.

@@ -12,6 +12,9 @@ use crate::support::{Engine, World, until};
 const CHAT: &str = "/v1/chat/completions";
 const ASK: &str = r#"{"model":"mistral"}"#;
 
+// contract: HEADER X-Request-Id
+// contract: HEADER X-Wharf-Model
+// contract: HEADER Server-Timing
 #[tokio::test]
 async fn the_body_arrives_byte_for_byte() {
     let mut world = World::new().await;
@@ -240,6 +243,7 @@ async fn a_client_that_leaves_before_the_answer_frees_its_lease() {
     until("the lease ended", || gate.in_flight() == 0).await;
 }
 
+// contract: HEADER X-Wharf-Start
 #[tokio::test]
 async fn never_start_asks_the_owner_without_touching_an_idle_model() {
     let mut world = World::new().await;

@@ -5,10 +5,13 @@
 #[path = "../support/gateway.rs"]
 mod support;
 
+mod activity;
 mod admission;
+mod filters;
 mod forwarding;
 mod keys;
 mod passing;
+mod paths;
 mod relaying;
 mod waiting;
 mod websockets;

@@ -132,6 +132,8 @@ async fn a_failed_start_tells_cause_and_swap_and_to_local_callers_the_log() {
     assert_eq!(body["cause"]["log"][0], "last");
 }
 
+// contract: HEADER X-Wharf-Max-Wait
+// contract: HEADER X-Wharf-Priority
 #[tokio::test]
 async fn what_a_request_asks_reaches_the_owner() {
     let mut world = World::new().await;

@@ -32,7 +32,7 @@ venv() { # venv PACKAGE...: the project's own Python environment with these whee
     local wanted=$* stamp=$VENV/wanted
     for package in $wanted; do
         grep -qxF "$package" "$stamp" 2>/dev/null && continue
-        "$VENV/bin/pip" install -q --disable-pip-version-check "$package" >"$CACHE/pip.log" 2>&1 ||
+        "$VENV/bin/python" -m pip install -q --disable-pip-version-check "$package" >"$CACHE/pip.log" 2>&1 ||
             missing "$package (pip install failed, see $CACHE/pip.log)"
         echo "$package" >>"$stamp"
     done
@@ -51,8 +51,8 @@ llama) # a real llama-server and tiny models; prints the server's path
     done
     echo "$server"
     ;;
-python) # the official client, and the hub's; prints the interpreter's path
-    venv openai huggingface_hub
+python) # the official client, the hub's, a JSON Schema validator; prints the interpreter's path
+    venv openai huggingface_hub jsonschema pyyaml
     echo "$VENV/bin/python"
     ;;
 prometheus)

@@ -59,6 +59,11 @@ impl Filters {
     pub fn is_empty(&self) -> bool {
         self.strip.is_empty() && self.set.is_empty()
     }
+
+    /// Whether clients have no say about a parameter.
+    pub fn touch(&self, parameter: &str) -> bool {
+        self.set.contains_key(parameter) || self.strip.iter().any(|name| name == parameter)
+    }
 }
 
 /// `POST /prompt`, `GET /history/*`

@@ -94,7 +94,13 @@ impl ProcessRuntime {
             let message = format!("model {model}: port {port} cannot be used: {error}");
             return Err(Fault::new(FaultKind::BadSpec, message));
         }
-        let by = match self.listeners(port).await.first() {
+        let occupants = self.listeners(port).await;
+        if spec.model.port.is_some() && occupants.iter().any(|by| self.is_mine(by, &spec.identity))
+        {
+            // Models that take turns on a port: the one that has it leaves before this one starts.
+            return Ok(());
+        }
+        let by = match occupants.first() {
             Some(occupant) => occupant.to_string(),
             None => "a process that this user cannot see".to_owned(),
         };
@@ -105,6 +111,13 @@ impl ProcessRuntime {
             )
         };
         Err(Fault::new(FaultKind::PortTaken, message(&by)).or_publicly(message("another program")))
+    }
+
+    /// Whether it is an engine that this runtime looks after.
+    fn is_mine(&self, occupant: &Occupant, own: &Identity) -> bool {
+        command::identity_of(&procfs::wharf_environ(occupant.pid)).is_some_and(|theirs| {
+            theirs.installation == own.installation && self.live().contains_key(&theirs.instance)
+        })
     }
 
     /// Returns once the process runs. There is no await between its birth and its supervision, so
