@@ -11,7 +11,9 @@ mod fields;
 mod fit;
 mod launch;
 mod models;
+mod overlay;
 mod overrides;
+pub mod patch;
 mod problem;
 mod rules;
 mod secrets;
@@ -21,14 +23,16 @@ mod subst;
 mod tree;
 mod values;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
 use catalog::Catalog;
 use decode::{At, Sink, Unread};
+pub use overlay::{LeftOut, Overlay, PATCHES_MAX, REGISTERED_MAX};
 pub use problem::{ConfigErrors, Place, Problem, Report, Severity, nearest};
 use tree::{Kind, Node};
 
@@ -41,6 +45,11 @@ pub struct Loaded {
     pub warnings: Vec<Problem>,
     /// What came from the environment instead of the file.
     pub overrides: Vec<Override>,
+    /// What of the overlay does not fit the file.
+    pub left_out: Vec<LeftOut>,
+    /// Of the keys that can be patched: those that the file sets, and the effective `defaults`.
+    pub in_file: BTreeSet<String>,
+    pub defaults: BTreeMap<String, String>,
 }
 
 /// An environment variable of the swapper service that outranks the file.
@@ -65,6 +74,19 @@ pub fn path(flag: Option<PathBuf>) -> PathBuf {
 /// # Errors
 /// The file cannot be read, or everything that is wrong with it.
 pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
+    parse(&read_file(path)?, &path.display().to_string(), &own_env)
+}
+
+/// Wharf's own environment.
+pub fn own_env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// The text of a configuration.
+///
+/// # Errors
+/// It cannot be read, is too large or no text.
+pub fn read_file(path: &Path) -> Result<String, ConfigErrors> {
     let file = path.display().to_string();
     let unreadable = |reason: String| ConfigErrors::Unreadable { file: file.clone(), reason };
     let size = std::fs::metadata(path).map_err(|e| unreadable(e.to_string()))?.len();
@@ -72,10 +94,9 @@ pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
         return Err(unreadable(format!("it has {size} bytes, more than {MAX_FILE}")));
     }
     let bytes = std::fs::read(path).map_err(|e| unreadable(e.to_string()))?;
-    let text = String::from_utf8(bytes).map_err(|e| {
+    String::from_utf8(bytes).map_err(|e| {
         unreadable(format!("it is not UTF-8 text (byte {})", e.utf8_error().valid_up_to()))
-    })?;
-    parse(&text, &file, &|name| std::env::var(name).ok())
+    })
 }
 
 /// `listen.orchestrator` of a file that need not be right otherwise (a client may lack the
@@ -98,23 +119,123 @@ pub fn parse(
     file: &str,
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Loaded, ConfigErrors> {
+    parse_over(text, file, &Overlay::default(), env)
+}
+
+/// As [`parse`], with patches and registered models laid over the file.
+///
+/// # Errors
+/// Everything that is wrong with either.
+pub fn parse_over(
+    text: &str,
+    file: &str,
+    overlay: &Overlay,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Loaded, ConfigErrors> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut sink = Sink::default();
-    let (root, flaws) = tree::parse(text);
+    let (mut root, flaws) = tree::parse(text);
     collect_secrets(&root, &mut sink.secrets);
     let broken = !flaws.is_empty() && matches!(root.kind, Kind::Null);
     for flaw in flaws {
         sink.flaw(flaw);
     }
+    let in_file = patchable_in(&root);
+    if !matches!(root.kind, Kind::Null) {
+        sink.problems.extend(overlay::apply(&mut root, overlay));
+    }
+    let defaults = defaults_of(&root);
     let read = if broken { None } else { read(root, env, &mut sink) };
-    let problems = finished(sink, text);
+    let mut problems = finished(sink, text);
+    overlay::name(&mut problems, overlay);
     let failed = problems.iter().any(|p| p.severity == Severity::Error);
     match read {
-        Some((catalog, overrides)) if !failed => {
-            Ok(Loaded { catalog, warnings: problems, overrides })
+        Some((mut catalog, overrides)) if !failed => {
+            for registration in &overlay.registered {
+                if let Some(spec) = catalog.models.get_mut(registration.model_id.as_str()) {
+                    Arc::make_mut(spec).registered = true;
+                }
+            }
+            let left_out = Vec::new();
+            Ok(Loaded { catalog, warnings: problems, overrides, left_out, in_file, defaults })
         }
         _ => Err(ConfigErrors::Invalid { file: file.to_owned(), problems }),
     }
+}
+
+/// As [`parse_over`], but what of the overlay does not fit the file is left out and told: a stored
+/// patch must not keep Wharf from starting.
+///
+/// # Errors
+/// Everything that is wrong with the file.
+pub fn parse_around(
+    text: &str,
+    file: &str,
+    overlay: &Overlay,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Loaded, ConfigErrors> {
+    let parse = |kept: &[usize]| parse_over(text, file, &overlay.keep_only(kept), env);
+    let all: Vec<usize> = (0..overlay.items().len()).collect();
+    if let Ok(loaded) = parse(&all) {
+        return Ok(loaded);
+    }
+    let mut loaded = parse(&[])?;
+    // One may fit only together with another: until no further one fits.
+    let (mut kept, mut reasons) = (Vec::new(), BTreeMap::new());
+    loop {
+        let before = kept.len();
+        for at in &all {
+            if kept.contains(at) {
+                continue;
+            }
+            let with: Vec<usize> = kept.iter().copied().chain([*at]).collect();
+            match parse(&with) {
+                Ok(fits) => (kept, loaded) = (with, fits),
+                Err(errors) => {
+                    reasons.insert(*at, errors);
+                }
+            }
+        }
+        if kept.len() == before {
+            break;
+        }
+    }
+    for (at, item) in overlay.items().into_iter().enumerate().filter(|(at, _)| !kept.contains(at)) {
+        let errors = reasons.get(&at).map(ConfigErrors::problems).unwrap_or_default();
+        let error = errors.iter().find(|problem| problem.severity == Severity::Error);
+        let why = error.map_or(String::new(), Problem::in_a_line);
+        let what = item.label();
+        let message = format!("{what} is left out: {why}");
+        let help = "it is kept in the store and tried again at the next reload";
+        loaded.warnings.push(Problem::outside(Severity::Warning, &what, message, help));
+        loaded.left_out.push(LeftOut { what, why });
+    }
+    Ok(loaded)
+}
+
+/// Paths below `swap`, `queue`, `defaults` and `models` that the file sets.
+fn patchable_in(root: &Node) -> BTreeSet<String> {
+    let at = |node: &Node, path: &str| {
+        path.split('.').try_fold(node.clone(), |node, part| node.get(part).cloned()).is_some()
+    };
+    let global = patch::GLOBAL.iter().filter(|path| at(root, path));
+    let mut found: BTreeSet<String> = global.map(|path| (*path).to_owned()).collect();
+    for (name, model) in root.get("models").map(Node::entries).unwrap_or_default() {
+        let keys = patch::OF_A_MODEL.iter().filter(|key| at(model, key));
+        found.extend(keys.map(|key| format!("models.{}.{key}", name.text)));
+    }
+    found
+}
+
+/// The scalars among `defaults:`, by path below it.
+fn defaults_of(root: &Node) -> BTreeMap<String, String> {
+    let defaults = root.get("defaults");
+    let keys = ["ttl", "grace", "ttl_bounds.min", "ttl_bounds.max"];
+    let text = |key: &str| {
+        let node = key.split('.').try_fold(defaults?, |node, part| node.get(part))?;
+        node.text().map(str::to_owned)
+    };
+    keys.iter().filter_map(|key| Some(((*key).to_owned(), text(key)?))).collect()
 }
 
 fn read(

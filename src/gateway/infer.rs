@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::account::{self, Account};
 use super::admit::{self, Wishes};
+use super::door::Bound;
 use super::forward::{self, Failure, Outgoing};
 use super::receive::{self, Held};
 use super::reject::{Reject, Viewer};
@@ -96,11 +97,14 @@ struct Admitted<'a> {
 impl Admitted<'_> {
     fn job(self, received: receive::Received, id: &HeaderValue) -> Result<Job, Reject> {
         let Admitted { gateway, inference, catalog, head, key, wishes, arrived } = self;
-        let asked = match inference.body {
-            BodyKind::Json => parse::parse(&received.bytes)?,
-            BodyKind::Form => multipart::parse(&received.bytes, &head.headers)?,
+        let bound = head.extensions.get::<Bound>();
+        let asked = match (inference.body, bound) {
+            (BodyKind::Json, Some(_)) => parse::parse_any(&received.bytes)?,
+            (BodyKind::Json, None) => parse::parse(&received.bytes)?,
+            (BodyKind::Form, _) => multipart::parse(&received.bytes, &head.headers)?,
         };
-        let spec = Arc::clone(admit::model(catalog, &asked.model, key)?);
+        let wanted = bound.map_or(&*asked.model, |bound| bound.0.as_str());
+        let spec = Arc::clone(admit::model(catalog, wanted, key)?);
         let stream = asked.stream;
         let mut edits = Vec::new();
         edits.extend(asked.rename(spec.served_name()));

@@ -8,6 +8,7 @@ mod account;
 pub mod admit;
 pub mod auth;
 pub mod browser;
+mod door;
 mod forward;
 mod infer;
 mod multipart;
@@ -35,6 +36,7 @@ use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
 use receive::BodyBudget;
 
+pub use door::door;
 pub use reject::{Reject, Viewer};
 pub use server::{serve, serve_until};
 
@@ -44,14 +46,19 @@ pub fn router(handle: Handle, metrics: Arc<Metrics>) -> Router {
 }
 
 pub fn router_with(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Router {
-    routes::router(Arc::new(Gateway {
+    routes::router(shared(handle, metrics, limits))
+}
+
+/// What all listeners of one gateway have in common.
+pub fn shared(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Arc<Gateway> {
+    Arc::new(Gateway {
         handle,
         metrics,
         limits,
         bodies: Arc::default(),
         id_seed: RandomState::new().hash_one(std::process::id()),
         id_next: AtomicU64::new(0),
-    }))
+    })
 }
 
 /// Bounds that are no one's policy: every wait on a peer has one.
