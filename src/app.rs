@@ -13,6 +13,7 @@ use crate::config::catalog::Catalog;
 use crate::config::diff::{changes, keep_what_needs_a_restart};
 use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
+use crate::store::Store;
 use crate::telemetry::metrics::Metrics;
 use crate::{api, gateway, orchestrator};
 
@@ -43,8 +44,9 @@ pub async fn run(
         false => Some(bind("listen.gateway", gateway_at).await?),
     };
     let metrics = Arc::new(Metrics::new());
+    let store = Store::open(&settings.store, settings.retention);
     let (handle, mut owner) =
-        orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics)).await?;
+        orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics), store).await?;
 
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
     let control = api::router(handle.clone(), Arc::clone(&metrics));

@@ -53,6 +53,7 @@ pub enum StartError {
 pub async fn start(
     catalog: Arc<Catalog>,
     metrics: Arc<Metrics>,
+    store: Store,
 ) -> Result<(Handle, JoinHandle<()>), StartError> {
     let state = StateDir::open(&catalog.settings.state_dir())?;
     let gpus = Gpus::open(&catalog.settings.gpu, &state.vram_ledger()).await?;
@@ -85,7 +86,7 @@ pub async fn start(
         .chain(named.values().map(|id| id.0))
         .fold(before.instance, u64::max);
     let world = world_of(&gpus);
-    let shared = Arc::new(shared(&catalog, epoch));
+    let shared = Arc::new(shared(&catalog, epoch, store));
     let foreign = if uses_docker {
         follow_docker(&docker, inbox.clone(), state.installation.clone())
     } else {
@@ -160,14 +161,14 @@ fn world_of(gpus: &Gpus) -> World {
     }
 }
 
-fn shared(catalog: &Arc<Catalog>, epoch: Instant) -> Shared {
+fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
     let shared = Shared {
         epoch,
         epoch_unix_ms: AtomicU64::new(0),
         catalog: ArcSwap::new(Arc::clone(catalog)),
         gates: ArcSwap::new(Arc::new(Gates::new())),
         view: ArcSwap::new(Arc::new(View::default())),
-        store: Store::in_memory(),
+        store,
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
     };
