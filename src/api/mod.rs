@@ -2,9 +2,11 @@
 //!
 //! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something;
 //! [`read`] renders its view: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
-//! and queue in [`machine`].
+//! and queue in [`machine`]. [`config`] and [`register`] ask the owner of the configuration.
 
 mod change;
+mod config;
+mod effective;
 mod error;
 mod extract;
 mod guard;
@@ -13,6 +15,7 @@ mod ledger;
 mod machine;
 mod name;
 mod read;
+mod register;
 mod render;
 mod routes;
 

@@ -6,11 +6,14 @@
 //! | model pool manager | `state` COLD/WARMING/HOT/COOLING/UNLOADING, `ttl_remaining_minutes` |
 //! | dynamic model orchestrator | `current_model`, `in_flight`, `queued`, `last_swap` |
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use super::health::reachable;
 use crate::config::catalog::{Catalog, EngineKind, GpuRequest, ModelSpec, RuntimeSpec, SwapMode};
 use crate::orchestrator::view::Leftover;
 use crate::orchestrator::{Handle, View};
@@ -117,6 +120,8 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Value {
     let facts = at.view.models.get(&spec.name).cloned().unwrap_or_default();
     let residency = at.residency(&spec.name);
     let gone = facts.unloaded_at.filter(|_| !is_loaded(residency));
+    let door = at.handle.front_doors().get(&spec.name).map(|address| reachable(*address));
+    let endpoint = door.map(|door| format!("http://{door}")).or_else(|| facts.endpoint.clone());
     let mut row = object(json!({
         "name": spec.name,
         "ollama_name": spec.served_name(),
@@ -131,14 +136,14 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Value {
         "model_id": spec.name,
         "display_name": spec.display_name.as_deref().unwrap_or(spec.name.as_str()),
         "model_type": spec.model_type,
-        "port": facts.endpoint.as_deref().and_then(port_of),
+        "port": endpoint.as_deref().and_then(port_of),
         "state": pool_state(residency),
         // The pool manager's 0: no ttl runs.
         "ttl_remaining_minutes": at
             .ttl_remaining(spec)
             .map_or(0.0, |left| (left.as_secs_f64() / 6.0).round() / 10.0),
         "warmup": spec.warmup,
-        "endpoint": facts.endpoint,
+        "endpoint": endpoint,
         "tags": spec.tags,
 
         "aliases": spec.aliases,
@@ -147,6 +152,8 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Value {
         "runtime": runtime(&spec.runtime),
         "pinned": spec.pinned,
         "unlisted": spec.unlisted,
+        "registered": spec.registered,
+        "engine_endpoint": facts.endpoint,
         "concurrency": spec.concurrency,
         "ttl_seconds": spec.ttl.map(seconds),
         "gpus_wanted": gpus_wanted(&spec.gpus),
@@ -282,6 +289,12 @@ pub const fn health_word(healthy: bool) -> &'static str {
 }
 
 fn available_ports(at: &Snapshot<'_>) -> usize {
+    if let Some((first, last)) = at.catalog.settings.front_doors {
+        let listeners = [at.catalog.settings.gateway, at.catalog.settings.orchestrator];
+        let ours: BTreeSet<u16> = listeners.iter().map(SocketAddr::port).collect();
+        let free = (first..=last).filter(|port| !ours.contains(port)).count();
+        return free.saturating_sub(at.handle.front_doors().len());
+    }
     let (first, last) = at.catalog.settings.engine_ports;
     let ports = first..=last;
     let endpoints = at.view.models.values().filter_map(|facts| facts.endpoint.as_deref());

@@ -3,17 +3,17 @@
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::from_fn_with_state;
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{MethodRouter, delete, get, patch, post};
 
 use super::extract::BODY_BYTES_MAX;
 use super::guard::{Guard, Needs, guard};
-use super::{Api, change, error, read};
+use super::{Api, change, config, error, read, register};
 use crate::gateway::browser;
 
 /// One row: path, who may call it, and the handler.
 type Route = (&'static str, Needs, MethodRouter<Api>);
 
-fn table() -> [Route; 12] {
+fn table() -> [Route; 17] {
     [
         ("/health", Needs::Nothing, get(read::health)),
         ("/status", Needs::Read, get(read::status)),
@@ -28,6 +28,11 @@ fn table() -> [Route; 12] {
         ("/ensure_model", Needs::Admin, post(change::ensure_model)),
         // `{name}/load` and `{name}/unload`
         ("/models/{*name}", Needs::Admin, post(change::verb)),
+        ("/models/register", Needs::Admin, post(register::register)),
+        ("/models/{*name}", Needs::Admin, delete(register::delete)),
+        ("/config", Needs::Read, get(config::show)),
+        ("/config", Needs::Admin, patch(config::patch)),
+        ("/config/reload", Needs::Admin, post(config::reload)),
     ]
 }
 

@@ -21,7 +21,7 @@ mod settings;
 mod shape;
 mod subst;
 mod tree;
-mod values;
+pub(crate) mod values;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -34,6 +34,7 @@ use catalog::Catalog;
 use decode::{At, Sink, Unread};
 pub use overlay::{LeftOut, Overlay, PATCHES_MAX, REGISTERED_MAX};
 pub use problem::{ConfigErrors, Place, Problem, Report, Severity, nearest};
+pub(crate) use secrets::is_secret_name;
 use tree::{Kind, Node};
 
 /// The largest models.yaml that is read.

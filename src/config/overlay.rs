@@ -2,7 +2,7 @@
 //!
 //! Both go into the tree of the file before it is read, so that they pass the same checks as what
 //! an operator writes. What comes from here has line 0 and its index as column, until
-//! [`Labels::name`] turns that into words.
+//! [`name`] turns that into words.
 
 use std::collections::BTreeMap;
 
@@ -43,6 +43,29 @@ impl Overlay {
         self.patches.is_empty() && self.registered.is_empty()
     }
 
+    /// How a patch is called in messages.
+    pub fn patch(path: &str) -> String {
+        format!("patch: {path}")
+    }
+
+    /// How a registered model is called in messages.
+    pub fn model(name: &str) -> String {
+        format!("registered model {name}")
+    }
+
+    /// Whether there is an item of this name.
+    pub fn has(&self, label: &str) -> bool {
+        self.items().into_iter().any(|item| item.label() == label)
+    }
+
+    /// Without the items that were left out.
+    pub fn without(&self, left_out: &[LeftOut]) -> Overlay {
+        let items = self.items().into_iter().enumerate();
+        let fits = |item: Item<'_>| left_out.iter().all(|left| left.what != item.label());
+        let kept: Vec<usize> = items.filter(|(_, item)| fits(*item)).map(|(at, _)| at).collect();
+        self.keep_only(&kept)
+    }
+
     /// Registered models first: patches outrank them.
     pub(super) fn items(&self) -> Vec<Item<'_>> {
         let models = self.registered.iter().map(Item::Model);
@@ -74,8 +97,8 @@ pub(super) enum Item<'o> {
 impl Item<'_> {
     pub(super) fn label(self) -> String {
         match self {
-            Item::Model(registration) => format!("registered model {}", registration.model_id),
-            Item::Patch { path, .. } => format!("patch: {path}"),
+            Item::Model(registration) => Overlay::model(&registration.model_id),
+            Item::Patch { path, .. } => Overlay::patch(path),
         }
     }
 }
@@ -124,7 +147,7 @@ pub(super) fn name(problems: &mut [Problem], overlay: &Overlay) {
     }
 }
 
-struct Why {
+pub(super) struct Why {
     message: String,
     help: String,
 }

@@ -1,12 +1,13 @@
 //! What the rest of Wharf holds of the orchestrator: a handle to ask, and views to read.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::docker::WhoLives;
@@ -16,6 +17,7 @@ use super::outage::OutageNews;
 use super::reconcile::InDocker;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
+use crate::reload::Reloads;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
 use crate::store::Store;
@@ -102,7 +104,15 @@ pub(super) struct Shared {
     pub store: Store,
     pub next_request: AtomicU64,
     pub next_ask: AtomicU64,
+    /// Where front doors are.
+    pub front_doors: ArcSwap<FrontDoors>,
+    /// Who changes the configuration; set once it can be asked.
+    pub reloads: OnceLock<Reloads>,
+    /// Marked when a new view is there.
+    pub published: watch::Sender<()>,
 }
+
+pub type FrontDoors = BTreeMap<ModelName, SocketAddr>;
 
 /// How a request asks for its model.
 #[derive(Clone, Debug)]
@@ -150,6 +160,30 @@ impl Handle {
     /// What outlives a restart.
     pub fn store(&self) -> &Store {
         &self.shared.store
+    }
+
+    /// Where front doors (`ports`) are; empty where there are none.
+    pub fn front_doors(&self) -> Arc<FrontDoors> {
+        self.shared.front_doors.load_full()
+    }
+
+    pub fn publish_front_doors(&self, doors: FrontDoors) {
+        self.shared.front_doors.store(Arc::new(doors));
+    }
+
+    /// Who changes the configuration; `None` until Wharf serves.
+    pub fn reloads(&self) -> Option<&Reloads> {
+        self.shared.reloads.get()
+    }
+
+    /// The first one counts.
+    pub fn set_reloads(&self, reloads: Reloads) {
+        let _ = self.shared.reloads.set(reloads);
+    }
+
+    /// Changes when a new view is published.
+    pub fn published(&self) -> watch::Receiver<()> {
+        self.shared.published.subscribe()
     }
 
     pub fn now(&self) -> Time {
@@ -308,12 +342,16 @@ impl Handle {
             store: Store::in_memory(),
             next_request: AtomicU64::new(1),
             next_ask: AtomicU64::new(1),
+            front_doors: ArcSwap::default(),
+            reloads: OnceLock::new(),
+            published: watch::Sender::default(),
         };
         (Handle { inbox, shared: Arc::new(shared) }, messages)
     }
 
     pub fn publish_for_tests(&self, view: View) {
         self.shared.view.store(Arc::new(view));
+        self.shared.published.send_replace(());
     }
 
     pub fn catalog_for_tests(&self, catalog: Catalog) {

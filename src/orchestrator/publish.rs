@@ -49,5 +49,6 @@ impl Owner {
             foreign: self.foreign.borrow().clone(),
             ledger: Arc::clone(&self.ledger),
         }));
+        self.shared.published.send_replace(());
     }
 }

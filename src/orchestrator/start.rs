@@ -1,8 +1,8 @@
 //! Builds the owner from its parts, reconciles with what an earlier run left, and lets it run.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -171,6 +171,9 @@ fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
         store,
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
+        front_doors: ArcSwap::default(),
+        reloads: OnceLock::new(),
+        published: watch::Sender::default(),
     };
     shared.follow_wall_clock();
     shared

@@ -9,7 +9,7 @@ mod key;
 pub mod log;
 pub mod process;
 pub mod redact;
-mod tls;
+pub(crate) mod tls;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
