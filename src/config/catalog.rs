@@ -93,6 +93,9 @@ pub struct Settings {
     /// Reload when the file changes: `reload: { watch: true }`.
     #[serde(default)]
     pub watch: bool,
+    /// A key of the model pool manager, shown to its users. Deadlines are exact here.
+    #[serde(default)]
+    pub check_interval: Duration,
 }
 
 impl Settings {

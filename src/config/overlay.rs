@@ -184,6 +184,12 @@ fn register(
             "that one is used; DELETE the registration, or rename one of the two",
         ));
     }
+    if let Some(owner) = alias_of(root, name) {
+        return Err(why(
+            format!("`{name}` is an alias of `{owner}` in models.yaml"),
+            "choose another name, or remove the alias",
+        ));
+    }
     let template = template_of(registration, allowed)?;
     let mut entry = vec![(key("template", place), scalar(&template, place))];
     let mut text = |name: &str, value: Option<&str>| {
@@ -211,6 +217,15 @@ fn register(
     let node = Node { place, kind: Kind::Map(entry) };
     insert(root, &["models", name], node, place);
     Ok(())
+}
+
+fn alias_of<'r>(root: &'r Node, name: &str) -> Option<&'r str> {
+    let models = root.get("models").map(Node::entries).unwrap_or_default();
+    let has = |model: &Node| match model.get("aliases").map(|node| &node.kind) {
+        Some(Kind::List(items)) => items.iter().any(|item| item.text() == Some(name)),
+        _ => false,
+    };
+    models.iter().find(|(_, model)| has(model)).map(|(key, _)| key.text.as_str())
 }
 
 fn template_of(registration: &Registration, allowed: &[String]) -> Result<String, Why> {
@@ -313,7 +328,10 @@ fn key(name: &str, place: Place) -> Key {
 }
 
 fn scalar(text: &str, place: Place) -> Node {
-    Node { place, kind: Kind::Scalar(Scalar { text: text.to_owned(), written: None }) }
+    Node {
+        place,
+        kind: Kind::Scalar(Scalar { text: text.to_owned(), written: None, quoted: true }),
+    }
 }
 
 fn node(value: &Value, place: Place) -> Node {
@@ -336,7 +354,7 @@ fn insert(root: &mut Node, path: &[&str], value: Node, place: Place) {
         return;
     };
     if !matches!(root.kind, Kind::Map(_)) {
-        root.kind = Kind::Map(Vec::new());
+        root.kind = Kind::Map(bounds(root, place));
     }
     let Kind::Map(entries) = &mut root.kind else { return };
     match entries.iter_mut().find(|(key, _)| key.text == *first) {
@@ -346,5 +364,17 @@ fn insert(root: &mut Node, path: &[&str], value: Node, place: Place) {
             insert(&mut node, rest, value, place);
             entries.push((key(first, place), node));
         }
+    }
+}
+
+/// `[5m, 60m]` as `{ min: 5m, max: 60m }`, so that one of them can be patched; empty for all else.
+fn bounds(node: &Node, place: Place) -> Vec<(Key, Node)> {
+    match &node.kind {
+        Kind::List(items) if items.len() == 2 => ["min", "max"]
+            .into_iter()
+            .map(|name| key(name, place))
+            .zip(items.iter().cloned())
+            .collect(),
+        _ => Vec::new(),
     }
 }
