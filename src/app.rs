@@ -31,7 +31,7 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
     let bound = Bound::all(settings).await?;
     let metrics = Arc::new(Metrics::new());
     let (handle, mut owner) =
-        orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics), store).await?;
+        orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics), store.clone()).await?;
 
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
     let inference = gateway::shared(handle.clone(), Arc::clone(&metrics), Limits::default());
@@ -66,6 +66,7 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
         progress.abort();
         handle.shutdown(hurry.clone()).await;
         let _ = owner.await;
+        store.close().await;
     };
     tokio::pin!(drained);
     tokio::select! {
