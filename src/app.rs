@@ -39,11 +39,11 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
         control: api::router(handle.clone(), metrics),
         inference: gateway::routes::router(Arc::clone(&inference)),
     };
-    let mut listeners = Listeners::new(routers, handle.clone(), stop.clone(), hurry.clone());
-    listeners.follow(settings, bound);
+    let listeners = Listeners::new(routers, handle.clone(), stop.clone(), hurry.clone());
     let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
     let reloads =
-        reload::start(source, built, handle.clone(), inference, listeners, stop.clone()).await;
+        reload::start(source, built, handle.clone(), inference, (listeners, bound), stop.clone())
+            .await;
     let announcing = announce::spawn(handle.clone(), stop.clone());
     tracing::info!(gateway = %settings.gateway, orchestrator = %settings.orchestrator, "serving");
 

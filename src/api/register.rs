@@ -81,6 +81,13 @@ fn read(body: Map<String, Value>) -> Result<Registration, Reject> {
     }
     // `null` is as good as nothing.
     let body: Map<String, Value> = body.into_iter().filter(|(_, value)| !value.is_null()).collect();
+    for (key, value) in &body {
+        let mut alone = object(json!({ "model_id": "x" }));
+        alone.insert(key.clone(), value.clone());
+        if let Err(error) = serde_json::from_value::<Registration>(Value::Object(alone)) {
+            return Err(bad("body", format!("\"{key}\" is not as expected: {error}")));
+        }
+    }
     serde_json::from_value(Value::Object(body))
         .map_err(|error| bad("body", format!("the body is not as expected: {error}")))
 }

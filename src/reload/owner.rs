@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::doors::FrontDoors;
-use super::listeners::Listeners;
+use super::listeners::{Bound, Listeners};
 use super::source::Misfits;
 use super::watch::{Watch, watch};
 use super::{ASKS_MAX, Ask, Built, Changed, InForce, Rejected, Reloads, Source, What};
@@ -49,14 +49,14 @@ enum Keep {
     Unregistered(ModelName, BTreeMap<String, Value>),
 }
 
-/// Starts the owner: it opens the front doors, and ends when `stop` is cancelled and everything
+/// Starts the owner: it opens the front doors and serves what is `bound`, and ends when `stop` is cancelled and everything
 /// that was served has ended.
 pub async fn start(
     source: Source,
     built: Built,
     handle: Handle,
     gateway: Arc<Gateway>,
-    listeners: Listeners,
+    (listeners, bound): (Listeners, Bound),
     stop: CancellationToken,
 ) -> JoinHandle<()> {
     let (asks, inbox) = mpsc::channel(ASKS_MAX);
@@ -69,6 +69,8 @@ pub async fn start(
     let catalog = owner.handle.catalog();
     owner.doors.follow(&catalog, &mut owner.listeners).await;
     owner.follow_file(&catalog);
+    // Last: whoever is answered finds everything there.
+    owner.listeners.follow(&catalog.settings, bound);
     tokio::spawn(owner.run(inbox, stop))
 }
 

@@ -52,7 +52,7 @@ async fn registries_are_told_who_is_ready_and_who_is_gone_even_if_they_come_up_l
     // Nobody is there yet, and nothing waits for that.
     assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
     until("it is told in the log", async || {
-        world.log().contains(&format!("announce http://127.0.0.1:{late}/api/")).then_some(())
+        world.log().contains(&format!("announce http://127.0.0.1:{late}/api")).then_some(())
     })
     .await;
     let (heard, _registry) = registry(late).await;
