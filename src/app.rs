@@ -125,10 +125,12 @@ async fn next_stop() -> anyhow::Result<&'static str> {
 /// A control API that anyone on the network can use is refused, not warned about.
 /// `listening`: where the orchestrator is, or shall be.
 pub fn refuse_open_control(listening: SocketAddr, catalog: &Catalog) -> anyhow::Result<()> {
-    if !listening.ip().is_loopback() && catalog.settings.auth.keys.is_empty() {
+    let auth = &catalog.settings.auth;
+    if !listening.ip().is_loopback() && auth.keys.is_empty() && !auth.open {
         bail!(
             "listen.orchestrator {listening} is reachable from other machines and auth.keys is \
-             empty: add a key with scope admin, or listen on 127.0.0.1"
+             empty: add a key with scope admin, listen on 127.0.0.1, or say `auth: {{ open: true }}` \
+             if everyone in that network may load and unload models"
         );
     }
     Ok(())

@@ -116,13 +116,13 @@ fn everything_of_the_contract_is_understood() {
         ("REGISTRY_KEY", "r-123456"),
     ];
     let loaded = parse_with(&text, &env).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(loaded.catalog.settings.auth.keys[0].key, "k-123456");
+    assert_eq!(loaded.catalog.settings.auth.keys[0].key, "k-123456".into());
     let json = serde_json::to_string(&loaded.catalog).expect("json");
     for secret in ["k-123456", "g-123456", "p-123456", "r-123456", "key-from-a-file-1"] {
         assert!(!json.contains(secret), "{secret} in {json}");
     }
     let keys = &loaded.catalog.settings.auth.keys;
-    assert_eq!((keys[2].key.as_str(), keys[3].key.as_str()), ("p-123456", "key-from-a-file-1"));
+    assert_eq!((keys[2].key, keys[3].key), ("p-123456".into(), "key-from-a-file-1".into()));
     insta::assert_json_snapshot!("everything", loaded.catalog);
     let warnings: Vec<String> =
         loaded.warnings.iter().map(|w| format!("{}: {}", w.path, w.message)).collect();

@@ -61,7 +61,9 @@ fn spec(dir: &Path, port: u16, argv: &[&str]) -> LaunchSpec {
 fn process_of(spec: &mut LaunchSpec) -> &mut ProcessSpec {
     match &mut Arc::make_mut(&mut spec.model).runtime {
         RuntimeSpec::Process(process) => process,
-        RuntimeSpec::Docker(_) | RuntimeSpec::External(_) => panic!("a process"),
+        RuntimeSpec::Docker(_) | RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => {
+            panic!("a process")
+        }
     }
 }
 
@@ -80,7 +82,9 @@ fn gentle() -> StopSpec {
 fn pid(running: &Running) -> u32 {
     match running.handle {
         RuntimeHandle::Process { pid, .. } => pid,
-        RuntimeHandle::Docker { .. } | RuntimeHandle::External => panic!("a process"),
+        RuntimeHandle::Docker { .. } | RuntimeHandle::External | RuntimeHandle::Ollama { .. } => {
+            panic!("a process")
+        }
     }
 }
 

@@ -126,11 +126,11 @@ fn what_was_acknowledged_is_there_after_each_of_200_kills_in_the_middle_of_write
 }
 
 fn look(path: &Path, acked: &BTreeSet<u64>, registered: &BTreeMap<String, u64>) {
-    let file = Connection::open(path).unwrap();
+    let file = Connection::open(path).expect("a whole store");
     let ids = |sql: &str| -> Vec<u64> {
-        let mut rows = file.prepare(sql).unwrap();
-        let ids = rows.query_map([], |row| row.get::<_, i64>(0)).unwrap();
-        ids.map(|id| id.unwrap() as u64).collect()
+        let mut rows = file.prepare(sql).expect("a whole store");
+        let ids = rows.query_map([], |row| row.get::<_, i64>(0)).expect("a whole store");
+        ids.map(|id| id.expect("a whole store") as u64).collect()
     };
     for sql in ["SELECT id FROM activity", "SELECT swap FROM swaps"] {
         let listed = ids(sql);
@@ -141,12 +141,14 @@ fn look(path: &Path, acked: &BTreeSet<u64>, registered: &BTreeMap<String, u64>) 
     }
     for (name, id) in registered {
         let sql = "SELECT body FROM kept WHERE kind = 'registered' AND name = ?1";
-        let body: String = file.query_row(sql, [name], |row| row.get(0)).unwrap();
-        let body: Value = serde_json::from_str(&body).unwrap();
-        let kept: u64 = body["display_name"].as_str().unwrap().parse().unwrap();
+        let body: String = file.query_row(sql, [name], |row| row.get(0)).expect("a whole store");
+        let body: Value = serde_json::from_str(&body).expect("a whole store");
+        let kept: u64 =
+            body["display_name"].as_str().expect("a whole store").parse().expect("a whole store");
         assert!(kept >= *id, "{name}: {kept} is older than {id}");
     }
-    let verdict: String = file.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+    let verdict: String =
+        file.query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("a whole store");
     assert_eq!(verdict, "ok");
 }
 
@@ -155,7 +157,7 @@ fn two_models() -> String {
 }
 
 async fn chat(world: &World, model: &str) {
-    let answer = world.server.talk.chat(model, false, &[]).await.unwrap();
+    let answer = world.server.talk.chat(model, false, &[]).await.expect("an answer");
     assert!(answer.is_from(model), "{answer:?}\n{}", world.log());
 }
 
@@ -166,7 +168,7 @@ async fn store_is(world: &World, status: &str) -> String {
         // 200: whatever the store does, Wharf serves.
         let health = world.server.talk.get("/health").await.expect("200");
         if health["store"]["status"] == status {
-            return health["store"]["detail"].as_str().unwrap().to_owned();
+            return health["store"]["detail"].as_str().expect("text").to_owned();
         }
         assert!(Instant::now() < end, "never {status}: {health:#}\n{}", world.log());
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -200,15 +202,15 @@ async fn swaps_on_disk(path: &Path, wanted: usize) {
 /// As an operator would, and then starts it again.
 async fn restart(world: &mut World) {
     let pid = world.server.pid();
-    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGTERM).unwrap();
+    kill(Pid::from_raw(i32::try_from(pid).expect("it runs")), Signal::SIGTERM).expect("it runs");
     let stat = format!("/proc/{pid}/stat");
     let end = Instant::now() + Duration::from_secs(60);
     while !std::fs::read_to_string(&stat).unwrap_or_default().contains(") Z ") {
         assert!(Instant::now() < end, "it never ended\n{}", world.log());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    world.server.kill().unwrap();
-    world.server.restart().await.unwrap();
+    world.server.kill().expect("it runs");
+    world.server.restart().await.expect("it runs");
 }
 
 // contract: GET /swaps
@@ -312,7 +314,7 @@ struct Small(PathBuf);
 impl Small {
     /// `None`: this user may not mount.
     fn mount(at: &Path, size: &str) -> Option<Small> {
-        std::fs::create_dir(at).unwrap();
+        std::fs::create_dir(at).expect("a folder");
         let options = format!("size={size}");
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).stderr(Stdio::null());
@@ -321,7 +323,8 @@ impl Small {
 
     fn remount(&self, how: &str) {
         let options = format!("remount,{how}");
-        let mount = Command::new("mount").args(["-o", &options]).arg(&self.0).status().unwrap();
+        let mount =
+            Command::new("mount").args(["-o", &options]).arg(&self.0).status().expect("mount");
         assert!(mount.success(), "{options}");
     }
 }
@@ -335,18 +338,18 @@ impl Drop for Small {
 
 /// A world whose store lies in a small file system, its state folder beside the others.
 async fn world_on_small(size: &str, test: &str) -> Option<(World, Small, tempfile::TempDir)> {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().expect("a temporary folder");
     let at = dir.path().join("small");
     let Some(small) = Small::mount(&at, size) else {
         support::skip(&format!("{test}: a small file system cannot be mounted (run it as root)"));
         return None;
     };
     let state = dir.path().join("state");
-    std::fs::create_dir(&state).unwrap();
-    symlink(&state, at.join("wharf.d")).unwrap();
+    std::fs::create_dir(&state).expect("a temporary folder");
+    symlink(&state, at.join("wharf.d")).expect("a temporary folder");
     let settings = format!("{}\nstore: {}/wharf.db", gpu("24GiB", "50ms"), at.display());
     let world = serve(&settings, &two_models(), &[]).await;
-    symlink(&state, world.state_dir()).unwrap();
+    symlink(&state, world.state_dir()).expect("a temporary folder");
     Some((world, small, dir))
 }
 

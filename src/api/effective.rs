@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use super::render::{Snapshot, object};
-use crate::config::catalog::{Catalog, EngineKind, ModelSpec, RuntimeSpec, Settings};
+use crate::config::catalog::{Catalog, ModelSpec, RuntimeSpec, Settings};
 use crate::config::{is_secret_name, patch, values};
 use crate::reload::InForce;
 use crate::runtime::redact::Secrets;
@@ -100,9 +100,7 @@ fn ollama(catalog: &Catalog) -> Option<String> {
     let given = std::env::var("OLLAMA_BASE_URL").ok().filter(|url| !url.is_empty());
     let of_a_model = || {
         catalog.models.values().find_map(|spec| match &spec.runtime {
-            RuntimeSpec::External(external) if spec.engine == EngineKind::Ollama => {
-                Some(external.url.clone())
-            }
+            RuntimeSpec::Ollama(ollama) => Some(ollama.at.url.clone()),
             _ => None,
         })
     };
@@ -155,7 +153,7 @@ fn model(spec: &ModelSpec) -> Value {
     let env = match &spec.runtime {
         RuntimeSpec::Docker(docker) => Some((&docker.env, "docker", "args", &docker.args)),
         RuntimeSpec::Process(process) => Some((&process.env, "process", "argv", &process.argv)),
-        RuntimeSpec::External(_) => None,
+        RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => None,
     };
     if let Some((env, kind, key, words)) = env {
         let part = &mut shown["runtime"][kind];

@@ -355,6 +355,7 @@ fn runtime(spec: &RuntimeSpec) -> &'static str {
         RuntimeSpec::Docker(_) => "docker",
         RuntimeSpec::Process(_) => "process",
         RuntimeSpec::External(_) => "external",
+        RuntimeSpec::Ollama(_) => "ollama",
     }
 }
 

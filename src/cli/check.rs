@@ -111,6 +111,7 @@ fn runtime(spec: &RuntimeSpec) -> &'static str {
         RuntimeSpec::Docker(_) => "docker",
         RuntimeSpec::Process(_) => "process",
         RuntimeSpec::External(_) => "external",
+        RuntimeSpec::Ollama(_) => "ollama",
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::catalog::{ApiKey, RateLimits, Scope, StartRule};
+use super::catalog::{ApiKey, KeyDigest, RateLimits, Scope, StartRule};
 use super::decode::{At, Sink, Spot, Table, Unread};
 use super::fields::PRIORITIES;
 use super::settings::ReadSettings;
@@ -61,6 +61,7 @@ fn key(
         sink.error(&item.spot, "this key has no `name`", "expected `name: …`");
     }
     let (name_at, name, (secret_spot, key)) = (name_at?, name?, secret?);
+    let key = KeyDigest::from(key);
     if others.iter().any(|other| other.name == name) {
         let message = format!("two keys are called `{name}`");
         sink.error(&name_at.spot, message, "expected a name of its own");

@@ -18,7 +18,7 @@ mod access;
 mod lifecycle;
 mod serving;
 
-pub use access::{ApiKey, AuthSettings, RateLimits, Scope, StartRule};
+pub use access::{ApiKey, AuthSettings, KeyDigest, RateLimits, Scope, StartRule};
 pub use lifecycle::{Group, KeepWindow, TtlBounds};
 pub use serving::{
     Adapter, Announce, CaptureSettings, Filters, HttpService, PathRule, Peer, Retention, Route,
@@ -289,6 +289,11 @@ impl ModelSpec {
     pub fn is_external(&self) -> bool {
         matches!(self.runtime, RuntimeSpec::External(_))
     }
+
+    /// Whether its engine gets a port of this machine from Wharf.
+    pub fn takes_a_port(&self) -> bool {
+        matches!(self.runtime, RuntimeSpec::Docker(_) | RuntimeSpec::Process(_))
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -310,6 +315,7 @@ pub enum RuntimeSpec {
     Docker(DockerSpec),
     Process(ProcessSpec),
     External(ExternalSpec),
+    Ollama(OllamaSpec),
 }
 
 /// Its `Debug` leaves out what may hold secrets: arguments and environment.
@@ -383,6 +389,15 @@ pub struct ExternalSpec {
     pub ca: Option<PathBuf>,
     #[serde(skip_serializing, default)]
     pub api_key: Option<String>,
+}
+
+/// A model of a running Ollama, known there as the model's `upstream_name`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OllamaSpec {
+    pub at: ExternalSpec,
+    /// Whether Ollama shall pull what it does not have.
+    #[serde(default)]
+    pub pull: PullPolicy,
 }
 
 impl std::fmt::Debug for ExternalSpec {

@@ -182,37 +182,34 @@ pub fn parse_around(
     overlay: &Overlay,
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Loaded, ConfigErrors> {
-    let parse = |kept: &[usize]| parse_over(text, file, &overlay.keep_only(kept), env);
-    let all: Vec<usize> = (0..overlay.items().len()).collect();
-    if let Ok(loaded) = parse(&all) {
-        return Ok(loaded);
-    }
-    let mut loaded = parse(&[])?;
-    // One may fit only together with another: until no further one fits.
-    let (mut kept, mut reasons) = (Vec::new(), BTreeMap::new());
-    loop {
-        let before = kept.len();
-        for at in &all {
-            if kept.contains(at) {
-                continue;
-            }
-            let with: Vec<usize> = kept.iter().copied().chain([*at]).collect();
-            match parse(&with) {
-                Ok(fits) => (kept, loaded) = (with, fits),
-                Err(errors) => {
-                    reasons.insert(*at, errors);
-                }
+    let items = overlay.items();
+    let mut kept: Vec<usize> = (0..items.len()).collect();
+    let mut reasons = BTreeMap::new();
+    let mut loaded = loop {
+        let tried = overlay.keep_only(&kept);
+        let errors = match parse_over(text, file, &tried, env) {
+            Ok(loaded) => break loaded,
+            Err(errors) if kept.is_empty() => return Err(errors),
+            Err(errors) => errors,
+        };
+        let problems = errors.problems();
+        let mut blamed = overlay::blamed(&tried, problems);
+        if blamed.is_empty() {
+            // Told of a place in the file: if the file alone is right, it is because of one of
+            // these. The last ones go first: patches before the models that they may be for.
+            let alone = parse(text, file, env)?;
+            let error = problems.iter().find(|problem| problem.severity == Severity::Error);
+            match error {
+                Some(error) => drop(blamed.insert(kept.len() - 1, error)),
+                None => break alone,
             }
         }
-        if kept.len() == before {
-            break;
+        for (at, error) in blamed.into_iter().rev() {
+            reasons.insert(kept.remove(at), error.in_a_line());
         }
-    }
-    for (at, item) in overlay.items().into_iter().enumerate().filter(|(at, _)| !kept.contains(at)) {
-        let errors = reasons.get(&at).map(ConfigErrors::problems).unwrap_or_default();
-        let error = errors.iter().find(|problem| problem.severity == Severity::Error);
-        let why = error.map_or(String::new(), Problem::in_a_line);
-        let what = item.label();
+    };
+    for (at, why) in reasons {
+        let what = items[at].label();
         let message = format!("{what} is left out: {why}");
         let help = "it is kept in the store and tried again at the next reload";
         loaded.warnings.push(Problem::outside(Severity::Warning, &what, message, help));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::adapters;
 use super::catalog::{
-    EngineKind, GpuProvider, GpuRequest, Health, ModelSpec, RuntimeSpec, StopSpec, Vram,
+    EngineKind, GpuProvider, GpuRequest, Health, ModelSpec, OllamaSpec, RuntimeSpec, StopSpec, Vram,
 };
 use super::decode::{At, Sink, Spot};
 use super::fields::{self, Fields, Reading, Switch};
@@ -217,7 +217,11 @@ impl Reader<'_> {
             sink.error(at, message, "remove it, or set `engine: http`");
         }
         // An Ollama's models take this machine's VRAM only if the file says so.
-        let external = matches!(runtime, RuntimeSpec::External(_)) && fields.vram.is_none();
+        let external = match runtime {
+            RuntimeSpec::External(_) => true,
+            RuntimeSpec::Ollama(_) => fields.vram.is_none(),
+            RuntimeSpec::Docker(_) | RuntimeSpec::Process(_) => false,
+        };
         let gpu = &self.settings.settings.gpu;
         let no_gpus = gpu.provider == GpuProvider::None && gpu.memory.is_empty();
         let none = external || no_gpus || adapter.is_some();
@@ -321,8 +325,8 @@ fn runtime(name: &str, spot: &Spot, fields: &mut Fields, sink: &mut Sink) -> Opt
         }
         return Some(RuntimeSpec::Docker(docker));
     }
-    if let Some(at) = fields.spot("pull") {
-        sink.error(at, "`pull` is for models that run in Docker", "remove it");
+    if let Some(at) = fields.spot("pull").filter(|_| !is_ollama) {
+        sink.error(at, "`pull` is for models that run in Docker or in Ollama", "remove it");
     }
     if let Some(mut process) = fields.process.take() {
         for (key, value) in env {
@@ -339,6 +343,10 @@ fn runtime(name: &str, spot: &Spot, fields: &mut Fields, sink: &mut Sink) -> Opt
         let Some(at) = fields.spot(key) else { continue };
         let message = format!("`{key}` has no effect on a model that runs elsewhere");
         sink.error(at, message, "remove it, or use `docker` or `process`");
+    }
+    if is_ollama {
+        let pull = fields.pull.unwrap_or_default();
+        return Some(RuntimeSpec::Ollama(OllamaSpec { at: external, pull }));
     }
     Some(RuntimeSpec::External(external))
 }

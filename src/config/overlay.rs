@@ -16,8 +16,8 @@ use crate::store::{Registration, Store};
 
 /// A bound against a store that fills up: each is read at every reload.
 pub const REGISTERED_MAX: usize = 256;
-/// As many as one request can bring, a few times over.
-pub const PATCHES_MAX: usize = 4096;
+/// As many as one request can bring.
+pub const PATCHES_MAX: usize = 2048;
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Overlay {
@@ -101,6 +101,27 @@ impl Item<'_> {
             Item::Patch { path, .. } => Overlay::patch(path),
         }
     }
+}
+
+/// The items that errors name as theirs, with the first error of each.
+pub(super) fn blamed<'p>(
+    overlay: &Overlay,
+    problems: &'p [Problem],
+) -> BTreeMap<usize, &'p Problem> {
+    let errors =
+        problems.iter().filter(|p| p.severity == super::Severity::Error && p.place.line == 0);
+    let mut blamed = BTreeMap::new();
+    let items = overlay.items();
+    for problem in errors {
+        let names = |item: &Item<'_>| {
+            let rest = problem.path.strip_prefix(&item.label());
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(": "))
+        };
+        if let Some(at) = items.iter().position(names) {
+            blamed.entry(at).or_insert(problem);
+        }
+    }
+    blamed
 }
 
 /// Lays every item over the tree; answers with what cannot be laid there at all.

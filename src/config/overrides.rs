@@ -68,12 +68,12 @@ pub(super) fn ollama(models: &[ReadModel], env: Env<'_>, sink: &mut Sink) -> Opt
     const VARIABLE: &str = "OLLAMA_BASE_URL";
     let url = env(VARIABLE).filter(|url| !url.trim().is_empty())?;
     let used = models.iter().any(|model| match &model.spec.runtime {
-        RuntimeSpec::External(external) => {
+        RuntimeSpec::Ollama(ollama) => {
             let external_node = model.node.get("external");
             let says_url = external_node.is_some_and(|node| node.get("url").is_some());
-            !says_url && external.url == url.trim().trim_end_matches('/')
+            !says_url && ollama.at.url == url.trim().trim_end_matches('/')
         }
-        RuntimeSpec::Docker(_) | RuntimeSpec::Process(_) => false,
+        RuntimeSpec::Docker(_) | RuntimeSpec::Process(_) | RuntimeSpec::External(_) => false,
     });
     if used {
         return Some(Override { variable: VARIABLE, key: "external.url", value: url });

@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::access::Allowed;
 use super::capacity::{capacity, fits, ram_capacity, ram_fits};
 use super::catalog::{
-    EngineKind, GpuProvider, GpuRequest, Group, ModelSpec, RuntimeSpec, SwapMode, Vram,
+    EngineKind, GpuProvider, GpuRequest, Group, ModelSpec, RuntimeSpec, SwapMode, SwapSettings,
+    Vram,
 };
 use super::decode::Sink;
 use super::launch::argument_spot;
@@ -23,6 +24,7 @@ pub(super) fn check(
     settings: &mut ReadSettings,
     sink: &mut Sink,
 ) {
+    one_at_a_time(models, &mut settings.settings.swap);
     check_settings(settings, sink);
     ports(models, groups, settings, sink);
     containers(models, sink);
@@ -50,6 +52,14 @@ pub(super) fn check(
     }
 }
 
+/// An Ollama's models use the GPU although nobody says how much of it: `single-active` means them.
+fn one_at_a_time(models: &[ReadModel], swap: &mut SwapSettings) {
+    let is_ollama = |m: &ReadModel| matches!(m.spec.runtime, RuntimeSpec::Ollama(_));
+    if swap.mode == SwapMode::SingleActive && models.iter().any(is_ollama) {
+        swap.max_concurrent_models = 1;
+    }
+}
+
 fn check_settings(read: &mut ReadSettings, sink: &mut Sink) {
     let spot = |path| read.spot(path);
     let settings = &read.settings;
@@ -68,7 +78,8 @@ fn check_settings(read: &mut ReadSettings, sink: &mut Sink) {
         sink.warning(&spot("swap.max_wait"), message, "expected less than `queue.timeout`");
     }
     let single = settings.swap.mode == SwapMode::SingleActive;
-    if single && settings.swap.max_concurrent_models > 1 {
+    let most = settings.swap.max_concurrent_models;
+    if single && most > 1 {
         let message = "`single-active` holds one model at a time";
         let spot = spot("swap.max_concurrent_models");
         sink.warning(&spot, message, "expected `mode: multi-active`, or no limit here");
@@ -293,7 +304,7 @@ fn check_model(model: &ReadModel, read: &ReadSettings, sink: &mut Sink) {
     let spec = &model.spec;
     let memory = &read.settings.gpu.memory;
     if let (GpuRequest::None, Vram::Declared(_) | Vram::Rest) = (&spec.gpus, spec.vram)
-        && (!spec.is_external() || spec.engine == EngineKind::Ollama)
+        && !spec.is_external()
     {
         let message = format!("`{}` runs on the CPU, yet declares `vram`", spec.name);
         sink.error(model.spot_of("vram"), message, "remove `vram`, or give it `gpus: 1`");
@@ -316,7 +327,7 @@ fn check_model(model: &ReadModel, read: &ReadSettings, sink: &mut Sink) {
         let message = format!("no request counts as work for `{}`: none starts it", spec.name);
         sink.warning(&model.spot, message, "expected `http: { activity: [\"POST /prompt\"] }`");
     }
-    if spec.stop.grace < crate::runtime::MIN_STOP_GRACE && !spec.is_external() {
+    if spec.stop.grace < crate::runtime::MIN_STOP_GRACE && spec.takes_a_port() {
         let grace = humantime::format_duration(spec.stop.grace);
         let message = format!("a grace of {grace} cuts off the engine's own shutdown");
         let least = humantime::format_duration(crate::runtime::MIN_STOP_GRACE);
@@ -400,7 +411,7 @@ fn share(spec: &ModelSpec) -> Option<f64> {
     let arguments = match &spec.runtime {
         RuntimeSpec::Docker(docker) => &docker.args,
         RuntimeSpec::Process(process) => &process.argv,
-        RuntimeSpec::External(_) => return None,
+        RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => return None,
     };
     let at = arguments.iter().position(|a| a.starts_with("--gpu-memory-utilization"))?;
     let value = match arguments[at].split_once('=') {

@@ -13,15 +13,15 @@ pub(super) fn filters(at: &At<'_>, sink: &mut Sink) -> Filters {
     if let Some(at) = table.take("strip") {
         filters.strip = strip(&at, sink);
     }
-    if let Some(at) = table.take("set") {
-        if at.table(sink, "parameters and their values").is_some() {
-            for (key, node) in at.node.entries() {
-                if key.text == "model" {
-                    let message = "`model` says which model is meant: it cannot be set";
-                    sink.error(&at.entry(key, node).key_spot(), message, MODEL);
-                }
-                filters.set.insert(key.text.clone(), value(node));
+    if let Some(at) = table.take("set")
+        && at.table(sink, "parameters and their values").is_some()
+    {
+        for (key, node) in at.node.entries() {
+            if key.text == "model" {
+                let message = "`model` says which model is meant: it cannot be set";
+                sink.error(&at.entry(key, node).key_spot(), message, MODEL);
             }
+            filters.set.insert(key.text.clone(), value(node));
         }
     }
     table.finish(

@@ -17,7 +17,7 @@ impl CommandLine {
                 let entrypoint = docker.entrypoint.iter().flatten();
                 entrypoint.chain(&docker.args).cloned().collect()
             }
-            RuntimeSpec::External(_) => Vec::new(),
+            RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => Vec::new(),
         };
         CommandLine::from_words(words)
     }

@@ -23,7 +23,7 @@ const TLS: &str = "Wharf speaks plain HTTP to engines on this machine: remove it
 pub fn contradictions(spec: &ModelSpec) -> Vec<(String, String)> {
     let line = CommandLine::of(spec);
     let mut found = Found::default();
-    if spec.is_external() {
+    if !spec.takes_a_port() {
         return found.0;
     }
     match spec.engine {
@@ -92,7 +92,7 @@ fn address(spec: &ModelSpec, line: &CommandLine, found: &mut Found) {
                 );
             }
         }
-        RuntimeSpec::External(_) => {}
+        RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => {}
     }
 }
 

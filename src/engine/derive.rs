@@ -33,7 +33,7 @@ const ALIAS: &[&str] = &["--alias", "-a"];
 pub fn derive(spec: &ModelSpec, port: u16, gpus: usize, memory: Option<(Bytes, Bytes)>) -> Derived {
     let line = CommandLine::of(spec);
     let mut derived = Derived { container_port: container_port(spec, &line), ..Derived::default() };
-    if spec.is_external() {
+    if !spec.takes_a_port() {
         return derived;
     }
     let address = address(spec, &line, port, derived.container_port);
@@ -76,7 +76,9 @@ fn container_port(spec: &ModelSpec, line: &CommandLine) -> u16 {
 fn address(spec: &ModelSpec, line: &CommandLine, port: u16, container_port: u16) -> Vec<String> {
     let (host, port) = match &spec.runtime {
         RuntimeSpec::Docker(_) => ("0.0.0.0", container_port),
-        RuntimeSpec::Process(_) | RuntimeSpec::External(_) => ("127.0.0.1", port),
+        RuntimeSpec::Process(_) | RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => {
+            ("127.0.0.1", port)
+        }
     };
     let mut args = Vec::new();
     if !line.has(HOST) {

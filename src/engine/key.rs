@@ -36,7 +36,9 @@ pub fn launch_key(
 ) -> Option<LaunchKey> {
     let env = match &spec.runtime {
         // What a container of somebody else's was given is seen once it runs.
-        RuntimeSpec::External(_) | RuntimeSpec::Docker(DockerSpec { container: Some(_), .. }) => {
+        RuntimeSpec::External(_)
+        | RuntimeSpec::Ollama(_)
+        | RuntimeSpec::Docker(DockerSpec { container: Some(_), .. }) => {
             return Some(LaunchKey::None);
         }
         RuntimeSpec::Docker(docker) => &docker.env,

@@ -8,7 +8,7 @@ mod key;
 mod log_lines;
 mod probe;
 mod ready;
-mod request;
+pub mod request;
 mod sleep;
 mod token;
 

@@ -73,6 +73,29 @@ pub async fn post(
     within(limit, exchange(endpoint, Method::POST, path, body)).await
 }
 
+/// An answer that comes line by line and may take its time; `stall`: the longest without a byte.
+/// Lines longer than what any answer here may have are cut.
+pub async fn post_lines(
+    endpoint: &Endpoint,
+    path: &str,
+    body: &Value,
+    stall: Duration,
+    mut on_line: impl FnMut(&str),
+) -> Result<StatusCode, HttpError> {
+    let address = Address::of(endpoint)?;
+    let request = request(endpoint, &address, Method::POST, path, Some(body))?;
+    match &endpoint.tls {
+        None => {
+            let stream = within(stall, address.connected()).await?;
+            lines(stream, request, stall, &mut on_line).await
+        }
+        Some(tls) => {
+            let stream = within(stall, address.secured(tls)).await?;
+            lines(stream, request, stall, &mut on_line).await
+        }
+    }
+}
+
 /// The bare connection; over https its handshake is tried as well, on one of its own.
 pub async fn connect(endpoint: &Endpoint, limit: Duration) -> Result<TcpStream, HttpError> {
     within(limit, async {
@@ -145,6 +168,20 @@ async fn exchange(
     body: Option<&Value>,
 ) -> Result<Answer, HttpError> {
     let address = Address::of(endpoint)?;
+    let request = request(endpoint, &address, method, path, body)?;
+    match &endpoint.tls {
+        None => answer(address.connected().await?, request).await,
+        Some(tls) => answer(address.secured(tls).await?, request).await,
+    }
+}
+
+fn request(
+    endpoint: &Endpoint,
+    address: &Address,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> Result<Request<Full<Bytes>>, HttpError> {
     let mut request = Request::builder()
         .method(method)
         .uri(format!("{}{path}", address.prefix))
@@ -157,13 +194,48 @@ async fn exchange(
         request = request.header(header::CONTENT_TYPE, "application/json");
     }
     let body = body.map(Value::to_string).unwrap_or_default();
-    let request = request
+    request
         .body(Full::new(Bytes::from(body)))
-        .map_err(|error| HttpError::BadUrl(format!("path {path}: {error}")))?;
-    match &endpoint.tls {
-        None => answer(address.connected().await?, request).await,
-        Some(tls) => answer(address.secured(tls).await?, request).await,
+        .map_err(|error| HttpError::BadUrl(format!("path {path}: {error}")))
+}
+
+async fn lines(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    request: Request<Full<Bytes>>,
+    stall: Duration,
+    on_line: &mut impl FnMut(&str),
+) -> Result<StatusCode, HttpError> {
+    let broken = |error: &dyn std::fmt::Display| HttpError::Broken(error.to_string());
+    let (mut sender, connection) =
+        http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
+    let read = async {
+        let sent = within(stall, async {
+            sender.send_request(request).await.map_err(|error| broken(&error))
+        });
+        let response = sent.await?;
+        let status = response.status();
+        let mut body = response.into_body();
+        let mut line = Vec::new();
+        while let Some(frame) = within(stall, async { Ok(body.frame().await) }).await? {
+            let frame = frame.map_err(|error| broken(&error))?;
+            for &byte in frame.data_ref().into_iter().flatten() {
+                if byte == b'\n' {
+                    on_line(&String::from_utf8_lossy(&line));
+                    line.clear();
+                } else if line.len() < BODY_BYTES_MAX {
+                    line.push(byte);
+                }
+            }
+        }
+        on_line(&String::from_utf8_lossy(&line));
+        Ok(status)
+    };
+    let mut read = std::pin::pin!(read);
+    tokio::select! {
+        read = &mut read => return read,
+        _ = connection => {}
     }
+    read.await
 }
 
 async fn answer(

@@ -11,6 +11,7 @@ pub mod browser;
 mod door;
 mod forward;
 mod infer;
+mod limits;
 mod multipart;
 pub mod nearest;
 mod notes;
@@ -34,6 +35,7 @@ use axum::Router;
 
 use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
+use limits::Limiter;
 use receive::BodyBudget;
 
 pub use door::door;
@@ -56,6 +58,7 @@ pub fn shared(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Arc<Gate
         metrics,
         limits,
         bodies: Arc::default(),
+        limiter: Limiter::default(),
         id_seed: RandomState::new().hash_one(std::process::id()),
         id_next: AtomicU64::new(0),
     })
@@ -94,6 +97,7 @@ pub struct Gateway {
     metrics: Arc<Metrics>,
     limits: Limits,
     bodies: Arc<BodyBudget>,
+    limiter: Limiter,
     id_seed: u64,
     id_next: AtomicU64,
 }

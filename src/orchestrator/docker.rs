@@ -85,7 +85,9 @@ impl Owner {
     fn in_docker(&self) -> Vec<(InstanceId, String)> {
         let container = |(instance, live): (&InstanceId, &Live)| match live.slot.peek()?.handle {
             RuntimeHandle::Docker { id, .. } => Some((*instance, id)),
-            RuntimeHandle::Process { .. } | RuntimeHandle::External => None,
+            RuntimeHandle::Process { .. }
+            | RuntimeHandle::External
+            | RuntimeHandle::Ollama { .. } => None,
         };
         self.instances.iter().filter_map(container).collect()
     }

@@ -13,7 +13,7 @@ use super::memory_watch::Holders;
 use crate::config::catalog::{ModelSpec, StopSpec, Vram};
 use crate::engine;
 use crate::gpu::{GpuKind, Gpus};
-use crate::runtime::{LaunchSpec, Progress, Running, Runtimes};
+use crate::runtime::{LaunchSpec, Progress, Running, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind, GpuMemory};
 use crate::units::{Bytes, GpuId, InstanceId, SwapId, Time};
 
@@ -179,6 +179,9 @@ impl Effects {
         deadline: Instant,
     ) -> Result<Option<Bytes>, Fault> {
         let (spec, instance) = (&launch.model, launch.identity.instance);
+        if let RuntimeHandle::Ollama { .. } = running.handle {
+            return self.bring_up_in_ollama(swap, launch, running, progress, deadline).await;
+        }
         tokio::select! {
             ready = engine::wait_ready(spec, running, progress, deadline.into()) => ready?,
             never = self.runtimes.follow_unfinished(running) => match never {},
@@ -428,6 +431,7 @@ mod tests {
     use crate::runtime::LaunchKey;
     use crate::runtime::docker::DockerRuntime;
     use crate::runtime::external::ExternalRuntime;
+    use crate::runtime::ollama::OllamaRuntime;
     use crate::runtime::process::ProcessRuntime;
 
     #[tokio::test]
@@ -468,6 +472,7 @@ mod tests {
                 process: ProcessRuntime::default(),
                 docker: DockerRuntime::new(None),
                 external: ExternalRuntime,
+                ollama: OllamaRuntime::default(),
             },
             gpus: Gpus::open(&catalog.settings.gpu, dir.path()).await.unwrap(),
             inbox,

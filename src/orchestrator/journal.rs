@@ -107,7 +107,7 @@ fn without_commands(catalog: &Catalog) -> Catalog {
                 process.env.clear();
                 process.argv.truncate(1);
             }
-            RuntimeSpec::External(_) => {}
+            RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => {}
         }
     }
     catalog

@@ -80,6 +80,7 @@ fn name_of(handle: &RuntimeHandle) -> String {
         RuntimeHandle::Process { pid, .. } => format!("process {pid}"),
         RuntimeHandle::Docker { name, .. } => format!("container {name}"),
         RuntimeHandle::External => "an external engine".to_owned(),
+        RuntimeHandle::Ollama { model } => format!("{model} in Ollama"),
     }
 }
 

@@ -11,6 +11,7 @@ mod journal;
 mod launch;
 mod leftovers;
 mod memory_watch;
+mod ollama;
 mod outage;
 mod perform;
 mod publish;

@@ -146,10 +146,9 @@ impl Owner {
         let Some(live) = self.instances.get_mut(&instance) else {
             return Err(Fault::new(FaultKind::Internal, "the instance is gone"));
         };
-        let port = if live.spec.is_external() {
-            0
-        } else {
-            self.ports.assign(instance, live.spec.port)?
+        let port = match live.spec.takes_a_port() {
+            true => self.ports.assign(instance, live.spec.port)?,
+            false => 0,
         };
         let launcher = Launcher {
             gpus: &self.effects.gpus,

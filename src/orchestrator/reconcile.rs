@@ -10,6 +10,7 @@ use futures_util::future::join_all;
 
 use super::effects::Effects;
 use super::leftovers::reap;
+use super::ollama::adopt_in_ollama;
 use super::state_dir::StateDir;
 use crate::config::catalog::{Catalog, GpuRequest, ModelSpec, RuntimeSpec};
 use crate::engine;
@@ -62,6 +63,7 @@ pub async fn reconcile(
             Vec::new()
         }
     };
+    adopted.extend(adopt_in_ollama(effects, catalog, installation, named).await);
     if !uses_docker(catalog) && !state.ever_used_docker() {
         return Reconciled { adopted, docker_missed: false };
     }
@@ -82,16 +84,20 @@ pub fn uses_docker(catalog: &Catalog) -> bool {
     catalog.models.values().any(|spec| matches!(spec.runtime, RuntimeSpec::Docker(_)))
 }
 
-/// Containers named in the configuration carry no id: each gets one that was never used.
+/// Containers named in the configuration, and models of Ollama, carry no id: each gets one that was
+/// never used.
 pub fn named_ids(catalog: &Catalog, last_id: u64) -> BTreeMap<ModelName, InstanceId> {
-    let named = catalog.models.values().filter(|spec| named_container(spec).is_some());
+    let is_named = |spec: &ModelSpec| {
+        named_container(spec).is_some() || matches!(spec.runtime, RuntimeSpec::Ollama(_))
+    };
+    let named = catalog.models.values().filter(|spec| is_named(spec));
     named.zip(last_id + 1..).map(|(spec, id)| (spec.name.clone(), InstanceId(id))).collect()
 }
 
 fn named_container(spec: &ModelSpec) -> Option<&str> {
     match &spec.runtime {
         RuntimeSpec::Docker(docker) => docker.container.as_deref(),
-        RuntimeSpec::Process(_) | RuntimeSpec::External(_) => None,
+        RuntimeSpec::Process(_) | RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => None,
     }
 }
 
@@ -211,7 +217,7 @@ async fn adopt_named(
 }
 
 /// The GPUs that the model would take if all were free: what is known before memory was read.
-fn all_wanted(spec: &ModelSpec, gpus: &Gpus) -> Vec<GpuId> {
+pub fn all_wanted(spec: &ModelSpec, gpus: &Gpus) -> Vec<GpuId> {
     let known = gpus.gpus();
     match &spec.gpus {
         GpuRequest::None => Vec::new(),

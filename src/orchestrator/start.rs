@@ -27,6 +27,7 @@ use crate::config::catalog::{Catalog, OnExit, StopSpec};
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::external::ExternalRuntime;
+use crate::runtime::ollama::OllamaRuntime;
 use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Foreign, Identity, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
@@ -64,7 +65,12 @@ pub async fn start(
     let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
     let (process, external) = (ProcessRuntime::default(), ExternalRuntime);
     let effects = Effects {
-        runtimes: Runtimes { process, docker: docker.clone(), external },
+        runtimes: Runtimes {
+            process,
+            docker: docker.clone(),
+            external,
+            ollama: OllamaRuntime::default(),
+        },
         gpus: gpus.clone(),
         inbox: inbox.clone(),
         holders: holders.clone(),
@@ -190,10 +196,10 @@ async fn learned_before(
     let (old, mut learned) = (state.old_learned(), store.learned());
     if !old.is_empty() {
         for (model, figures) in old {
-            if !learned.contains_key(&model) {
-                store.put_learned(&model, &figures);
-                learned.insert(model, figures);
-            }
+            learned.entry(model).or_insert_with_key(|model| {
+                store.put_learned(model, &figures);
+                figures
+            });
         }
         if store.is_durable() && store.flush().await.is_ok() {
             state.forget_old_learned();

@@ -1,4 +1,5 @@
-//! How an engine is run: as a Docker container, as a process, or elsewhere (external).
+//! How an engine is run: as a Docker container, as a process, inside a running Ollama, or
+//! elsewhere (external).
 //!
 //! A runtime decides nothing. It does what it is told about one instance and reports what
 //! happened. Every instance carries an [`Identity`] by which it is found again after a crash.
@@ -7,6 +8,7 @@ pub mod docker;
 pub mod external;
 mod key;
 pub mod log;
+pub mod ollama;
 pub mod process;
 pub mod redact;
 pub(crate) mod tls;
@@ -93,6 +95,10 @@ pub enum RuntimeHandle {
         named: bool,
     },
     External,
+    /// A model inside a running Ollama, by the name that it has there.
+    Ollama {
+        model: String,
+    },
 }
 
 /// Where an instance is reached. `base` has no trailing slash; a path in it precedes every
@@ -192,6 +198,7 @@ pub struct Runtimes {
     pub process: process::ProcessRuntime,
     pub docker: docker::DockerRuntime,
     pub external: external::ExternalRuntime,
+    pub ollama: ollama::OllamaRuntime,
 }
 
 impl Runtimes {
@@ -202,6 +209,7 @@ impl Runtimes {
             RuntimeSpec::Process(_) => self.process.preflight(spec).await,
             RuntimeSpec::Docker(_) => self.docker.preflight(spec).await,
             RuntimeSpec::External(_) => self.external.preflight(spec).await,
+            RuntimeSpec::Ollama(_) => self.ollama.preflight(spec).await,
         }
     }
 
@@ -209,6 +217,7 @@ impl Runtimes {
     pub async fn fetch(&self, spec: &LaunchSpec, progress: &Progress) -> Result<(), Fault> {
         match &spec.model.runtime {
             RuntimeSpec::Docker(_) => self.docker.fetch(spec, progress).await,
+            RuntimeSpec::Ollama(_) => self.ollama.fetch(spec, progress).await,
             RuntimeSpec::Process(_) | RuntimeSpec::External(_) => Ok(()),
         }
     }
@@ -220,6 +229,7 @@ impl Runtimes {
             RuntimeSpec::Process(_) => self.process.start(spec).await,
             RuntimeSpec::Docker(_) => self.docker.start(spec).await,
             RuntimeSpec::External(_) => self.external.start(spec).await,
+            RuntimeSpec::Ollama(_) => self.ollama.start(spec).await,
         }
     }
 
@@ -230,7 +240,9 @@ impl Runtimes {
             RuntimeHandle::Docker { id, .. } => {
                 self.docker.follow_unfinished(id, &running.log).await
             }
-            RuntimeHandle::Process { .. } | RuntimeHandle::External => pending().await,
+            RuntimeHandle::Process { .. }
+            | RuntimeHandle::External
+            | RuntimeHandle::Ollama { .. } => pending().await,
         }
     }
 
@@ -240,6 +252,7 @@ impl Runtimes {
             RuntimeHandle::Process { .. } => self.process.stop(running, stop).await,
             RuntimeHandle::Docker { .. } => self.docker.stop(running, stop).await,
             RuntimeHandle::External => Ok(()),
+            RuntimeHandle::Ollama { model } => self.ollama.stop(running, model).await,
         }
     }
 
@@ -248,7 +261,7 @@ impl Runtimes {
         match &running.handle {
             RuntimeHandle::Process { pid, .. } => process::given(*pid),
             RuntimeHandle::Docker { id, .. } => self.docker.given(id).await,
-            RuntimeHandle::External => Given::default(),
+            RuntimeHandle::External | RuntimeHandle::Ollama { .. } => Given::default(),
         }
     }
 
@@ -257,7 +270,7 @@ impl Runtimes {
         match &running.handle {
             RuntimeHandle::Process { pid, .. } => self.process.group_pids(*pid),
             RuntimeHandle::Docker { id, .. } => self.docker.pids(id).await,
-            RuntimeHandle::External => Vec::new(),
+            RuntimeHandle::External | RuntimeHandle::Ollama { .. } => Vec::new(),
         }
     }
 }

@@ -68,7 +68,7 @@ fn steps(engine: &Engine, total: Duration) -> Vec<Step> {
     match engine.options.style {
         Style::Vllm => vllm(engine, total),
         Style::Llamacpp => llamacpp(engine),
-        Style::Plain => plain(),
+        Style::Plain | Style::Ollama => plain(),
     }
 }
 

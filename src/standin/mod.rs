@@ -6,6 +6,7 @@
 mod engine;
 pub mod ledger;
 mod load;
+mod ollama;
 mod options;
 mod reply;
 mod routes;
@@ -44,6 +45,9 @@ pub async fn run(mut options: Options) -> io::Result<ExitCode> {
 
 async fn live(engine: &Arc<Engine>, workers: &mut Workers, signals: &mut Signals) -> ExitCode {
     let options = &engine.options;
+    if options.style == Style::Ollama {
+        return live_as_ollama(engine, signals).await;
+    }
     let mut server = None;
     if options.style == Style::Llamacpp {
         // Unlike the others it answers while it loads: 503.
@@ -84,6 +88,20 @@ async fn live(engine: &Arc<Engine>, workers: &mut Workers, signals: &mut Signals
     ExitCode::SUCCESS
 }
 
+async fn live_as_ollama(engine: &Arc<Engine>, signals: &mut Signals) -> ExitCode {
+    let server = match ollama::open(engine).await {
+        Ok(server) => server,
+        Err(error) => {
+            say(&format!("Error: listen tcp {}: {error}", engine.options.port));
+            return ExitCode::FAILURE;
+        }
+    };
+    announce(&engine.options);
+    signals.told_to_end(engine.options.shutdown()).await;
+    server.close();
+    ExitCode::SUCCESS
+}
+
 async fn open(engine: &Arc<Engine>) -> Result<Server, ExitCode> {
     let addr = SocketAddr::new(engine.options.host, engine.options.port);
     Server::open(addr, routes::router(Arc::clone(engine))).await.map_err(|error| {
@@ -99,7 +117,7 @@ fn announce(options: &Options) {
     say(&match options.style {
         Style::Vllm => "INFO:     Application startup complete.".to_owned(),
         Style::Llamacpp => format!("main: server is listening on http://{host}:{port}"),
-        Style::Plain => format!("ready on http://{host}:{port}"),
+        Style::Plain | Style::Ollama => format!("ready on http://{host}:{port}"),
     });
 }
 

@@ -46,7 +46,20 @@ pub struct Options {
     #[command(flatten)]
     pub faults: FaultOptions,
     #[command(flatten)]
+    pub ollama: OllamaOptions,
+    #[command(flatten)]
     pub real: RealEngineFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Ollama (with --style ollama: one server, every --name a model)")]
+pub struct OllamaOptions {
+    /// How long a model stays after a request that says nothing of it
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "5m")]
+    pub keep_alive: Duration,
+    /// Models loaded at once; 0: no bound
+    #[arg(long, default_value_t = 0)]
+    pub max_loaded: u32,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -182,6 +195,8 @@ pub enum Style {
     Llamacpp,
     /// Refuses connections until ready; sleeps
     Plain,
+    /// Ollama: loads and unloads models by its API; --load is the time of one of them
+    Ollama,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

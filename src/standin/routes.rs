@@ -253,7 +253,7 @@ async fn health(State(engine): State<Arc<Engine>>) -> Response {
     }
     match engine.options.style {
         Style::Llamacpp => axum::Json(json!({"status": "ok"})).into_response(),
-        Style::Vllm | Style::Plain => StatusCode::OK.into_response(),
+        Style::Vllm | Style::Plain | Style::Ollama => StatusCode::OK.into_response(),
     }
 }
 

@@ -383,7 +383,7 @@ fn reload(
             match &mut spec.runtime {
                 RuntimeSpec::Process(process) => process.argv.push(size),
                 RuntimeSpec::Docker(docker) => docker.args.push(size),
-                RuntimeSpec::External(_) => {}
+                RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => {}
             }
             truth.insert(victim.clone(), real);
             next.models.insert(victim, Arc::new(spec));

@@ -119,7 +119,9 @@ impl DockerRuntime {
     pub async fn stop(&self, running: &Running, stop: &StopSpec) -> Result<(), Fault> {
         match &running.handle {
             RuntimeHandle::Docker { id, named, .. } => stop::stop(self, id, *named, stop).await,
-            RuntimeHandle::Process { .. } | RuntimeHandle::External => Ok(()),
+            RuntimeHandle::Process { .. }
+            | RuntimeHandle::External
+            | RuntimeHandle::Ollama { .. } => Ok(()),
         }
     }
 
@@ -175,7 +177,7 @@ impl DockerRuntime {
 fn docker_spec(model: &ModelSpec) -> Result<&DockerSpec, Fault> {
     match &model.runtime {
         RuntimeSpec::Docker(spec) => Ok(spec),
-        RuntimeSpec::Process(_) | RuntimeSpec::External(_) => {
+        RuntimeSpec::Process(_) | RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => {
             let message = format!("{} does not run in Docker", model.name);
             Err(Fault::new(FaultKind::Internal, message))
         }

@@ -1,0 +1,179 @@
+//! Models inside a running Ollama: loaded, kept, unloaded and found again by its API. The Ollama is
+//! a stand-in, written after its public API documentation, as no real one can be had here.
+
+mod support;
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use support::{EXE, World, serve};
+use wharf::cli::demo::talk::Talk;
+
+struct Ollama {
+    child: Child,
+    talk: Talk,
+    url: String,
+}
+
+impl Ollama {
+    async fn start(flags: &[&str]) -> Ollama {
+        let free = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = free.local_addr().expect("its address").port();
+        drop(free);
+        let child = Command::new(EXE)
+            .args(["engine", "--style", "ollama", "--port", &port.to_string()])
+            .args(flags)
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("a stand-in");
+        let ollama =
+            Ollama { child, talk: Talk::new(port, port), url: format!("http://127.0.0.1:{port}") };
+        ollama.until("it answers", |_| true).await;
+        ollama
+    }
+
+    async fn ps(&self) -> Option<Value> {
+        Some(self.talk.get("/api/ps").await.ok()?["models"].clone())
+    }
+
+    async fn loaded(&self) -> Vec<String> {
+        let rows = self.ps().await.expect("/api/ps");
+        let names = rows.as_array().expect("rows").iter().map(|row| row["name"].as_str());
+        names.map(|name| name.expect("a name").to_owned()).collect()
+    }
+
+    async fn until(&self, what: &str, wanted: impl Fn(&Value) -> bool) {
+        let began = Instant::now();
+        loop {
+            let ps = self.ps().await;
+            if ps.as_ref().is_some_and(&wanted) {
+                return;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "{what} never came true: {ps:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn post(&self, path: &str, body: Value) -> (u16, Value) {
+        self.talk.call(http::Method::POST, path, body).await.expect("an answer")
+    }
+}
+
+impl Drop for Ollama {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn model(name: &str, known_as: &str, ollama: &Ollama, more: &str) -> String {
+    format!(
+        "  {name}: {{ engine: ollama, upstream_name: \"{known_as}\", external: {{ url: \"{}\" }}{more} }}\n",
+        ollama.url
+    )
+}
+
+/// Nothing can be proven of GPU memory here.
+const BLIND: &str = "gpu: { provider: none }\nswap: { mode: single-active }";
+
+async fn two(ollama: &Ollama) -> World {
+    let models = model("qwen", "qwen:7b", ollama, "") + &model("llama", "llama3", ollama, "");
+    serve(BLIND, &models, &[]).await
+}
+
+async fn says(world: &World, model: &str, begin: &str) {
+    let answer = world.server.talk.chat(model, false, &[]).await.expect("an answer");
+    assert!(answer.status == 200 && answer.text.starts_with(begin), "{answer:?}\n{}", world.log());
+}
+
+#[tokio::test]
+async fn a_request_has_its_model_loaded_and_the_other_one_unloaded() {
+    let ollama = Ollama::start(&["--name", "qwen:7b", "--name", "llama3", "--load", "200ms"]).await;
+    let world = two(&ollama).await;
+    for (name, begin, loaded) in [
+        ("qwen", "qwen:7b-1", "qwen:7b"),
+        ("llama", "llama3:latest-1", "llama3:latest"),
+        ("qwen", "qwen:7b-1", "qwen:7b"),
+    ] {
+        says(&world, name, begin).await;
+        assert_eq!(ollama.loaded().await, [loaded]);
+    }
+    let (status, _) =
+        world.server.talk.call(http::Method::POST, "/models/qwen/unload", json!({})).await.unwrap();
+    assert_eq!(status, 200);
+    assert!(ollama.loaded().await.is_empty());
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_loaded_model_is_told_to_stay_although_every_request_sets_its_keep_alive_back() {
+    let ollama =
+        Ollama::start(&["--name", "qwen:7b", "--name", "llama3", "--keep-alive", "20s"]).await;
+    let world = two(&ollama).await;
+    says(&world, "qwen", "qwen:7b-1").await;
+    let in_an_hour = || {
+        let then = std::time::SystemTime::now() + Duration::from_secs(3600);
+        humantime::format_rfc3339(then).to_string()
+    };
+    ollama
+        .until("it stays for ever", |ps| {
+            ps[0]["expires_at"].as_str().is_some_and(|at| at > in_an_hour().as_str())
+        })
+        .await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_model_that_somebody_else_unloads_is_noticed_and_loaded_again_when_wanted() {
+    let ollama = Ollama::start(&["--name", "qwen:7b", "--name", "llama3"]).await;
+    let world = two(&ollama).await;
+    says(&world, "qwen", "qwen:7b-1").await;
+    ollama.post("/api/generate", json!({"model": "qwen:7b", "keep_alive": 0})).await;
+    world.until("it is noticed", |status| status["models"]["qwen"]["state"] != "ready").await;
+    says(&world, "qwen", "qwen:7b-1").await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_loaded_is_adopted_after_a_crash_and_unloaded_when_room_is_wanted() {
+    let ollama = Ollama::start(&["--name", "qwen:7b", "--name", "llama3"]).await;
+    let mut world = two(&ollama).await;
+    says(&world, "qwen", "qwen:7b-1").await;
+    world.server.kill_and_restart().await.unwrap();
+    world.until("it is adopted", |status| status["models"]["qwen"]["state"] == "ready").await;
+    assert!(world.swaps().await.iter().all(|swap| swap["model"] != "llama"));
+    says(&world, "llama", "llama3:latest-1").await;
+    assert_eq!(ollama.loaded().await, ["llama3:latest"]);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn what_ollama_lacks_is_pulled_and_what_cannot_be_had_is_named() {
+    let ollama = Ollama::start(&["--name", "llama3"]).await;
+    let models = model("qwen", "qwen:7b", &ollama, "")
+        + &model("gone", "missing:1b", &ollama, "")
+        + &model("mine", "other:1b", &ollama, ", pull: never");
+    let world = serve(BLIND, &models, &[]).await;
+    says(&world, "qwen", "qwen:7b-1").await;
+    for (name, cause) in [("gone", "file does not exist"), ("mine", "ollama pull other:1b")] {
+        let answer = world.server.talk.chat(name, false, &[]).await.unwrap();
+        assert_eq!(answer.status, 503, "{answer:?}");
+        assert!(answer.text.contains(cause), "{answer:?}");
+    }
+    says(&world, "qwen", "qwen:7b-1").await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_ollama_that_does_not_run_is_named_with_the_fix() {
+    let ollama = Ollama::start(&["--name", "qwen:7b", "--name", "llama3"]).await;
+    let world = two(&ollama).await;
+    let url = ollama.url.clone();
+    drop(ollama);
+    let answer = world.server.talk.chat("qwen", false, &[]).await.unwrap();
+    assert_eq!(answer.status, 503, "{answer:?}");
+    assert!(answer.text.contains(&url) && answer.text.contains("start it"), "{answer:?}");
+    world.stop().await;
+}
