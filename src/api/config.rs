@@ -40,7 +40,7 @@ pub async fn patch(
     let changed = match wanted.patches.is_empty() {
         true => Changed::default(),
         false => {
-            let changed = reloads(&api)?.patch(wanted.patches).await;
+            let changed = reloads(&api).map_err(|why| *why)?.patch(wanted.patches).await;
             changed.map_err(|why| rejected(why, "nothing was patched", &api))?
         }
     };
@@ -65,7 +65,7 @@ pub async fn patch(
 
 /// `POST /config/reload`
 pub async fn reload(State(api): State<Api>) -> Result<Response, Response> {
-    let changed = reloads(&api)?.reload("POST /config/reload").await;
+    let changed = reloads(&api).map_err(|why| *why)?.reload("POST /config/reload").await;
     let changed = changed.map_err(|why| rejected(why, "nothing was changed", &api))?;
     let mut answer = Map::from_iter([
         ("status".to_owned(), json!("success")),
@@ -89,8 +89,9 @@ fn what_changed(changed: &Changed) -> Map<String, Value> {
     }))
 }
 
-pub(super) fn reloads(api: &Api) -> Result<&Reloads, Response> {
-    api.handle.reloads().ok_or_else(|| rejected(Rejected::Closed, "nothing was changed", api))
+pub(super) fn reloads(api: &Api) -> Result<&Reloads, Box<Response>> {
+    let closed = || rejected(Rejected::Closed, "nothing was changed", api);
+    api.handle.reloads().ok_or_else(|| Box::new(closed()))
 }
 
 /// Why a change was refused; `outcome` is what came of it.

@@ -32,7 +32,7 @@ pub async fn register(
 ) -> Result<Response, Response> {
     let registration = read(body).map_err(IntoResponse::into_response)?;
     let name = ModelName::new(&registration.model_id);
-    let changed = reloads(&api)?.register(registration).await;
+    let changed = reloads(&api).map_err(|why| *why)?.register(registration).await;
     let changed = changed.map_err(|why| rejected(why, "the model was not registered", &api))?;
     let (status, message) = match changed.replaced {
         false => (StatusCode::CREATED, format!("Model {name} registered")),
@@ -52,7 +52,7 @@ pub async fn delete(
 ) -> Result<Response, Response> {
     let name = ModelName::new(&path);
     let was_loaded = render::is_loaded(Snapshot::of(&api.handle).residency(&name));
-    let changed = reloads(&api)?.unregister(name.clone()).await;
+    let changed = reloads(&api).map_err(|why| *why)?.unregister(name.clone()).await;
     changed.map_err(|why| rejected(why, "the model was not removed", &api))?;
     let message = match was_loaded {
         true => format!("Model {name} removed; its requests end, then it is stopped"),
