@@ -3,9 +3,12 @@
 //! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something;
 //! [`read`] renders its view: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
 //! and queue in [`machine`]. [`llama_swap`] and [`logs`] are that tool's control paths, [`events`]
-//! what is told of changes, [`traffic`] the gateway's requests.
+//! what is told of changes, [`traffic`] the gateway's requests. [`config`] and [`register`] ask the
+//! owner of the configuration.
 
 mod change;
+mod config;
+mod effective;
 mod error;
 mod events;
 mod extract;
@@ -17,6 +20,7 @@ mod logs;
 mod machine;
 mod name;
 mod read;
+mod register;
 mod render;
 mod routes;
 mod traffic;

@@ -3,11 +3,11 @@
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::from_fn_with_state;
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{MethodRouter, delete, get, patch, post};
 
 use super::extract::BODY_BYTES_MAX;
 use super::guard::{Guard, Needs, guard};
-use super::{Api, change, error, events, llama_swap, logs, read, traffic};
+use super::{Api, change, config, error, events, llama_swap, logs, read, register, traffic};
 use crate::gateway::browser;
 
 /// One row: path, who may call it, and the handler.
@@ -34,6 +34,11 @@ fn own() -> Vec<Route> {
         ("/ensure_model", Needs::Admin, post(change::ensure_model)),
         // `{name}/load` and `{name}/unload`
         ("/models/{*name}", Needs::Admin, post(change::verb)),
+        ("/models/register", Needs::Admin, post(register::register)),
+        ("/models/{*name}", Needs::Admin, delete(register::delete)),
+        ("/config", Needs::Read, get(config::show)),
+        ("/config", Needs::Admin, patch(config::patch)),
+        ("/config/reload", Needs::Admin, post(config::reload)),
         ("/events", Needs::Read, get(events::events)),
     ]
 }

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::account::{Account, Arrival};
 use super::admit::{self, Wishes};
+use super::door::Bound;
 use super::forward::{self, Failure, Outgoing};
 use super::receive::{self, Held};
 use super::reject::{Reject, Viewer};
@@ -110,18 +111,24 @@ impl Admitted<'_> {
     ) -> Result<Job, Reject> {
         let Admitted { gateway, inference, catalog, head, key, wishes, arrived } = self;
         arrival.received(&head.headers, &received.bytes);
-        let mut asked = match inference.body {
-            BodyKind::Json => parse::parse(&received.bytes)?,
-            BodyKind::Form => multipart::parse(&received.bytes, &head.headers)?,
+        let bound = head.extensions.get::<Bound>();
+        let mut asked = match (inference.body, bound) {
+            (BodyKind::Json, Some(_)) => parse::parse_any(&received.bytes)?,
+            (BodyKind::Json, None) => parse::parse(&received.bytes)?,
+            (BodyKind::Form, _) => multipart::parse(&received.bytes, &head.headers)?,
         };
-        arrival.asked(&asked.model);
-        let spec = Arc::clone(admit::model(catalog, &asked.model, key)?);
+        let wanted = bound.map_or(&*asked.model, |bound| bound.0.as_str());
+        arrival.asked(wanted);
+        let spec = Arc::clone(admit::model(catalog, wanted, key)?);
         let mut body = received.bytes.clone();
         let filtered;
         if inference.body == BodyKind::Json && !spec.filters.is_empty() {
             body = filter::apply(body, &spec.filters)?;
             filtered = body.clone();
-            asked = parse::parse(&filtered)?;
+            asked = match bound {
+                Some(_) => parse::parse_any(&filtered)?,
+                None => parse::parse(&filtered)?,
+            };
         }
         let stream = asked.stream;
         let mut edits = Vec::new();

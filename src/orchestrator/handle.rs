@@ -1,12 +1,13 @@
 //! What the rest of Wharf holds of the orchestrator: a handle to ask, and views to read.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::docker::WhoLives;
@@ -16,6 +17,7 @@ use super::outage::OutageNews;
 use super::reconcile::InDocker;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
+use crate::reload::Reloads;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
 use crate::store::{Activity, Store};
@@ -110,7 +112,15 @@ pub(super) struct Shared {
     pub next_ask: AtomicU64,
     /// Context lengths as engines told them when they were ready last.
     pub contexts: Mutex<BTreeMap<ModelName, u64>>,
+    /// Where front doors are.
+    pub front_doors: ArcSwap<FrontDoors>,
+    /// Who changes the configuration; set once it can be asked.
+    pub reloads: OnceLock<Reloads>,
+    /// Marked when a new view is there.
+    pub published: watch::Sender<()>,
 }
+
+pub type FrontDoors = BTreeMap<ModelName, SocketAddr>;
 
 /// How a request asks for its model.
 #[derive(Clone, Debug)]
@@ -187,6 +197,30 @@ impl Handle {
         let id = self.shared.store.record_activity(row);
         self.shared.feed.publish(News::Activity { id });
         id
+    }
+
+    /// Where front doors (`ports`) are; empty where there are none.
+    pub fn front_doors(&self) -> Arc<FrontDoors> {
+        self.shared.front_doors.load_full()
+    }
+
+    pub fn publish_front_doors(&self, doors: FrontDoors) {
+        self.shared.front_doors.store(Arc::new(doors));
+    }
+
+    /// Who changes the configuration; `None` until Wharf serves.
+    pub fn reloads(&self) -> Option<&Reloads> {
+        self.shared.reloads.get()
+    }
+
+    /// The first one counts.
+    pub fn set_reloads(&self, reloads: Reloads) {
+        let _ = self.shared.reloads.set(reloads);
+    }
+
+    /// Changes when a new view is published.
+    pub fn published(&self) -> watch::Receiver<()> {
+        self.shared.published.subscribe()
     }
 
     pub fn now(&self) -> Time {
@@ -356,12 +390,16 @@ impl Handle {
             next_request: AtomicU64::new(1),
             next_ask: AtomicU64::new(1),
             contexts: Mutex::default(),
+            front_doors: ArcSwap::default(),
+            reloads: OnceLock::new(),
+            published: watch::Sender::default(),
         };
         (Handle { inbox, shared: Arc::new(shared) }, messages)
     }
 
     pub fn publish_for_tests(&self, view: View) {
         self.shared.view.store(Arc::new(view));
+        self.shared.published.send_replace(());
     }
 
     pub fn catalog_for_tests(&self, catalog: Catalog) {

@@ -28,4 +28,5 @@ pub mod view;
 pub use gate::{Gate, Lease, StartKind};
 pub use handle::{Handle, RequestOptions, Waiting};
 pub use start::{StartError, start};
+pub use upstream::UpstreamClient;
 pub use view::View;

@@ -55,5 +55,6 @@ impl Owner {
         for news in news::between(&before, &view) {
             self.shared.feed.publish(news);
         }
+        self.shared.published.send_replace(());
     }
 }

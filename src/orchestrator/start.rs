@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -189,6 +189,9 @@ fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
         contexts: Mutex::default(),
+        front_doors: ArcSwap::default(),
+        reloads: OnceLock::new(),
+        published: watch::Sender::default(),
     };
     shared.follow_wall_clock();
     shared

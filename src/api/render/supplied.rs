@@ -16,17 +16,19 @@ pub fn address(at: &Snapshot<'_>, spec: &ModelSpec) -> SocketAddr {
 }
 
 /// The listener bound to this model alone.
-fn front_door(_at: &Snapshot<'_>, _spec: &ModelSpec) -> Option<SocketAddr> {
-    None
+fn front_door(at: &Snapshot<'_>, spec: &ModelSpec) -> Option<SocketAddr> {
+    at.handle.front_doors().get(&spec.name).map(|address| reachable(*address))
 }
 
 /// Ports that no model has: of front doors, or of engines where there are no front doors.
 pub fn available_ports(at: &Snapshot<'_>) -> usize {
     let settings = &at.catalog.settings;
     let models = at.catalog.models.values();
+    let listeners = [settings.gateway.port(), settings.orchestrator.port()];
     let ((first, last), taken): (_, Vec<u16>) = match settings.front_doors {
         Some(range) => {
-            (range, models.filter_map(|spec| Some(front_door(at, spec)?.port())).collect())
+            let doors = models.filter_map(|spec| Some(front_door(at, spec)?.port()));
+            (range, doors.chain(listeners).collect())
         }
         None => (settings.engine_ports, at.view.models.values().filter_map(engine_port).collect()),
     };
