@@ -1,6 +1,7 @@
 //! The control API: what operators and the older tools' clients call.
 //!
-//! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something;
+//! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something, [`stay`]
+//! for how long a model stays;
 //! [`read`] renders its view: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
 //! and queue in [`machine`].
 
@@ -15,6 +16,7 @@ mod name;
 mod read;
 mod render;
 mod routes;
+mod stay;
 
 use std::sync::Arc;
 

@@ -68,17 +68,30 @@ impl Snapshot<'_> {
         self.view.models.get(name).map_or(Duration::ZERO, |facts| facts.uptime(self.now))
     }
 
-    /// Until an idle model leaves by its ttl; `None` where no ttl runs.
-    fn ttl_remaining(&self, spec: &ModelSpec) -> Option<Duration> {
-        let ttl = spec.ttl.filter(|_| !spec.warmup && !spec.pinned)?;
+    /// `None` where no ttl runs. By the gate: it knows of the last activity before the owner does.
+    pub fn ttl(&self, spec: &ModelSpec) -> Option<Ttl> {
+        let view = self.view.model(&spec.name).filter(|view| view.ttl_runs)?;
         let gates = self.handle.gates();
         let gate = gates.get(&spec.name)?;
-        let idle = match gate.in_flight() {
-            0 => self.now.since(gate.last_used()),
-            _ => Duration::ZERO,
-        };
-        Some(ttl.saturating_sub(idle))
+        let since = if gate.in_flight() == 0 { gate.last_used() } else { self.now };
+        let ends = (since + spec.ttl?).max(view.ttl_until.unwrap_or_default());
+        Some(Ttl { ends, leaves_at: ends + spec.grace, left: ends.since(self.now) })
     }
+}
+
+/// When an idle model leaves by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ttl {
+    pub ends: Time,
+    /// The end of the grace, in which a request still rescues it.
+    pub leaves_at: Time,
+    /// Zero in the grace.
+    pub left: Duration,
+}
+
+/// The pool manager's minutes: one decimal.
+pub fn minutes(left: Duration) -> f64 {
+    (left.as_secs_f64() / 6.0).round() / 10.0
 }
 
 /// The swapper's `loaded`: the model answers, if only its last requests.
@@ -90,9 +103,10 @@ fn swapper_status(residency: &ResidencyView) -> &'static str {
     if is_loaded(residency) { "loaded" } else { "unloaded" }
 }
 
-/// COOLING (the grace after a ttl) is a Ready of ours, so it never shows here.
-fn pool_state(residency: &ResidencyView) -> &'static str {
+/// `in_grace`: its ttl is over, and a request still rescues it.
+fn pool_state(residency: &ResidencyView, in_grace: bool) -> &'static str {
     match residency {
+        ResidencyView::Ready if in_grace => "COOLING",
         ResidencyView::Stopped
         | ResidencyView::Sleeping { .. }
         | ResidencyView::Failed { .. }
@@ -117,6 +131,8 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Value {
     let facts = at.view.models.get(&spec.name).cloned().unwrap_or_default();
     let residency = at.residency(&spec.name);
     let gone = facts.unloaded_at.filter(|_| !is_loaded(residency));
+    let ttl = at.ttl(spec);
+    let view = at.view.model(&spec.name);
     let mut row = object(json!({
         "name": spec.name,
         "ollama_name": spec.served_name(),
@@ -132,11 +148,9 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Value {
         "display_name": spec.display_name.as_deref().unwrap_or(spec.name.as_str()),
         "model_type": spec.model_type,
         "port": facts.endpoint.as_deref().and_then(port_of),
-        "state": pool_state(residency),
+        "state": pool_state(residency, ttl.is_some_and(|ttl| ttl.left.is_zero())),
         // The pool manager's 0: no ttl runs.
-        "ttl_remaining_minutes": at
-            .ttl_remaining(spec)
-            .map_or(0.0, |left| (left.as_secs_f64() / 6.0).round() / 10.0),
+        "ttl_remaining_minutes": ttl.map_or(0.0, |ttl| minutes(ttl.left)),
         "warmup": spec.warmup,
         "endpoint": facts.endpoint,
         "tags": spec.tags,
@@ -145,10 +159,13 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Value {
         "description": spec.description,
         "engine": engine(spec.engine),
         "runtime": runtime(&spec.runtime),
-        "pinned": spec.pinned,
+        "pinned": view.map_or(spec.pinned, |view| view.pinned),
+        "kept": view.is_some_and(|view| view.kept),
         "unlisted": spec.unlisted,
         "concurrency": spec.concurrency,
         "ttl_seconds": spec.ttl.map(seconds),
+        "grace_seconds": seconds(spec.grace),
+        "leaves_at": ttl.map(|ttl| at.wall(ttl.leaves_at)),
         "gpus_wanted": gpus_wanted(&spec.gpus),
         "request_count": at.requests(&spec.name),
         "in_flight": at.in_flight(&spec.name),

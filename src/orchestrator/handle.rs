@@ -118,7 +118,16 @@ pub struct RequestOptions {
 
 impl Shared {
     pub(super) fn wall(&self, time: Time) -> SystemTime {
-        UNIX_EPOCH + Duration::from_millis(self.epoch_unix_ms.load(Ordering::Relaxed) + time.0)
+        UNIX_EPOCH + Duration::from_millis(self.unix_ms(time))
+    }
+
+    pub(super) fn unix_ms(&self, time: Time) -> u64 {
+        self.epoch_unix_ms.load(Ordering::Relaxed) + time.0
+    }
+
+    /// The owner's time of a wall-clock time; `None`: before this run.
+    pub(super) fn time_of(&self, unix_ms: u64) -> Option<Time> {
+        unix_ms.checked_sub(self.epoch_unix_ms.load(Ordering::Relaxed)).map(Time)
     }
 
     /// Boards without a battery start in the past until NTP answers.
@@ -215,6 +224,21 @@ impl Handle {
 
     pub async fn unload(&self, model: ModelName, force: bool) -> Answer {
         self.ask(|ask| Event::UnloadAsked { ask, model, force }).await
+    }
+
+    /// Drains a model and puts it to sleep at its configured level.
+    pub async fn sleep(&self, model: ModelName) -> Answer {
+        self.ask(|ask| Event::SleepAsked { ask, model }).await
+    }
+
+    /// Adds `by` (or the model's own ttl) to what is left of its ttl.
+    pub async fn extend_ttl(&self, model: ModelName, by: Option<Duration>) -> Answer {
+        self.ask(|ask| Event::ExtendAsked { ask, model, by }).await
+    }
+
+    /// Pins or unpins a model until the next such call, whatever a reload says.
+    pub async fn pin(&self, model: ModelName, pinned: bool) -> Answer {
+        self.ask(|ask| Event::PinAsked { ask, model, pinned }).await
     }
 
     /// Replaces the configuration: unchanged models are not touched.

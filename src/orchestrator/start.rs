@@ -235,7 +235,12 @@ impl Owner {
         }
         self.became_ready(instance, &running);
         self.watch_exit(instance, &running);
-        self.step(Event::Adopted { instance, model, gpus, footprint });
+        let extended = self.shared.store.ttl_until().get(&model).copied();
+        let until = extended.and_then(|until| self.shared.time_of(until));
+        self.step(Event::Adopted { instance, model: model.clone(), gpus, footprint });
+        if let Some(until) = until.filter(|until| *until > self.effects.now()) {
+            self.step(Event::TtlUntil { model, until });
+        }
     }
 
     /// After `ShuttingDown`: ends what shall not outlive us, within `shutdown_timeout` and the time

@@ -130,7 +130,7 @@ impl Scheduler {
     }
 
     pub(super) fn is_pinned(&self, instance: &Instance) -> bool {
-        self.catalog.model(&instance.model).is_some_and(|spec| spec.pinned)
+        self.catalog.model(&instance.model).is_some_and(|spec| self.pins(spec))
     }
 
     /// What a model needs on a GPU; `None` for one that uses none.
