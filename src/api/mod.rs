@@ -13,6 +13,7 @@ mod health;
 mod ledger;
 mod machine;
 mod name;
+mod plan;
 mod read;
 mod render;
 mod routes;

@@ -251,9 +251,22 @@ pub fn status(at: &Snapshot<'_>, healthy: bool) -> Value {
         "queued": at.view.scheduler.queued,
         "swaps": under_way.collect::<Vec<_>>(),
         "last_swap": at.view.ledger.back().map(|swap| super::ledger::row(at, swap)),
+        "preload": preload(at),
         "no_proof": at.view.scheduler.no_proof,
         "leftovers": at.view.leftovers.iter().map(|left| leftover(at, left)).collect::<Vec<_>>(),
         "time": at.wall(at.now),
+    })
+}
+
+/// Models that are loaded before anybody asks: how many are, and who is not and why.
+fn preload(at: &Snapshot<'_>) -> Value {
+    let preload = at.view.preload(&at.catalog);
+    json!({
+        "done": preload.done.len(),
+        "total": preload.total(),
+        "loading": preload.loading,
+        "waiting": preload.waiting,
+        "failed": preload.failed,
     })
 }
 

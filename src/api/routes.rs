@@ -7,13 +7,13 @@ use axum::routing::{MethodRouter, get, post};
 
 use super::extract::BODY_BYTES_MAX;
 use super::guard::{Guard, Needs, guard};
-use super::{Api, change, error, read};
+use super::{Api, change, error, plan, read};
 use crate::gateway::browser;
 
 /// One row: path, who may call it, and the handler.
 type Route = (&'static str, Needs, MethodRouter<Api>);
 
-fn table() -> [Route; 12] {
+fn table() -> [Route; 13] {
     [
         ("/health", Needs::Nothing, get(read::health)),
         ("/status", Needs::Read, get(read::status)),
@@ -26,7 +26,8 @@ fn table() -> [Route; 12] {
         ("/gpus", Needs::Read, get(read::gpus)),
         ("/queue", Needs::Read, get(read::queue)),
         ("/ensure_model", Needs::Admin, post(change::ensure_model)),
-        // `{name}/load` and `{name}/unload`
+        ("/plan", Needs::Read, post(plan::plan)),
+        // `{name}/load`, `/unload`, `/extend-ttl`, `/pin`, `/sleep`, `/wake`
         ("/models/{*name}", Needs::Admin, post(change::verb)),
     ]
 }

@@ -31,11 +31,7 @@ pub struct PinBody {
 }
 
 /// `POST /models/{name}/extend-ttl`
-pub async fn extend_ttl(
-    api: &Api,
-    spec: &ModelSpec,
-    body: ExtendBody,
-) -> Result<Response, Reject> {
+pub async fn extend_ttl(api: &Api, spec: &ModelSpec, body: ExtendBody) -> Result<Response, Reject> {
     let by = body.minutes.map(minutes).transpose()?;
     let name = &spec.name;
     let (until, left, bounded) = match api.handle.extend_ttl(name.clone(), by).await {
@@ -62,7 +58,10 @@ pub async fn extend_ttl(
 fn minutes(asked: f64) -> Result<Duration, Reject> {
     let by = Duration::try_from_secs_f64(asked * 60.0).ok();
     by.filter(|by| !by.is_zero() && *by <= EXTENSION_MAX).ok_or_else(|| {
-        bad("minutes", "minutes must be a number above 0, at most those of a year: {\"minutes\":30}")
+        bad(
+            "minutes",
+            "minutes must be a number above 0, at most those of a year: {\"minutes\":30}",
+        )
     })
 }
 

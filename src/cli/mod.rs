@@ -6,6 +6,7 @@ pub mod demo;
 pub mod engine;
 pub mod ensure;
 pub mod load;
+pub mod plan;
 pub mod pull;
 pub mod serve;
 pub mod status;
@@ -60,6 +61,8 @@ enum Command {
     Load(load::Args),
     /// Unload a model
     Unload(unload::Args),
+    /// What a request for a model would bring about, without doing it
+    Plan(plan::Args),
     /// Bring images and weights here, so that no swap has to wait for a download
     Pull {
         #[command(flatten)]
@@ -107,6 +110,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Ensure(args) => ensure::run(args).await,
         Command::Load(args) => load::run(args).await,
         Command::Unload(args) => unload::run(args).await,
+        Command::Plan(args) => plan::run(args).await,
         Command::Pull { args, config } => {
             let catalog = crate::config::load(&crate::config::path(config))?.catalog;
             let docker = DockerRuntime::new(catalog.settings.docker_host.clone());

@@ -18,6 +18,7 @@ use super::view::{Health, View};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
+use crate::scheduler::plan::Forecast;
 use crate::store::Store;
 use crate::units::{AskId, InstanceId, ModelName, Priority, RequestId, Time};
 
@@ -54,6 +55,11 @@ pub enum Message {
     },
     /// Refuse what waits and start nothing more; what runs goes on.
     RefuseNew,
+    /// A dry run; changes nothing. `None`: the model is not configured.
+    Forecast {
+        model: ModelName,
+        reply: oneshot::Sender<Option<Forecast>>,
+    },
     Shutdown {
         /// Cancelled: engines get no grace any more.
         hurry: CancellationToken,
@@ -71,6 +77,11 @@ impl Inbox {
     pub(super) fn new() -> (Inbox, mpsc::UnboundedReceiver<Message>) {
         let (tx, rx) = mpsc::unbounded_channel();
         (Inbox(tx), rx)
+    }
+
+    /// Returns when the owner has ended.
+    pub(super) async fn closed(&self) {
+        self.0.closed().await;
     }
 
     /// After the owner ended nobody needs the message.
@@ -239,6 +250,13 @@ impl Handle {
     /// Pins or unpins a model until the next such call, whatever a reload says.
     pub async fn pin(&self, model: ModelName, pinned: bool) -> Answer {
         self.ask(|ask| Event::PinAsked { ask, model, pinned }).await
+    }
+
+    /// What a request for the model would bring about now; `None`: it is not configured.
+    pub async fn forecast(&self, model: ModelName) -> Option<Forecast> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Forecast { model, reply });
+        answer.await.ok().flatten()
     }
 
     /// Replaces the configuration: unchanged models are not touched.

@@ -1,6 +1,6 @@
 //! The one owner of the scheduler, and what it hands to everyone else.
 //!
-//! `run` is the loop, `perform` what it does with each action, `effects` the work that happens
+//! `run` is the loop, `perform` what it does with each action, `keep` the time of day, `effects` the work that happens
 //! outside it, `docker` what it does when Docker comes and goes, `handle` and `gate` what the gateway holds, `view` what everyone may read.
 
 mod docker;
@@ -8,11 +8,13 @@ mod effects;
 pub mod gate;
 pub mod handle;
 mod journal;
+mod keep;
 mod launch;
 mod leftovers;
 mod memory_watch;
 mod outage;
 mod perform;
+pub mod preload;
 mod publish;
 mod reconcile;
 mod run;

@@ -6,7 +6,7 @@ use super::run::Owner;
 use super::view::{GpuFacts, Health, View};
 
 impl Owner {
-    pub(super) fn publish(&self) {
+    pub(super) fn publish(&mut self) {
         self.shared.follow_wall_clock();
         let now = self.effects.now();
         let reading = self.memory.latest.borrow().clone();
@@ -36,7 +36,7 @@ impl Owner {
             .filter(|(_, live)| live.ready_at.is_none() && live.task.is_some())
             .map(|(instance, live)| (*instance, live.progress_now.borrow().clone()))
             .collect();
-        self.shared.view.store(Arc::new(View {
+        let view = Arc::new(View {
             at: now,
             scheduler,
             models: self.facts.clone(),
@@ -48,6 +48,8 @@ impl Owner {
             leftovers: self.leftovers.values().cloned().collect(),
             foreign: self.foreign.borrow().clone(),
             ledger: Arc::clone(&self.ledger),
-        }));
+        });
+        self.preload.look(view.preload(&self.shared.catalog.load()));
+        self.shared.view.store(view);
     }
 }

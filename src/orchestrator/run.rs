@@ -15,6 +15,7 @@ use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
 use super::outage::OutageNews;
+use super::preload::PreloadLog;
 use super::state_dir::{Figures, LastIds, StateDir};
 use super::state_writer::StateWriter;
 use super::view::{Leftover, ModelFacts};
@@ -56,6 +57,7 @@ pub(super) struct Owner {
     /// Files that cannot be written now, and why.
     pub outages: BTreeMap<&'static str, String>,
     pub leftovers: BTreeMap<InstanceId, Leftover>,
+    pub preload: PreloadLog,
     pub foreign: watch::Receiver<Vec<Foreign>>,
     pub shutdown: Option<(CancellationToken, oneshot::Sender<()>)>,
     /// Sent once the view is published: who is told of a change can read it.
@@ -208,6 +210,11 @@ impl Owner {
                 }
                 self.step(Event::CatalogChanged(catalog));
                 self.replies.push(Reply::Reloaded(reply));
+            }
+            Message::Forecast { model, reply } => {
+                let forecast = self.scheduler.forecast(self.effects.now(), &model);
+                // Whoever left does not want to know any more.
+                let _ = reply.send(forecast);
             }
             Message::RefuseNew => self.step(Event::ShuttingDown),
             Message::Shutdown { hurry, reply } => {

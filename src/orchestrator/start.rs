@@ -15,9 +15,11 @@ use super::docker::DockerState;
 use super::effects::{Effects, Slot};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
 use super::journal::{Begin, Journal};
+use super::keep;
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
 use super::outage::Outage;
+use super::preload::PreloadLog;
 use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
 use super::state_dir::{Figures, LastIds, StateDir, StateError};
@@ -137,11 +139,13 @@ pub async fn start(
         },
         outages: BTreeMap::new(),
         leftovers: BTreeMap::new(),
+        preload: PreloadLog::default(),
         foreign,
         shutdown: None,
         replies: Vec::new(),
     };
     owner.begin(&gpus, adopted).await;
+    keep::follow(Arc::clone(&shared), inbox.clone());
     let handle = Handle { inbox, shared };
     let warmups = catalog.models.values().filter(|spec| spec.warmup);
     for spec in warmups {

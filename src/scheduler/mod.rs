@@ -12,6 +12,7 @@
 //! | `stay` | how long a model stays that nobody pushes out: ttl, grace, pins, times of day |
 //! | `policy` | whose turn it is; who may be asked to leave |
 //! | `placement` | on which GPUs, and who has to leave for it |
+//! | `plan` | a dry run of all this |
 //! | `memory`, `proof` | promises, samples; when a release counts as proven |
 //! | `ram` | the same for host RAM, where the end of a process is the proof |
 //! | `swap/` | the way of a swap, phase by phase |
@@ -28,6 +29,7 @@ mod invariants;
 mod lifecycle;
 mod memory;
 mod placement;
+pub mod plan;
 mod policy;
 mod proof;
 mod queue;

@@ -351,7 +351,9 @@ impl Scheduler {
                     Ok(Leaves::Idle)
                 };
             }
-            Urgency::Preload => return Err(format!("{name} serves {} requests", instance.in_flight())),
+            Urgency::Preload => {
+                return Err(format!("{name} serves {} requests", instance.in_flight()));
+            }
             Urgency::Overdue(_) | Urgency::Normal | Urgency::Spare => {}
         }
         if tenure_ends > self.now {

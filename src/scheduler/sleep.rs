@@ -116,9 +116,9 @@ impl Scheduler {
             }
             Residency::Stopping => Some(gone()),
             // Somebody else's swap put it to sleep, and it was wanted again before we looked.
-            Residency::Waking => Some(Answer::Declined {
-                why: format!("{model} was wanted again and wakes"),
-            }),
+            Residency::Waking => {
+                Some(Answer::Declined { why: format!("{model} was wanted again and wakes") })
+            }
             Residency::Starting { .. }
             | Residency::Ready
             | Residency::Draining
@@ -137,9 +137,9 @@ impl Scheduler {
             | Residency::Waking
             | Residency::Lost { asleep: true } => true,
             Residency::Draining => self.falls_asleep(i),
-            Residency::Starting { .. } | Residency::Stopping | Residency::Lost { asleep: false } => {
-                false
-            }
+            Residency::Starting { .. }
+            | Residency::Stopping
+            | Residency::Lost { asleep: false } => false,
         });
         (!sleeps).then(|| Answer::Declined {
             why: format!(

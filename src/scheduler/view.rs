@@ -36,7 +36,7 @@ impl Scheduler {
         }
     }
 
-    fn model_view(&self, name: &ModelName) -> ModelView {
+    pub(super) fn model_view(&self, name: &ModelName) -> ModelView {
         let state = self.models.get(name);
         // Shown: the current instance, else one that is still leaving.
         let instance =
