@@ -129,10 +129,10 @@ pub struct RequestOptions {
 
 impl Shared {
     pub(super) fn wall(&self, time: Time) -> SystemTime {
-        UNIX_EPOCH + Duration::from_millis(self.unix_ms(time))
+        UNIX_EPOCH + Duration::from_millis(self.wall_ms(time))
     }
 
-    pub(super) fn unix_ms(&self, time: Time) -> u64 {
+    pub(super) fn wall_ms(&self, time: Time) -> u64 {
         self.epoch_unix_ms.load(Ordering::Relaxed) + time.0
     }
 
