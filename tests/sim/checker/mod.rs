@@ -180,8 +180,11 @@ impl Checker {
                 }
             }
             Event::MoveDone { swap, instance, done } => {
+                let told = |checker: &Self| checker.insts.get(instance).map(|known| known.told);
+                let before = told(self);
                 self.move_done(*swap, *instance, done);
-                let up = self.insts.get_mut(instance).filter(|known| known.told == Told::Ready);
+                let came_up = before != told(self) && told(self) == Some(Told::Ready);
+                let up = self.insts.get_mut(instance).filter(|_| came_up);
                 if let Some(known) = up {
                     known.ready_at = now;
                 }

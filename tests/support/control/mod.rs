@@ -84,7 +84,7 @@ pub fn residency(name: &str, residency: ResidencyView, instance: Option<u64>) ->
         waiting_for: String::new(),
         pinned: false,
         kept: false,
-        ttl_runs: false,
+        ttl_runs: name == MISTRAL,
         ttl_until: None,
     }
 }
