@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::catalog::Catalog;
@@ -37,6 +37,8 @@ pub async fn run(
     let settings = &catalog.settings;
     let (gateway_at, orchestrator_at) = (settings.gateway, settings.orchestrator);
     refuse_open_control(orchestrator_at, &catalog)?;
+    // Heard from here on: who stops us while we start must not leave engines behind.
+    let mut stops = Stops::listen()?;
     // Bound before anything is started: a taken port must cost nothing.
     let orchestrator_listener = bind("listen.orchestrator", orchestrator_at).await?;
     let gateway_listener = match gateway_at == orchestrator_at {
@@ -74,7 +76,7 @@ pub async fn run(
 
     let reloads = tokio::spawn(reload_on_sighup(reload, handle.clone(), orchestrator_at));
     let signal_name = tokio::select! {
-        name = wait_for_stop() => name?,
+        name = stops.next() => name,
         // Only after a panic. The engines live on: whoever starts us again adopts them.
         _ = &mut owner => bail!("the orchestrator ended by itself: report the last log lines"),
     };
@@ -145,7 +147,7 @@ fn drain_text<'a>(busy: impl Iterator<Item = (&'a str, u32)>, left: Duration) ->
 /// Wrappers pass a signal on that the whole group also gets: that is still the same one.
 async fn next_stop() -> anyhow::Result<&'static str> {
     tokio::time::sleep(SAME_SIGNAL_WITHIN).await;
-    wait_for_stop().await
+    Ok(Stops::listen()?.next().await)
 }
 
 /// A control API that anyone on the network can use is refused, not warned about.
@@ -197,13 +199,24 @@ async fn occupant(port: u16) -> String {
     listeners.first().map_or_else(unseen, ToString::to_string)
 }
 
-async fn wait_for_stop() -> anyhow::Result<&'static str> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
-    })
+/// SIGTERM and SIGINT, from the moment it is made.
+struct Stops {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stops {
+    fn listen() -> anyhow::Result<Stops> {
+        let (terminate, interrupt) = (SignalKind::terminate(), SignalKind::interrupt());
+        Ok(Stops { terminate: signal(terminate)?, interrupt: signal(interrupt)? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
 }
 
 /// A bad file changes nothing and says why.

@@ -58,8 +58,7 @@ async fn a_late_request_rescues_a_cooling_model_and_an_extension_outlives_a_cras
     until(&world, "ada", |row| row["state"] == "COOLING").await;
     assert_eq!(world.engine_pids(), pids, "rescued: the same engine");
 
-    let (status, extended) =
-        post(&world, "/models/ada/extend-ttl", json!({ "minutes": 30 })).await;
+    let (status, extended) = post(&world, "/models/ada/extend-ttl", json!({ "minutes": 30 })).await;
     assert_eq!(status, 200, "{extended}");
     assert_eq!(extended["status"], "success");
     assert_eq!(extended["model_id"], "ada");

@@ -212,6 +212,7 @@ impl Owner {
                 self.replies.push(Reply::Reloaded(reply));
             }
             Message::Forecast { model, reply } => {
+                self.tell_gates();
                 let forecast = self.scheduler.forecast(self.effects.now(), &model);
                 // Whoever left does not want to know any more.
                 let _ = reply.send(forecast);
@@ -226,11 +227,15 @@ impl Owner {
 
     /// Hands one event to the scheduler, with fresh gate counters before it.
     pub(super) fn step(&mut self, event: Event) {
+        self.tell_gates();
+        self.handle(event);
+    }
+
+    fn tell_gates(&mut self) {
         let changed: Vec<InstanceId> = self.instances.keys().copied().collect();
         for instance in changed {
             self.tell_gate(instance, false);
         }
-        self.handle(event);
     }
 
     /// `always`: also when nothing changed (a ping, or the answer to `CloseGate`).

@@ -70,9 +70,9 @@ impl Scheduler {
         let mut copy = self.clone();
         let mut actions = Vec::new();
         copy.handle(now, Event::RequestArrived(request), &mut actions);
-        let refused = actions.iter().find_map(|action| match action {
-            Action::Refuse { request: REQUEST, refusal } => Some(refusal.clone()),
-            _ => None,
+        let refused = actions.iter().find_map(|action| {
+            let Action::Refuse { request: REQUEST, refusal } = action else { return None };
+            Some(refusal.clone())
         });
         let granted = |action: &Action| matches!(action, Action::Grant { request: REQUEST, .. });
         if let Some(refusal) = refused {

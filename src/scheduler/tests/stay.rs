@@ -72,9 +72,9 @@ fn an_extension_is_added_to_what_is_left_and_ends_with_its_instance() {
     assert_eq!(sim.state("a"), "ready");
     sim.run_secs(3);
     assert_eq!(sim.state("a"), "stopped");
-    let told = sim.log.iter().filter_map(|(_, action)| match action {
-        Action::TtlExtended { until, .. } => Some(until.is_some()),
-        _ => None,
+    let told = sim.log.iter().filter_map(|(_, action)| {
+        let Action::TtlExtended { until, .. } = action else { return None };
+        Some(until.is_some())
     });
     assert_eq!(told.collect::<Vec<_>>(), [true, false]);
 }
