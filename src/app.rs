@@ -28,14 +28,14 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
     let catalog = Arc::new(built.loaded.catalog.clone());
     let settings = &catalog.settings;
     refuse_open_control(settings.orchestrator, &catalog)?;
+    // Heard from here on: who stops us while we start must not leave engines behind.
+    let mut signals = stop_signals()?;
     // Before anything is started: a taken port must cost nothing.
     let bound = Bound::all(settings).await?;
     let metrics = Arc::new(Metrics::new());
     let (handle, mut owner) =
         orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics), store.clone()).await?;
 
-    // Before the first answer: whoever has one may send a signal.
-    let mut signals = stop_signals()?;
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
     let traffic = gateway::Traffic::default();
     let inference =

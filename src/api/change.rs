@@ -10,10 +10,10 @@ use http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{bad, internal, not_found, refused, unknown_model};
+use super::error::{bad, declined, not_found, refused, unexpected, unknown_model};
 use super::extract::{Body, PathText};
 use super::render::{self, Snapshot, seconds};
-use super::{Api, ledger, name};
+use super::{Api, ledger, name, stay};
 use crate::config::catalog::{Catalog, ModelSpec};
 use crate::gateway::reject::Reject;
 use crate::scheduler::action::{Answer, Refusal};
@@ -81,7 +81,7 @@ pub async fn ensure_model(
     Ok(Json(ready.json()).into_response())
 }
 
-/// `POST /models/{name}/load` and `/unload`: one route, because names may hold slashes.
+/// `POST /models/{name}/load`, `/unload` and so on: one route, because names may hold slashes.
 pub async fn verb(
     State(api): State<Api>,
     PathText(path): PathText,
@@ -90,11 +90,19 @@ pub async fn verb(
     let catalog = api.handle.catalog();
     let found = name::split(&path, |name| catalog.resolve(name));
     match found {
-        Some((spec, "load")) => load(&api, spec, parse(body)?, &catalog).await,
+        Some((spec, "load")) => load(&api, spec, EnsureKind::Load, parse(body)?, &catalog).await,
+        Some((spec, "wake")) => load(&api, spec, EnsureKind::Wake, parse(body)?, &catalog).await,
+        Some((spec, "sleep")) => stay::sleep(&api, spec, &catalog).await,
+        Some((spec, "pin")) => stay::pin(&api, spec, parse(body)?).await,
+        Some((spec, "extend-ttl")) => stay::extend_ttl(&api, spec, parse(body)?).await,
         Some((spec, "unload")) => unload(&api, spec, parse(body)?, &catalog).await,
         Some((spec, verb)) => Err(not_found(
             "not_found",
-            format!("POST /models/{}/{verb} does not exist: load and unload do", spec.name),
+            format!(
+                "POST /models/{}/{verb} does not exist: load, unload, extend-ttl, pin, sleep and \
+                 wake do",
+                spec.name
+            ),
         )),
         None => {
             let name = path.rsplit_once('/').map_or(path.as_str(), |(name, _verb)| name);
@@ -111,19 +119,21 @@ fn parse<T: serde::de::DeserializeOwned>(body: Value) -> Result<T, Reject> {
 async fn load(
     api: &Api,
     spec: &ModelSpec,
+    kind: EnsureKind,
     body: WaitBody,
     catalog: &Catalog,
 ) -> Result<Response, Reject> {
     let timeout = timeout_of(body.timeout.as_ref(), catalog)?;
     if body.wait == Some(false) {
-        return begun(api, spec, EnsureKind::Load, timeout).await;
+        return begun(api, spec, kind, timeout).await;
     }
     let asked = api.handle.now();
-    let answer = ensured(api, spec, EnsureKind::Load, timeout).await;
+    let answer = ensured(api, spec, kind, timeout).await;
     let ready = ready(api, &spec.name, answer, timeout, asked).await?;
-    let message = match ready.swapped {
-        true => format!("Model {} loaded", spec.name),
-        false => format!("Model {} is loaded already", spec.name),
+    let message = match (ready.swapped, kind) {
+        (true, EnsureKind::Wake) => format!("Model {} woken", spec.name),
+        (true, _) => format!("Model {} loaded", spec.name),
+        (false, _) => format!("Model {} is loaded already", spec.name),
     };
     let mut body = render::object(ready.json());
     body.extend(render::object(render::done(&spec.name, message)));
@@ -147,6 +157,12 @@ async fn unload(
     Ok(Json(body).into_response())
 }
 
+/// How long a drain, the end of the engine and the proof of its memory may take.
+pub(super) fn unload_limit(spec: &ModelSpec, catalog: &Catalog) -> Duration {
+    let swap = &catalog.settings.swap;
+    swap.drain_timeout + swap.vram_timeout + spec.stop.grace + UNLOAD_MARGIN
+}
+
 /// Whether it was loaded; answers when it is gone.
 pub(super) async fn unloaded(
     api: &Api,
@@ -155,15 +171,14 @@ pub(super) async fn unloaded(
     catalog: &Catalog,
 ) -> Result<bool, Reject> {
     let name = &spec.name;
-    let swap = &catalog.settings.swap;
-    let limit = swap.drain_timeout + swap.vram_timeout + spec.stop.grace + UNLOAD_MARGIN;
+    let limit = unload_limit(spec, catalog);
     let answer = tokio::time::timeout(limit, api.handle.unload(name.clone(), force)).await;
     match answer {
         Ok(Answer::Unloaded { was_loaded }) => Ok(was_loaded),
         Ok(Answer::Refused(refusal)) => Err(refused(&refusal, name, api)),
         Ok(Answer::TimedOut { swap }) => Err(not_yet(api, name, limit, swap, "unloaded")),
         Err(_) => Err(not_yet(api, name, limit, None, "unloaded")),
-        Ok(Answer::Ready { .. }) => Err(internal("unload answered as a load")),
+        Ok(answer) => Err(unexpected("unload", &answer)),
     }
 }
 
@@ -199,7 +214,9 @@ async fn begun(
         answer = &mut answer => match answer {
             Ok(Answer::Refused(refusal)) => return Err(refused(&refusal, &spec.name, api)),
             Ok(Answer::Ready { swap, .. }) => swap,
-            Ok(Answer::TimedOut { .. } | Answer::Unloaded { .. }) => None,
+            Ok(Answer::Declined { why }) => return Err(declined(&spec.name, why)),
+            Ok(Answer::TimedOut { .. }) => None,
+            Ok(answer) => return Err(unexpected("load", &answer)),
             Err(_) => return Err(refused(&Refusal::ShuttingDown, &spec.name, api)),
         },
         swap = tokio::time::timeout(BEGIN_WITHIN, begins) => swap.ok(),
@@ -261,7 +278,8 @@ async fn ready(
         }
         Answer::TimedOut { swap } => Err(not_yet(api, model, timeout, swap, "ready")),
         Answer::Refused(refusal) => Err(refused(&refusal, model, api)),
-        Answer::Unloaded { .. } => Err(internal("a load answered as an unload")),
+        Answer::Declined { why } => Err(declined(model, why)),
+        answer => Err(unexpected("load", &answer)),
     }
 }
 

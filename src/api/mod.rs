@@ -1,6 +1,7 @@
 //! The control API: what operators and the older tools' clients call.
 //!
-//! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something;
+//! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something, [`stay`]
+//! for how long a model stays;
 //! [`read`] renders its view: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
 //! and queue in [`machine`]. [`llama_swap`] and [`logs`] are that tool's control paths, [`events`]
 //! what is told of changes, [`traffic`] the gateway's requests. [`config`] and [`register`] ask the
@@ -19,10 +20,12 @@ mod llama_swap;
 mod logs;
 mod machine;
 mod name;
+mod plan;
 mod read;
 mod register;
 mod render;
 mod routes;
+mod stay;
 mod traffic;
 
 use std::sync::Arc;

@@ -7,7 +7,7 @@ use axum::routing::{MethodRouter, delete, get, patch, post};
 
 use super::extract::BODY_BYTES_MAX;
 use super::guard::{Guard, Needs, guard};
-use super::{Api, change, config, error, events, llama_swap, logs, read, register, traffic};
+use super::{Api, change, config, error, events, llama_swap, logs, plan, read, register, traffic};
 use crate::gateway::browser;
 
 /// One row: path, who may call it, and the handler.
@@ -32,7 +32,8 @@ fn own() -> Vec<Route> {
         ("/gpus", Needs::Read, get(read::gpus)),
         ("/queue", Needs::Read, get(read::queue)),
         ("/ensure_model", Needs::Admin, post(change::ensure_model)),
-        // `{name}/load` and `{name}/unload`
+        ("/plan", Needs::Read, post(plan::plan)),
+        // `{name}/load`, `/unload`, `/extend-ttl`, `/pin`, `/sleep`, `/wake`
         ("/models/{*name}", Needs::Admin, post(change::verb)),
         ("/models/register", Needs::Admin, post(register::register)),
         ("/models/{*name}", Needs::Admin, delete(register::delete)),

@@ -8,6 +8,7 @@ pub mod ensure;
 pub mod import;
 pub mod load;
 pub mod logs;
+pub mod plan;
 pub mod pull;
 pub mod reload;
 pub mod schema;
@@ -70,6 +71,8 @@ enum Command {
     Unload(unload::Args),
     /// Read models.yaml again: only what changed is touched
     Reload(reload::Args),
+    /// What a request for a model would bring about, without doing it
+    Plan(plan::Args),
     /// Bring images and weights here, so that no swap has to wait for a download
     Pull {
         #[command(flatten)]
@@ -122,6 +125,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Load(args) => load::run(args).await,
         Command::Unload(args) => unload::run(args).await,
         Command::Reload(args) => reload::run(args).await,
+        Command::Plan(args) => plan::run(args).await,
         Command::Pull { args, config } => {
             let catalog = crate::config::load(&crate::config::path(config))?.catalog;
             let docker = DockerRuntime::new(catalog.settings.docker_host.clone());

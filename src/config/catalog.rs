@@ -19,7 +19,7 @@ mod lifecycle;
 mod serving;
 
 pub use access::{ApiKey, AuthSettings, KeyDigest, RateLimits, Scope, StartRule};
-pub use lifecycle::{Group, KeepWindow, TtlBounds};
+pub use lifecycle::{Group, KeepWindow, LocalTime, TtlBounds};
 pub use serving::{
     Adapter, Announce, CaptureSettings, Filters, HttpService, PathRule, Peer, Retention, Route,
     RouteKind,

@@ -288,6 +288,12 @@ fn status_of(refusal: &Refusal) -> StatusCode {
     }
 }
 
+/// `: speech, coder`, after "pinned models".
+fn named(models: &[ModelName]) -> String {
+    let names: Vec<&str> = models.iter().map(ModelName::as_str).collect();
+    if names.is_empty() { String::new() } else { format!(": {}", names.join(", ")) }
+}
+
 fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -> String {
     let next = |at: &Time| retry_seconds(at.since(now));
     match refusal {
@@ -312,19 +318,22 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -
             *waited_ms as f64 / 1000.0,
             if waiting_for.is_empty() { "its turn did not come" } else { waiting_for },
         ),
-        Refusal::CannotFit { need, available, host: true, .. } => format!(
+        Refusal::CannotFit { need, available, host: true, pinned, .. } => format!(
             "model \"{model}\" needs {need} of host RAM, but at most {available} can ever be free \
-             there (total less reserve and pinned models); give it a smaller `ram`, add memory, or \
-             unpin a model"
+             there (total less reserve and pinned models{}); give it a smaller `ram`, add memory, \
+             or unpin a model",
+            named(pinned)
         ),
-        Refusal::CannotFit { need, available, .. } if need <= available => format!(
-            "model \"{model}\" has no place: pinned models hold as many as may run at once; unpin \
-             one, or raise `max_concurrent_models`"
+        Refusal::CannotFit { need, available, pinned, .. } if need <= available => format!(
+            "model \"{model}\" has no place: pinned models{} hold as many as may run at once; \
+             unpin one, or raise `max_concurrent_models`",
+            named(pinned)
         ),
-        Refusal::CannotFit { need, available, gpus, host: false } => format!(
+        Refusal::CannotFit { need, available, gpus, host: false, pinned } => format!(
             "model \"{model}\" needs {need} on each of {gpus} GPU(s), but at most {available} can \
-             ever be free there (total less reserve and pinned models); give it more GPUs, a \
-             smaller `vram`, or unpin a model"
+             ever be free there (total less reserve and pinned models{}); give it more GPUs, a \
+             smaller `vram`, or unpin a model",
+            named(pinned)
         ),
         Refusal::StartFailed { fault, retry_at, .. } => format!(
             "model \"{model}\" could not be started: {}; next attempt in {} s",
@@ -410,8 +419,11 @@ mod tests {
             available: Bytes::gib(22),
             gpus: 1,
             host: false,
+            pinned: vec![ModelName::new("speech")],
         };
-        let response = reject(refusal, false).into_response();
+        let reject = reject(refusal, false);
+        assert!(reject.problem().message.contains("pinned models: speech"), "{reject:?}");
+        let response = reject.into_response();
         assert_eq!(response.status(), 507);
         assert!(!response.headers().contains_key("retry-after"));
         assert_eq!(response.headers()["x-should-retry"], "false");

@@ -20,6 +20,7 @@ use crate::config::catalog::Catalog;
 use crate::reload::Reloads;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
+use crate::scheduler::plan::Forecast;
 use crate::store::{Activity, Store};
 use crate::telemetry::feed::{Feed, News};
 use crate::telemetry::logs::Logs;
@@ -59,6 +60,11 @@ pub enum Message {
     },
     /// Refuse what waits and start nothing more; what runs goes on.
     RefuseNew,
+    /// A dry run; changes nothing. `None`: the model is not configured.
+    Forecast {
+        model: ModelName,
+        reply: oneshot::Sender<Option<Forecast>>,
+    },
     Shutdown {
         /// Cancelled: engines get no grace any more.
         hurry: CancellationToken,
@@ -76,6 +82,11 @@ impl Inbox {
     pub(super) fn new() -> (Inbox, mpsc::UnboundedReceiver<Message>) {
         let (tx, rx) = mpsc::unbounded_channel();
         (Inbox(tx), rx)
+    }
+
+    /// Returns when the owner has ended.
+    pub(super) async fn closed(&self) {
+        self.0.closed().await;
     }
 
     /// After the owner ended nobody needs the message.
@@ -145,6 +156,11 @@ impl Shared {
 
     pub(super) fn wall_ms(&self, time: Time) -> u64 {
         self.epoch_unix_ms.load(Ordering::Relaxed) + time.0
+    }
+
+    /// The owner's time of a wall-clock time; `None`: before this run.
+    pub(super) fn time_of(&self, unix_ms: u64) -> Option<Time> {
+        unix_ms.checked_sub(self.epoch_unix_ms.load(Ordering::Relaxed)).map(Time)
     }
 
     /// Boards without a battery start in the past until NTP answers.
@@ -291,6 +307,28 @@ impl Handle {
 
     pub async fn unload(&self, model: ModelName, force: bool) -> Answer {
         self.ask(|ask| Event::UnloadAsked { ask, model, force }).await
+    }
+
+    /// Drains a model and puts it to sleep at its configured level.
+    pub async fn sleep(&self, model: ModelName) -> Answer {
+        self.ask(|ask| Event::SleepAsked { ask, model }).await
+    }
+
+    /// Adds `by` (or the model's own ttl) to what is left of its ttl.
+    pub async fn extend_ttl(&self, model: ModelName, by: Option<Duration>) -> Answer {
+        self.ask(|ask| Event::ExtendAsked { ask, model, by }).await
+    }
+
+    /// Pins or unpins a model until the next such call, whatever a reload says.
+    pub async fn pin(&self, model: ModelName, pinned: bool) -> Answer {
+        self.ask(|ask| Event::PinAsked { ask, model, pinned }).await
+    }
+
+    /// What a request for the model would bring about now; `None`: it is not configured.
+    pub async fn forecast(&self, model: ModelName) -> Option<Forecast> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Forecast { model, reply });
+        answer.await.ok().flatten()
     }
 
     /// Replaces the configuration: unchanged models are not touched.

@@ -64,6 +64,10 @@ impl Owner {
                     self.replies.push(Reply::Ask(reply, answer));
                 }
             }
+            Action::TtlExtended { model, until } => {
+                let until = until.map(|until| self.shared.wall_ms(until));
+                self.shared.store.put_ttl_until(&model, until);
+            }
             Action::Record(record) => self.record(record),
             Action::Remember { model, learned } => {
                 // The scheduler learns of engines as they are configured now only.

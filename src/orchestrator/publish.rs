@@ -7,7 +7,7 @@ use super::run::Owner;
 use super::view::{GpuFacts, Health, View};
 
 impl Owner {
-    pub(super) fn publish(&self) {
+    pub(super) fn publish(&mut self) {
         self.shared.follow_wall_clock();
         let now = self.effects.now();
         let reading = self.memory.latest.borrow().clone();
@@ -50,6 +50,7 @@ impl Owner {
             foreign: self.foreign.borrow().clone(),
             ledger: Arc::clone(&self.ledger),
         });
+        self.preload.look(view.preload(&self.shared.catalog.load()));
         let before = self.shared.view.swap(Arc::clone(&view));
         // Told only now: who hears of a change can read it.
         for news in news::between(&before, &view) {

@@ -15,6 +15,7 @@ use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
 use super::outage::OutageNews;
+use super::preload::PreloadLog;
 use super::start::facts_before;
 use super::state_dir::{LastIds, StateDir};
 use super::state_writer::StateWriter;
@@ -58,6 +59,7 @@ pub(super) struct Owner {
     /// Files that cannot be written now, and why.
     pub outages: BTreeMap<&'static str, String>,
     pub leftovers: BTreeMap<InstanceId, Leftover>,
+    pub preload: PreloadLog,
     pub foreign: watch::Receiver<Vec<Foreign>>,
     pub shutdown: Option<(CancellationToken, oneshot::Sender<()>)>,
     /// Sent once the view is published: who is told of a change can read it.
@@ -214,6 +216,12 @@ impl Owner {
                 self.shared.feed.publish(News::Reloaded { changes });
                 self.replies.push(Reply::Reloaded(reply));
             }
+            Message::Forecast { model, reply } => {
+                self.tell_gates();
+                let forecast = self.scheduler.forecast(self.effects.now(), &model);
+                // Whoever left does not want to know any more.
+                let _ = reply.send(forecast);
+            }
             Message::RefuseNew => self.step(Event::ShuttingDown),
             Message::Shutdown { hurry, reply } => {
                 self.step(Event::ShuttingDown);
@@ -224,11 +232,15 @@ impl Owner {
 
     /// Hands one event to the scheduler, with fresh gate counters before it.
     pub(super) fn step(&mut self, event: Event) {
+        self.tell_gates();
+        self.handle(event);
+    }
+
+    fn tell_gates(&mut self) {
         let changed: Vec<InstanceId> = self.instances.keys().copied().collect();
         for instance in changed {
             self.tell_gate(instance, false);
         }
-        self.handle(event);
     }
 
     /// `always`: also when nothing changed (a ping, or the answer to `CloseGate`).

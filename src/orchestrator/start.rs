@@ -15,9 +15,11 @@ use super::docker::DockerState;
 use super::effects::{Effects, Slot};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
 use super::journal::{Begin, Journal};
+use super::keep;
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
 use super::outage::Outage;
+use super::preload::PreloadLog;
 use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
 use super::state_dir::{LastIds, StateDir, StateError};
@@ -142,11 +144,13 @@ pub async fn start(
         },
         outages: BTreeMap::new(),
         leftovers: BTreeMap::new(),
+        preload: PreloadLog::default(),
         foreign,
         shutdown: None,
         replies: Vec::new(),
     };
     owner.begin(&gpus, adopted, learned).await;
+    keep::follow(Arc::clone(&shared), inbox.clone());
     let handle = Handle { inbox, shared };
     let warmups = catalog.models.values().filter(|spec| spec.warmup);
     for spec in warmups {
@@ -299,7 +303,12 @@ impl Owner {
         self.effects.logs.copy(&model, &running.log);
         self.became_ready(instance, &running);
         self.watch_exit(instance, &running);
-        self.step(Event::Adopted { instance, model, gpus, footprint });
+        let extended = self.shared.store.ttl_until().get(&model).copied();
+        let until = extended.and_then(|until| self.shared.time_of(until));
+        self.step(Event::Adopted { instance, model: model.clone(), gpus, footprint });
+        if let Some(until) = until.filter(|until| *until > self.effects.now()) {
+            self.step(Event::TtlUntil { model, until });
+        }
     }
 
     /// After `ShuttingDown`: ends what shall not outlive us, within `shutdown_timeout` and the time

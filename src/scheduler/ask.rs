@@ -17,6 +17,7 @@ const HOLD: Duration = Duration::from_secs(30);
 pub(super) enum AskKind {
     Ready(EnsureKind),
     Gone { instance: InstanceId },
+    Asleep { instance: InstanceId },
 }
 
 #[derive(Clone, Debug)]
@@ -49,6 +50,11 @@ impl Scheduler {
         if let Some(refusal) = refusal {
             self.answer(id, Answer::Refused(refusal));
             return;
+        }
+        if kind == EnsureKind::Wake
+            && let Some(declined) = self.wake_declined(&model)
+        {
+            return self.answer(id, declined);
         }
         if kind != EnsureKind::Warmup {
             self.last_demand = self.now;
@@ -190,7 +196,7 @@ impl Scheduler {
                     let instance = self.current(&ask.model).filter(|i| i.is_ready())?;
                     Some((id, instance.id, kind == EnsureKind::Ensure))
                 }
-                AskKind::Gone { .. } => None,
+                AskKind::Gone { .. } | AskKind::Asleep { .. } => None,
             })
             .collect();
         for (ask, instance, ensure) in ready {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::Scheduler;
 use super::memory::{Need, uses_gpu};
 use super::placement::{ELASTIC_SHARE, Plan, Planned, Price, Victim};
-use super::policy::{Candidate, Leaves, Urgency};
+use super::policy::{Candidate, Leaves};
 use super::ram::HOST;
 use super::residency::Instance;
 use crate::units::{Bytes, GpuId, ModelName};
@@ -318,7 +318,7 @@ impl Attempt<'_> {
     /// Everyone who may be asked leaves, and it is still not enough by the sample alone.
     fn needs_bytes_nobody_promised(&self) -> bool {
         let s = self.scheduler;
-        if self.candidate.urgency == Urgency::Spare {
+        if self.candidate.urgency.is_unasked() {
             return false;
         }
         let everyone: Choice = s

@@ -130,7 +130,7 @@ impl Scheduler {
     }
 
     pub(super) fn is_pinned(&self, instance: &Instance) -> bool {
-        self.catalog.model(&instance.model).is_some_and(|spec| spec.pinned)
+        self.catalog.model(&instance.model).is_some_and(|spec| self.pins(spec))
     }
 
     /// What a model needs on a GPU; `None` for one that uses none.
@@ -166,7 +166,7 @@ impl Scheduler {
     /// What pinned models leave on a GPU, those that are bound to it but not loaded included.
     fn rest(&self, spec: &ModelSpec, gpu: GpuId) -> Bytes {
         let mut taken = Bytes::ZERO;
-        for other in self.catalog.models.values().filter(|m| m.pinned && m.name != spec.name) {
+        for other in self.catalog.models.values().filter(|m| self.pins(m) && m.name != spec.name) {
             let placed =
                 self.current(&other.name).filter(|i| i.promise.is_some()).map(|i| i.gpus.clone());
             let here = placed.or_else(|| self.explicit(other)).map_or_else(

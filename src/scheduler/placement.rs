@@ -120,7 +120,8 @@ impl Scheduler {
         };
         let asked = sets.iter().flatten().map(|&g| need(g)).max().unwrap_or_default();
         let available = best.unwrap_or_default();
-        Some(Refusal::CannotFit { need: asked, available, gpus, host: false })
+        let pinned = self.pinned_beside(&spec.name);
+        Some(Refusal::CannotFit { need: asked, available, gpus, host: false, pinned })
     }
 
     /// Pinned models are up in every place that `max_concurrent_models` or single-active leaves.
@@ -144,7 +145,7 @@ impl Scheduler {
         self.catalog
             .models
             .values()
-            .filter(|other| other.pinned && other.name != spec.name && bound(other))
+            .filter(|other| self.pins(other) && other.name != spec.name && bound(other))
             .map(|other| match other.vram {
                 Vram::Declared(bytes) => bytes,
                 Vram::Unknown | Vram::Rest => Bytes::ZERO,

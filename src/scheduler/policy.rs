@@ -5,7 +5,9 @@
 //!    other swap.
 //! 3. Models by what their waiters have suffered: summed age and the age of the oldest, weighted
 //!    by priority, per second of learned move.
-//! 4. Warm-up and restore: into free memory only, while nobody waits.
+//! 4. Models whose keep window opened: in place of models that have been idle for long and that
+//!    no pin and no window keeps, while nobody waits.
+//! 5. Warm-up and restore: into free memory only, while nobody waits.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -28,8 +30,17 @@ pub(super) enum Urgency {
     /// Since when notice has been due.
     Overdue(Time),
     Normal,
+    /// Wanted by the time of day: takes free memory, and the place of those long idle.
+    Preload,
     /// Takes free memory only.
     Spare,
+}
+
+impl Urgency {
+    /// Nobody has asked for it.
+    pub fn is_unasked(self) -> bool {
+        self >= Urgency::Preload
+    }
 }
 
 /// How an instance may leave.
@@ -101,7 +112,7 @@ impl Scheduler {
                     if urgent {
                         wanted.extend(gpus);
                     }
-                    if let Some(swap) = swap.filter(|_| candidate.urgency == Urgency::Spare) {
+                    if let Some(swap) = swap.filter(|_| candidate.urgency.is_unasked()) {
                         self.cancel_swap(swap, "the free memory was taken");
                         continue;
                     }
@@ -197,8 +208,10 @@ impl Scheduler {
         let mut asks = self.asks.iter().filter(|(_, ask)| ask.model == spec.name);
         let ensure = asks.clone().find_map(|(&id, ask)| match ask.kind {
             AskKind::Ready(EnsureKind::Ensure) => Some((id, SwapCause::Ensure)),
-            AskKind::Ready(EnsureKind::Load) => Some((id, SwapCause::Load)),
-            AskKind::Ready(EnsureKind::Warmup) | AskKind::Gone { .. } => None,
+            AskKind::Ready(EnsureKind::Load | EnsureKind::Wake) => Some((id, SwapCause::Load)),
+            AskKind::Ready(EnsureKind::Warmup) | AskKind::Gone { .. } | AskKind::Asleep { .. } => {
+                None
+            }
         });
         if let Some((id, cause)) = ensure {
             return Some((Urgency::Ensure(id), cause));
@@ -217,10 +230,12 @@ impl Scheduler {
             Some(cause @ (SwapCause::Warmup | SwapCause::Restore)) => {
                 return Some((Urgency::Spare, cause));
             }
+            Some(cause @ SwapCause::Keep) => return Some((Urgency::Preload, cause)),
             Some(
                 SwapCause::Request
                 | SwapCause::Unload
                 | SwapCause::Ttl
+                | SwapCause::Sleep
                 | SwapCause::Reload
                 | SwapCause::Evict
                 | SwapCause::Died
@@ -229,6 +244,9 @@ impl Scheduler {
             | None => {}
         }
         let spare = !self.somebody_waits();
+        if spare && self.keep_due(spec).is_some_and(|due| due <= self.now) {
+            return Some((Urgency::Preload, SwapCause::Keep));
+        }
         let warmup = |kind: AskKind| kind == AskKind::Ready(EnsureKind::Warmup);
         if spare && asks.any(|(_, ask)| warmup(ask.kind)) {
             return Some((Urgency::Spare, SwapCause::Warmup));
@@ -272,6 +290,11 @@ impl Scheduler {
         }
         if self.swaps.values().any(|s| s.instance == instance.id) {
             return Err(format!("{name} is being moved"));
+        }
+        if candidate.urgency == Urgency::Preload
+            && let Some(why) = self.outlasts_preload(&candidate.spec.name, instance)
+        {
+            return Err(why);
         }
         match instance.residency {
             Residency::Sleeping { .. } if candidate.urgency != Urgency::Spare => {
@@ -318,6 +341,7 @@ impl Scheduler {
         match candidate.urgency {
             Urgency::Ensure(_) => return Ok(if idle { Leaves::Idle } else { Leaves::Busy }),
             Urgency::Overdue(_) if idle => return Ok(Leaves::Idle),
+            Urgency::Preload if idle => return Ok(Leaves::Idle),
             Urgency::Normal | Urgency::Spare if idle => {
                 let lingers = instance.last_used() + self.linger(instance);
                 // An instance that nobody has used yet was started for somebody.
@@ -326,6 +350,9 @@ impl Scheduler {
                 } else {
                     Ok(Leaves::Idle)
                 };
+            }
+            Urgency::Preload => {
+                return Err(format!("{name} serves {} requests", instance.in_flight()));
             }
             Urgency::Overdue(_) | Urgency::Normal | Urgency::Spare => {}
         }
@@ -361,7 +388,8 @@ impl Scheduler {
         let idle = instance.idle_for(self.now).as_millis() + 1000;
         let cost = self.bring_back(instance).as_millis() * 1_000_000 / idle;
         let spec = &instance.spec;
-        (leaves, spec.warmup, spec.priority, cost, instance.last_used(), instance.id)
+        let wanted = spec.warmup || self.is_kept(&instance.model);
+        (leaves, wanted, spec.priority, cost, instance.last_used(), instance.id)
     }
 
     pub(super) fn why_evicted(&self, instance: &Instance, leaves: Leaves, sleeps: bool) -> String {

@@ -6,6 +6,7 @@ use super::Scheduler;
 use super::action::{Action, Refusal};
 use super::event::{Fault, Learned, Request};
 use super::residency::{Instance, Residency};
+use super::stay::Stay;
 use crate::units::{InstanceId, ModelName, Priority, RequestId, SwapId, Time};
 
 /// Head start of one priority class over the next within a model's queue: bounded, so that a
@@ -30,6 +31,9 @@ pub(super) struct Model {
     pub deaths: u32,
     /// Unloaded by hand: not restored until somebody wants it.
     pub unloaded: bool,
+    pub stay: Stay,
+    /// When its keep window opened.
+    pub kept_from: Time,
     /// Learned idle gap between requests.
     pub gap: Option<Duration>,
     pub since: Time,

@@ -19,6 +19,7 @@ mod random;
 mod rng;
 mod runner;
 mod scenario;
+mod stay;
 mod trace;
 mod traps;
 mod world;

@@ -55,6 +55,7 @@ pub fn scenario(seed: u64) -> Scenario {
         disturb(rng, &mut scenario);
     }
     crate::host::limit(&mut scenario);
+    crate::stay::add(&mut scenario);
     scenario.probes = probes(&scenario);
     scenario
 }

@@ -12,6 +12,7 @@ use wharf::units::{Bytes, GpuId, ModelName, Priority};
 
 use crate::host::Host;
 use crate::machine::Gpu;
+use crate::stay::Stay;
 
 /// How an engine really behaves. Times in milliseconds, (least, most).
 #[derive(Clone, Debug)]
@@ -127,6 +128,10 @@ pub enum Step {
     Unload {
         model: ModelName,
         force: bool,
+    },
+    Stay {
+        model: ModelName,
+        stay: Stay,
     },
     Reload(Arc<Catalog>, BTreeMap<ModelName, Truth>),
     /// A stranger takes memory and gives it back.

@@ -81,6 +81,16 @@ impl Snapshot<'_> {
         self.view.models.get(name).map_or(Duration::ZERO, |facts| facts.uptime(self.now))
     }
 
+    /// `None` where no ttl runs. By the gate: it knows of the last activity before the owner does.
+    pub fn ttl(&self, spec: &ModelSpec) -> Option<Ttl> {
+        let view = self.view.model(&spec.name).filter(|view| view.ttl_runs)?;
+        let gates = self.handle.gates();
+        let gate = gates.get(&spec.name)?;
+        let since = if gate.in_flight() == 0 { gate.last_used() } else { self.now };
+        let ends = (since + spec.ttl?).max(view.ttl_until.unwrap_or_default());
+        Some(Ttl { ends, leaves_at: ends + spec.grace, left: ends.since(self.now) })
+    }
+
     /// When the model last became ready, in this run or an earlier one.
     fn loaded_at(&self, facts: &ModelFacts) -> Option<String> {
         self.wall_or_earlier(facts.loaded_at, facts.earlier.loaded_unix_ms)
@@ -99,6 +109,21 @@ impl Snapshot<'_> {
         let time = time.map(|time| self.handle.wall(time)).or(earlier)?;
         Some(humantime::format_rfc3339_millis(time).to_string())
     }
+}
+
+/// When an idle model leaves by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ttl {
+    pub ends: Time,
+    /// The end of the grace, in which a request still rescues it.
+    pub leaves_at: Time,
+    /// Zero in the grace.
+    pub left: Duration,
+}
+
+/// The pool manager's minutes: one decimal.
+pub fn minutes(left: Duration) -> f64 {
+    (left.as_secs_f64() / 6.0).round() / 10.0
 }
 
 /// The model answers, if only its last requests.

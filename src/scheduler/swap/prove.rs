@@ -253,6 +253,9 @@ impl Scheduler {
             }
             Some(instance) => match instance.trouble.clone() {
                 Some(fault) => self.end_swap(id, SwapOutcome::Failed(fault)),
+                None if instance.is_sleeping() && instance.release.is_none() => {
+                    self.end_swap(id, SwapOutcome::Asleep);
+                }
                 None => self.watch(id),
             },
         }

@@ -9,5 +9,6 @@ mod ram;
 mod random;
 mod reload;
 mod sleepers;
+mod stay;
 mod swaps;
 mod world;

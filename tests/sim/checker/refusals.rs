@@ -80,7 +80,7 @@ impl Checker {
 
     fn may_never_fit(&self, spec: Option<&ModelSpec>) -> bool {
         let Some(spec) = spec else { return false };
-        let pinned = self.catalog.models.values().any(|other| other.pinned);
+        let pinned = self.catalog.models.keys().any(|other| self.may_be_pinned(other));
         pinned || fits(&self.catalog, &self.gpus, self.host_total(), spec) != Some(true)
     }
 }
