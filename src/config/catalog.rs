@@ -14,10 +14,12 @@ use serde::{Deserialize, Serialize};
 use crate::units::{Bytes, ModelName, Priority};
 
 mod access;
+mod groups;
 mod lifecycle;
 mod serving;
 
 pub use access::{ApiKey, AuthSettings, RateLimits, Scope, StartRule};
+pub use groups::Asked;
 pub use lifecycle::{Group, KeepWindow, TtlBounds};
 pub use serving::{
     Adapter, Announce, CaptureSettings, Filters, HttpService, PathRule, Peer, Retention, Route,

@@ -109,6 +109,8 @@ impl Scheduler {
         }
         self.refuse_queue(&model, &Refusal::Unloaded);
         self.refuse_asks(&model, &Refusal::Unloaded);
+        self.company.remove(&model);
+        self.unload_company(&model);
         let Some(instance) = self.instance_to_unload(&model) else {
             self.answer(id, Answer::Unloaded { was_loaded: false });
             return;
@@ -133,7 +135,7 @@ impl Scheduler {
         self.current(model).map(|i| i.id).or_else(leaving)
     }
 
-    fn unload(&mut self, id: InstanceId, force: bool) {
+    pub(super) fn unload(&mut self, id: InstanceId, force: bool) {
         let Some(instance) = self.instances.get_mut(&id) else { return };
         instance.unload = Some(force || instance.unload == Some(true));
         instance.hold = None;

@@ -38,6 +38,10 @@ pub enum Event {
         model: ModelName,
         force: bool,
     },
+    /// `group/model` was asked for: the other members shall be loaded, too.
+    CompanyAsked {
+        group: String,
+    },
     /// An effect ended. `swap` and `instance` are those of the action that began it;
     /// a completion that fits nothing under way is dropped.
     MoveDone {

@@ -10,6 +10,7 @@
 //! | `queue` | who may wait, in which order, for how long |
 //! | `ask` | ensure, load, unload: one answer each |
 //! | `policy` | whose turn it is; who may be asked to leave |
+//! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `memory`, `proof` | promises, samples; when a release counts as proven |
 //! | `ram` | the same for host RAM, where the end of a process is the proof |
@@ -23,6 +24,7 @@ mod attempt;
 mod cost;
 pub mod event;
 mod gates;
+mod groups;
 mod invariants;
 mod lifecycle;
 mod memory;
@@ -111,6 +113,8 @@ pub struct Scheduler {
     memory: Memory,
     /// Why a model that waits for room does not get any yet, in words.
     blocked: BTreeMap<ModelName, String>,
+    /// Models to be loaded for the sake of their group, and which.
+    company: BTreeMap<ModelName, String>,
     /// When somebody last wanted anything: restores wait for quiet.
     last_demand: Time,
     shutting_down: bool,
@@ -138,6 +142,7 @@ impl Scheduler {
             asks: BTreeMap::new(),
             memory: Memory::default(),
             blocked: BTreeMap::new(),
+            company: BTreeMap::new(),
             last_demand: Time::ZERO,
             shutting_down: false,
             runtime_fault: String::new(),
@@ -170,6 +175,10 @@ impl Scheduler {
             }
             Event::AskGone { ask } => self.ask_gone(ask),
             Event::UnloadAsked { ask, model, force } => self.unload_asked(ask, model, force),
+            Event::CompanyAsked { group } => {
+                self.last_demand = self.now;
+                self.company_asked(&group);
+            }
             Event::MoveDone { swap, instance, done } => self.move_done(swap, instance, done),
             Event::Vouching { swap, instance } => self.vouching(swap, instance),
             Event::MemorySeen(result) => self.memory_seen(result),
@@ -223,6 +232,7 @@ impl Scheduler {
         self.expire_lost();
         self.expire_asks();
         self.expire_holds();
+        self.forget_company();
     }
 
     /// When `Event::Woke` is due next, and why.

@@ -5,7 +5,8 @@
 //!    other swap.
 //! 3. Models by what their waiters have suffered: summed age and the age of the oldest, weighted
 //!    by priority, per second of learned move.
-//! 4. Warm-up and restore: into free memory only, while nobody waits.
+//! 4. Company: members of a group that is loaded together.
+//! 5. Warm-up and restore: into free memory only, while nobody waits.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -28,6 +29,8 @@ pub(super) enum Urgency {
     /// Since when notice has been due.
     Overdue(Time),
     Normal,
+    /// Another member of its group is up.
+    Company,
     /// Takes free memory only.
     Spare,
 }
@@ -58,6 +61,7 @@ impl Scheduler {
             return;
         }
         let mut wanted: BTreeSet<GpuId> = BTreeSet::new();
+        let mut longer: Vec<ModelName> = Vec::new();
         for candidate in self.candidates() {
             // Somebody of higher rank may just have been given its place.
             let name = &candidate.spec.name;
@@ -74,7 +78,11 @@ impl Scheduler {
                 continue;
             }
             let urgent = candidate.urgency < Urgency::Normal;
-            match (self.plan(&candidate, &wanted), candidate.swap) {
+            let planned = match self.rival_waiting(&candidate, &longer) {
+                Some(why) => Planned::Blocked { gpus: Vec::new(), why },
+                None => self.plan(&candidate, &wanted),
+            };
+            match (planned, candidate.swap) {
                 (Planned::Room(plan), None) => {
                     let swap = self.begin_load(&candidate, &plan);
                     if self.wakes(swap) {
@@ -100,6 +108,7 @@ impl Scheduler {
                     }
                     if urgent {
                         wanted.extend(gpus);
+                        longer.push(candidate.spec.name.clone());
                     }
                     if let Some(swap) = swap.filter(|_| candidate.urgency == Urgency::Spare) {
                         self.cancel_swap(swap, "the free memory was taken");
@@ -135,7 +144,8 @@ impl Scheduler {
     }
 
     fn candidate(&self, spec: &Arc<ModelSpec>) -> Option<Candidate> {
-        let state = self.models.get(&spec.name)?;
+        // An adapter is served by its base, and never placed itself.
+        let state = self.models.get(&spec.name).filter(|_| spec.adapter.is_none())?;
         let swap = self.load_of(&spec.name);
         if swap.is_some_and(|s| s.placed || s.phase < Phase::Drain) || state.failure.is_some() {
             return None;
@@ -214,6 +224,7 @@ impl Scheduler {
             Some(cause @ (SwapCause::Ensure | SwapCause::Load)) => {
                 return Some((Urgency::Normal, cause));
             }
+            Some(SwapCause::Group) => return Some((Urgency::Company, SwapCause::Group)),
             Some(cause @ (SwapCause::Warmup | SwapCause::Restore)) => {
                 return Some((Urgency::Spare, cause));
             }
@@ -227,6 +238,9 @@ impl Scheduler {
                 | SwapCause::Cleanup,
             )
             | None => {}
+        }
+        if self.company_due(&spec.name) {
+            return Some((Urgency::Company, SwapCause::Group));
         }
         let spare = !self.somebody_waits();
         let warmup = |kind: AskKind| kind == AskKind::Ready(EnsureKind::Warmup);
@@ -269,6 +283,12 @@ impl Scheduler {
         let name = &instance.model;
         if self.is_pinned(instance) {
             return Err(format!("{name} is pinned"));
+        }
+        if let Some(group) = self.catalog.persists_for(name, &candidate.spec.name) {
+            return Err(format!("{name} belongs to {group}, which stays"));
+        }
+        if let Some(why) = self.stays_for_company(candidate, instance) {
+            return Err(why);
         }
         if self.swaps.values().any(|s| s.instance == instance.id) {
             return Err(format!("{name} is being moved"));
@@ -318,7 +338,7 @@ impl Scheduler {
         match candidate.urgency {
             Urgency::Ensure(_) => return Ok(if idle { Leaves::Idle } else { Leaves::Busy }),
             Urgency::Overdue(_) if idle => return Ok(Leaves::Idle),
-            Urgency::Normal | Urgency::Spare if idle => {
+            Urgency::Normal | Urgency::Company | Urgency::Spare if idle => {
                 let lingers = instance.last_used() + self.linger(instance);
                 // An instance that nobody has used yet was started for somebody.
                 return if lingers > self.now {
@@ -327,6 +347,7 @@ impl Scheduler {
                     Ok(Leaves::Idle)
                 };
             }
+            Urgency::Company => return Err(format!("{name} is in use")),
             Urgency::Overdue(_) | Urgency::Normal | Urgency::Spare => {}
         }
         if tenure_ends > self.now {

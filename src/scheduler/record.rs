@@ -81,6 +81,8 @@ pub enum SwapCause {
     Load,
     Warmup,
     Restore,
+    /// Another member of its group was loaded.
+    Group,
     Unload,
     Ttl,
     Reload,
@@ -100,6 +102,7 @@ impl SwapCause {
             SwapCause::Load => "load",
             SwapCause::Warmup => "warmup",
             SwapCause::Restore => "restore",
+            SwapCause::Group => "group",
             SwapCause::Unload => "unload",
             SwapCause::Ttl => "ttl",
             SwapCause::Reload => "reload",

@@ -28,10 +28,17 @@ const STATES: [&str; 10] = [
     "failed",
     "lost",
 ];
-const LOAD_CAUSES: [SwapCause; 5] =
-    [SwapCause::Request, SwapCause::Ensure, SwapCause::Load, SwapCause::Warmup, SwapCause::Restore];
+const LOAD_CAUSES: [SwapCause; 6] = [
+    SwapCause::Request,
+    SwapCause::Ensure,
+    SwapCause::Load,
+    SwapCause::Warmup,
+    SwapCause::Restore,
+    SwapCause::Group,
+];
 /// Causes of a swap that may evict another model.
-const EVICTING_CAUSES: [SwapCause; 3] = [SwapCause::Request, SwapCause::Ensure, SwapCause::Load];
+const EVICTING_CAUSES: [SwapCause; 4] =
+    [SwapCause::Request, SwapCause::Ensure, SwapCause::Load, SwapCause::Group];
 
 pub(super) fn render(metrics: &Metrics, handle: &Handle) -> String {
     let _one_at_a_time = metrics.scrape.lock().unwrap_or_else(PoisonError::into_inner);

@@ -128,6 +128,10 @@ pub enum Step {
         model: ModelName,
         force: bool,
     },
+    /// Somebody asked for `group/model`.
+    Company {
+        group: String,
+    },
     Reload(Arc<Catalog>, BTreeMap<ModelName, Truth>),
     /// A stranger takes memory and gives it back.
     Foreign {

@@ -38,8 +38,8 @@ impl Scheduler {
         (swap.planned, swap.placed, swap.memory_wait) = (true, true, None);
         swap.urgent = candidate.urgency < Urgency::Normal;
         // What began as a warm-up goes on for whoever waits now.
-        if candidate.urgency < Urgency::Spare
-            && matches!(swap.cause, SwapCause::Warmup | SwapCause::Restore)
+        if candidate.urgency < Urgency::Company
+            && matches!(swap.cause, SwapCause::Warmup | SwapCause::Restore | SwapCause::Group)
         {
             swap.cause = candidate.cause;
         }

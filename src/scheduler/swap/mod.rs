@@ -183,6 +183,7 @@ impl Scheduler {
             Urgency::Overdue(_) => format!("{waiting} waiting, the oldest {age}: overdue"),
             Urgency::Normal if waiting > 0 => format!("{waiting} waiting, the oldest {age}"),
             Urgency::Normal => "its caller left; what it began goes on".to_owned(),
+            Urgency::Company => "another of its group is up".to_owned(),
             Urgency::Spare => "fits into free memory, nobody waits".to_owned(),
         };
         let names: Vec<String> = plan
@@ -260,6 +261,7 @@ impl Scheduler {
         match swap.cause {
             SwapCause::Request => !wanted && !asked,
             SwapCause::Warmup | SwapCause::Restore => !wanted && self.somebody_waits(),
+            SwapCause::Group => !wanted && !asked && !self.company_due(&swap.model),
             SwapCause::Ensure
             | SwapCause::Load
             | SwapCause::Unload

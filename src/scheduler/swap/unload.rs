@@ -122,6 +122,7 @@ impl Scheduler {
             && instance.hold.is_none();
         let ttl = spec.ttl.filter(|ttl| !ttl.is_zero())?;
         (counts && !spec.pinned && !spec.warmup && !spec.is_external())
-            .then(|| instance.last_used() + ttl)
+            .then(|| Some(self.idle_since(instance)? + ttl))
+            .flatten()
     }
 }
