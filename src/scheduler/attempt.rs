@@ -331,7 +331,7 @@ impl Attempt<'_> {
     /// Everyone who may be asked leaves, and it is still not enough by the sample alone.
     fn needs_bytes_nobody_promised(&self) -> bool {
         let s = self.scheduler;
-        if self.candidate.urgency == Urgency::Spare {
+        if self.candidate.urgency > Urgency::Normal {
             return false;
         }
         let everyone: Choice = s

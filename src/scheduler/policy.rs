@@ -110,7 +110,7 @@ impl Scheduler {
                         wanted.extend(gpus);
                         longer.push(candidate.spec.name.clone());
                     }
-                    if let Some(swap) = swap.filter(|_| candidate.urgency == Urgency::Spare) {
+                    if let Some(swap) = swap.filter(|_| candidate.urgency > Urgency::Normal) {
                         self.cancel_swap(swap, "the free memory was taken");
                         continue;
                     }

@@ -84,6 +84,14 @@ impl Checker {
         }
     }
 
+    /// Pinned, or of a persistent group without `me`: a model of unknown size gets what is left.
+    pub(super) fn stays_beside(&self, other: &ModelName, me: &ModelName) -> bool {
+        let persists = self.catalog.groups.values().any(|group| {
+            group.persistent && group.models.contains(other) && !group.models.contains(me)
+        });
+        persists || self.catalog.model(other).is_some_and(|spec| spec.pinned)
+    }
+
     /// Somebody who is there for good may keep the model away.
     pub(super) fn may_be_kept_apart(&self, model: &ModelName) -> bool {
         let catalog = &self.catalog;
