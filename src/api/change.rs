@@ -12,9 +12,10 @@ use serde_json::{Value, json};
 
 use super::error::{bad, internal, not_found, refused, unknown_model};
 use super::extract::{Body, PathText};
+use super::group::{self, Target};
 use super::render::{self, Snapshot, seconds};
 use super::{Api, ledger, name};
-use crate::config::catalog::{Catalog, ModelSpec};
+use crate::config::catalog::{Asked, Catalog, ModelSpec};
 use crate::gateway::reject::Reject;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::EnsureKind;
@@ -70,13 +71,20 @@ pub async fn ensure_model(
     let Some(wanted) = body.model.filter(|model| !model.is_empty()) else {
         return Err(bad("model", "the body must name a model: {\"model\":\"…\"}"));
     };
-    let spec = catalog.resolve(&wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
+    let target = Target::of(&catalog, &wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
     let timeout = timeout_of(body.wait.timeout.as_ref(), &catalog)?;
+    let Asked { spec, group } = match target {
+        Target::Model(asked) => asked,
+        Target::Group(name, group) => {
+            let wait = body.wait.wait != Some(false);
+            return group::ensure(&api, name, group, EnsureKind::Ensure, timeout, wait).await;
+        }
+    };
     if body.wait.wait == Some(false) {
-        return begun(&api, spec, EnsureKind::Ensure, timeout).await;
+        return begun(&api, spec, EnsureKind::Ensure, timeout, group).await;
     }
     let asked = api.handle.now();
-    let answer = ensured(&api, spec, EnsureKind::Ensure, timeout).await;
+    let answer = ensured(&api, spec, EnsureKind::Ensure, timeout, group).await;
     let ready = ready(&api, &spec.name, answer, timeout, asked).await?;
     Ok(Json(ready.json()).into_response())
 }
@@ -88,13 +96,24 @@ pub async fn verb(
     Body(body): Body<Value>,
 ) -> Result<Response, Reject> {
     let catalog = api.handle.catalog();
-    let found = name::split(&path, |name| catalog.resolve(name));
+    let found = name::split(&path, |name| Target::of(&catalog, name));
     match found {
-        Some((spec, "load")) => load(&api, spec, parse(body)?, &catalog).await,
-        Some((spec, "unload")) => unload(&api, spec, parse(body)?, &catalog).await,
-        Some((spec, verb)) => Err(not_found(
+        Some((Target::Model(asked), "load")) => load(&api, asked, parse(body)?, &catalog).await,
+        Some((Target::Model(Asked { spec, .. }), "unload")) => {
+            unload(&api, spec, parse(body)?, &catalog).await
+        }
+        Some((Target::Group(name, group), "load")) => {
+            let body: WaitBody = parse(body)?;
+            let timeout = timeout_of(body.timeout.as_ref(), &catalog)?;
+            let wait = body.wait != Some(false);
+            group::ensure(&api, name, group, EnsureKind::Load, timeout, wait).await
+        }
+        Some((Target::Group(name, group), "unload")) => {
+            group::unload(&api, name, group, parse::<UnloadBody>(body)?.force, &catalog).await
+        }
+        Some((target, verb)) => Err(not_found(
             "not_found",
-            format!("POST /models/{}/{verb} does not exist: load and unload do", spec.name),
+            format!("POST /models/{}/{verb} does not exist: load and unload do", target.name()),
         )),
         None => {
             let name = path.rsplit_once('/').map_or(path.as_str(), |(name, _verb)| name);
@@ -110,16 +129,16 @@ fn parse<T: serde::de::DeserializeOwned>(body: Value) -> Result<T, Reject> {
 
 async fn load(
     api: &Api,
-    spec: &ModelSpec,
+    Asked { spec, group }: Asked<'_>,
     body: WaitBody,
     catalog: &Catalog,
 ) -> Result<Response, Reject> {
     let timeout = timeout_of(body.timeout.as_ref(), catalog)?;
     if body.wait == Some(false) {
-        return begun(api, spec, EnsureKind::Load, timeout).await;
+        return begun(api, spec, EnsureKind::Load, timeout, group).await;
     }
     let asked = api.handle.now();
-    let answer = ensured(api, spec, EnsureKind::Load, timeout).await;
+    let answer = ensured(api, spec, EnsureKind::Load, timeout, group).await;
     let ready = ready(api, &spec.name, answer, timeout, asked).await?;
     let message = match ready.swapped {
         true => format!("Model {} loaded", spec.name),
@@ -137,16 +156,7 @@ async fn unload(
     catalog: &Catalog,
 ) -> Result<Response, Reject> {
     let name = &spec.name;
-    let swap = &catalog.settings.swap;
-    let limit = swap.drain_timeout + swap.vram_timeout + spec.stop.grace + UNLOAD_MARGIN;
-    let answer = tokio::time::timeout(limit, api.handle.unload(name.clone(), body.force)).await;
-    let was_loaded = match answer {
-        Ok(Answer::Unloaded { was_loaded }) => was_loaded,
-        Ok(Answer::Refused(refusal)) => return Err(refused(&refusal, name, api)),
-        Ok(Answer::TimedOut { swap }) => return Err(not_yet(api, name, limit, swap, "unloaded")),
-        Err(_) => return Err(not_yet(api, name, limit, None, "unloaded")),
-        Ok(Answer::Ready { .. }) => return Err(internal("unload answered as a load")),
-    };
+    let was_loaded = unloaded(api, spec, body.force, catalog).await?;
     let message = match was_loaded {
         true => format!("Model {name} unloaded"),
         false => format!("Model {name} was not loaded"),
@@ -156,12 +166,41 @@ async fn unload(
     Ok(Json(body).into_response())
 }
 
-/// The owner keeps the deadline; should it not, the caller still gets an answer.
-async fn ensured(api: &Api, spec: &ModelSpec, kind: EnsureKind, timeout: Duration) -> Answer {
+/// Whether it was loaded before.
+pub(super) async fn unloaded(
+    api: &Api,
+    spec: &ModelSpec,
+    force: bool,
+    catalog: &Catalog,
+) -> Result<bool, Reject> {
+    let name = &spec.name;
+    let swap = &catalog.settings.swap;
+    let limit = swap.drain_timeout + swap.vram_timeout + spec.stop.grace + UNLOAD_MARGIN;
+    let answer = tokio::time::timeout(limit, api.handle.unload(name.clone(), force)).await;
+    match answer {
+        Ok(Answer::Unloaded { was_loaded }) => Ok(was_loaded),
+        Ok(Answer::Refused(refusal)) => Err(refused(&refusal, name, api)),
+        Ok(Answer::TimedOut { swap }) => Err(not_yet(api, name, limit, swap, "unloaded")),
+        Err(_) => Err(not_yet(api, name, limit, None, "unloaded")),
+        Ok(Answer::Ready { .. }) => Err(internal("unload answered as a load")),
+    }
+}
+
+/// The owner keeps the deadline; should it not, the caller still gets an answer. `company`: the
+/// group that comes along.
+pub(super) async fn ensured(
+    api: &Api,
+    spec: &ModelSpec,
+    kind: EnsureKind,
+    timeout: Duration,
+    company: Option<&str>,
+) -> Answer {
     let answer = api.handle.ensure(spec.name.clone(), kind, timeout);
-    tokio::time::timeout(timeout + OWNER_LAG_MAX, answer)
-        .await
-        .unwrap_or(Answer::TimedOut { swap: None })
+    let answer = tokio::time::timeout(timeout + OWNER_LAG_MAX, answer);
+    // Polled second: the model is asked for before its company.
+    let called = async { company.inspect(|group| api.handle.call_company(group)) };
+    let (answer, _) = tokio::join!(biased; answer, called);
+    answer.unwrap_or(Answer::TimedOut { swap: None })
 }
 
 /// 202: the swap goes on (or begins) without the caller. What is refused at once is refused.
@@ -170,8 +209,10 @@ async fn begun(
     spec: &ModelSpec,
     kind: EnsureKind,
     timeout: Duration,
+    company: Option<&str>,
 ) -> Result<Response, Reject> {
     let mut answer = api.handle.ensure_detached(spec.name.clone(), kind, timeout);
+    company.inspect(|group| api.handle.call_company(group));
     let begins = async {
         let mut look = tokio::time::interval(BEGIN_LOOK_EVERY);
         loop {
@@ -205,9 +246,9 @@ async fn begun(
 }
 
 /// What a caller of ensure or load is told.
-struct Ready {
-    model: ModelName,
-    swapped: bool,
+pub(super) struct Ready {
+    pub model: ModelName,
+    pub swapped: bool,
     swap: Option<SwapId>,
     /// The swap's row, when a swap made the model ready.
     row: Option<Value>,
@@ -215,7 +256,7 @@ struct Ready {
 }
 
 impl Ready {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         let of_swap = |field: &str| self.row.as_ref().map(|row| row[field].clone());
         json!({
             "status": "ready",
@@ -232,7 +273,7 @@ impl Ready {
     }
 }
 
-async fn ready(
+pub(super) async fn ready(
     api: &Api,
     model: &ModelName,
     answer: Answer,

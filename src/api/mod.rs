@@ -7,6 +7,7 @@
 mod change;
 mod error;
 mod extract;
+mod group;
 mod guard;
 mod health;
 mod ledger;

@@ -47,7 +47,7 @@ pub async fn model(
     PathText(path): PathText,
 ) -> Result<Json<Value>, Reject> {
     let at = Snapshot::of(&api.handle);
-    match name::split(&path, |name| at.catalog.resolve(name)) {
+    match name::split(&path, |name| at.catalog.asked(name).map(|asked| asked.spec)) {
         Some((spec, "")) => Ok(Json(render::model(&at, spec))),
         _ => Err(unknown_model(&at.catalog, &path)),
     }

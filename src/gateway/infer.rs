@@ -101,6 +101,7 @@ impl Admitted<'_> {
             BodyKind::Form => multipart::parse(&received.bytes, &head.headers)?,
         };
         let spec = Arc::clone(admit::model(catalog, &asked.model, key)?);
+        let company = catalog.asked(&asked.model).and_then(|asked| asked.group).map(str::to_owned);
         let stream = asked.stream;
         let mut edits = Vec::new();
         edits.extend(asked.rename(spec.served_name()));
@@ -139,6 +140,7 @@ impl Admitted<'_> {
             waiting: (stream && waiting.style != WaitingStyle::Off).then_some(waiting),
             queue_timeout: catalog.settings.queue.timeout,
             spec,
+            company,
             outgoing,
             held: received.held,
             remove_usage,
@@ -170,6 +172,8 @@ pub struct Job {
     pub spec: Arc<ModelSpec>,
     /// How a waiting stream is told what happens; `None`: the head is held to the end.
     pub waiting: Option<WaitingSettings>,
+    /// The group that was asked for with the model.
+    company: Option<String>,
     options: RequestOptions,
     outgoing: Outgoing,
     /// The body's share of `queue.total_bodies`.
@@ -241,9 +245,11 @@ impl Job {
             handle.try_lease(&self.spec.name)
         };
         if let Some(lease) = ready {
+            self.call_company();
             return Ok(lease);
         }
         let mut waiting = handle.request(self.options.clone());
+        self.call_company();
         stage.send_replace(Stage::Waiting(waiting.id));
         let refusal = match timeout(self.queue_timeout + WAIT_BACKSTOP, waiting.decision()).await {
             Ok(Ok(lease)) => return Ok(lease),
@@ -254,6 +260,13 @@ impl Job {
             },
         };
         Err(self.refused(&refusal))
+    }
+
+    /// After the model itself is asked for: its group comes along.
+    fn call_company(&self) {
+        if let Some(group) = self.company.as_ref().filter(|_| !self.options.never_start) {
+            self.gateway.handle.call_company(group);
+        }
     }
 
     /// `Ok`: once more. Only here is it decided what is tried again.

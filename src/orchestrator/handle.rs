@@ -193,6 +193,20 @@ impl Handle {
         Waiting { id, answer, inbox: self.inbox.clone(), decided: false }
     }
 
+    /// `group/model` was asked for: the members that are not ready are loaded, too. Ask for the
+    /// model first: nobody is company to nobody.
+    pub fn call_company(&self, group: &str) {
+        let catalog = self.shared.catalog.load();
+        let Some(members) = catalog.groups.get(group).filter(|group| group.together) else {
+            return;
+        };
+        let gates = self.shared.gates.load();
+        if catalog.members(members).iter().any(|name| !gates.contains_key(name)) {
+            let group = group.to_owned();
+            self.inbox.send(Message::Effect(Event::CompanyAsked { group }));
+        }
+    }
+
     /// Makes a model ready (or joins a swap that does).
     pub async fn ensure(&self, model: ModelName, kind: EnsureKind, timeout: Duration) -> Answer {
         let deadline = self.now() + timeout;
