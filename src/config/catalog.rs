@@ -251,6 +251,10 @@ pub struct ModelSpec {
     /// A LoRA adapter: served by the instance of another model.
     #[serde(default)]
     pub adapter: Option<Adapter>,
+    /// Adapters are served beside it, and its own command does not say so: Wharf adds what the
+    /// engine needs. Set by [`Catalog::link_adapters`].
+    #[serde(default)]
+    pub lora: bool,
     /// What is done to request bodies before they are forwarded.
     #[serde(default)]
     pub filters: Filters,

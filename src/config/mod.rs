@@ -3,6 +3,7 @@
 //! The way of the file: `tree` (YAML with places) → `subst` (`${…}`) → `settings`, `models` →
 //! `fields`, `launch` (typed keys) → `rules` (what must hold between them).
 
+mod adapters;
 pub mod catalog;
 mod decode;
 mod defaults;
@@ -163,10 +164,10 @@ fn read(
     top.finish(sink, UNREAD);
     let models: BTreeMap<_, _> =
         models.into_iter().map(|m| (m.spec.name.clone(), m.spec)).collect();
-    Some((
-        Catalog { models, aliases, settings: settings.settings, ..Catalog::default() },
-        overrides,
-    ))
+    let mut catalog =
+        Catalog { models, aliases, settings: settings.settings, ..Catalog::default() };
+    catalog.link_adapters();
+    Some((catalog, overrides))
 }
 
 const EXAMPLE: &str = "the least that works:\n\

@@ -227,6 +227,7 @@ impl Reader<'_> {
             waiting: fields.waiting,
             sleep: fields.sleep.and_then(Switch::on),
             adapter: None,
+            lora: false,
             filters: Filters::default(),
             metadata: serde_json::Map::new(),
             answer_timeout: None,

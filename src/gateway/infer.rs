@@ -30,6 +30,8 @@ use crate::units::{RequestId, Time};
 
 /// The scheduler ends every wait; this bounds it if it should not.
 const WAIT_BACKSTOP: Duration = Duration::from_secs(30);
+/// An adapter that somebody unloaded is loaded again for a request.
+const ADAPTER_WITHIN: Duration = Duration::from_secs(120);
 /// How long a retry waits for the owner to learn that the instance died.
 const SETTLE_MAX: Duration = Duration::from_secs(1);
 const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -218,6 +220,7 @@ impl Job {
         loop {
             let asked = Instant::now();
             let lease = self.lease(stage).await?;
+            let lease = self.on_adapter(lease).await?;
             stage.send_replace(Stage::Forwarded);
             waited += asked.elapsed();
             self.account.granted(lease.start, waited);
@@ -240,7 +243,7 @@ impl Job {
     async fn lease(&self, stage: &watch::Sender<Stage>) -> Result<Lease, Reject> {
         let handle = &self.gateway.handle;
         let ready = if self.options.never_start {
-            handle.gates().get(&self.spec.name).and_then(Gate::try_lease_quietly)
+            handle.gate(&self.spec.name).as_ref().and_then(Gate::try_lease_quietly)
         } else {
             handle.try_lease(&self.spec.name)
         };
@@ -260,6 +263,19 @@ impl Job {
             },
         };
         Err(self.refused(&refusal))
+    }
+
+    /// The base is there; is the adapter?
+    async fn on_adapter(&self, mut lease: Lease) -> Result<Lease, Reject> {
+        let handle = &self.gateway.handle;
+        let Some(adapter) = handle.adapter_use(&self.spec.name) else { return Ok(lease) };
+        let start = !self.options.never_start;
+        handle
+            .adapter_on(lease.gate(), &self.spec.name, start, ADAPTER_WITHIN)
+            .await
+            .map_err(|refusal| self.refused(&refusal))?;
+        lease.count_on(&adapter);
+        Ok(lease)
     }
 
     /// After the model itself is asked for: its group comes along.
@@ -304,9 +320,8 @@ impl Job {
     async fn settle(&self, gate: &Arc<Gate>) {
         let was_open = gate.is_open();
         let learned = || {
-            let gates = self.gateway.handle.gates();
-            let replaced =
-                !gates.get(&self.spec.name).is_some_and(|current| Arc::ptr_eq(current, gate));
+            let current = self.gateway.handle.gate(&self.spec.name);
+            let replaced = !current.is_some_and(|current| Arc::ptr_eq(&current, gate));
             replaced || gate.is_cancelled() || (was_open && !gate.is_open())
         };
         let settled = async {

@@ -8,9 +8,10 @@ use futures_util::FutureExt as _;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::handle::{Inbox, Message};
+use super::adapters::{Seed, Surroundings};
+use super::handle::{Inbox, Message, Shared};
 use super::memory_watch::Holders;
-use crate::config::catalog::{ModelSpec, StopSpec, Vram};
+use crate::config::catalog::{Catalog, ModelSpec, StopSpec, Vram};
 use crate::engine;
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::{LaunchSpec, Progress, Running, Runtimes};
@@ -119,6 +120,7 @@ impl Effects {
         slot: Slot,
         progress: Progress,
         deadline: Time,
+        adapters: (Seed, Surroundings),
     ) -> Task {
         let (effects, cancel) = (self.clone(), CancellationToken::new());
         let cancelled = cancel.clone();
@@ -150,13 +152,18 @@ impl Effects {
                             effects
                                 .bring_up(swap, &launch, &running, before, &progress, deadline)
                                 .await
+                                .map(|footprint| (footprint, running))
                         };
                         unpanicked(up).await
                     }
                     Err(fault) => Err(fault),
                 };
                 match brought {
-                    Ok(footprint) => Ok(footprint),
+                    Ok((footprint, running)) => {
+                        let (seed, around) = adapters;
+                        seed.keep(running, around, false).await;
+                        Ok(footprint)
+                    }
                     Err(fault) => Err(effects.clear_failed_start(&slot, fault).await),
                 }
             };
@@ -314,6 +321,15 @@ impl Effects {
         let mut gpus = self.gpus.sample().await.ok()?;
         self.holders.attribute(&mut gpus);
         Some(gpus)
+    }
+
+    pub(super) fn around_adapters(&self, shared: &Shared, catalog: &Catalog) -> Surroundings {
+        Surroundings {
+            inbox: self.inbox.clone(),
+            uses: shared.uses.clone(),
+            epoch: self.epoch,
+            drain_timeout: catalog.settings.swap.drain_timeout,
+        }
     }
 
     /// The largest number of bytes that the instance holds on one of its GPUs, where visible.

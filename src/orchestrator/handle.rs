@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::Uses;
 use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
 use super::leftovers::LeftoverNews;
@@ -26,6 +27,8 @@ use crate::units::{AskId, InstanceId, ModelName, Priority, RequestId, Time};
 pub enum Message {
     Request {
         request: Request,
+        /// As asked for: an adapter, where `request` names its base.
+        asked: ModelName,
         reply: oneshot::Sender<Result<Lease, Refusal>>,
     },
     RequestGone(RequestId),
@@ -47,6 +50,13 @@ pub enum Message {
     WhoLives(WhoLives),
     /// A runtime went away or came back.
     DockerHealth(Health),
+    /// An adapter is wanted on the running instance of its base, or shall leave it.
+    Adapter {
+        adapter: ModelName,
+        on: bool,
+    },
+    /// The adapters of some instance changed: worth a new view.
+    AdaptersChanged,
     /// A new configuration, already validated.
     Reload {
         catalog: Arc<Catalog>,
@@ -100,6 +110,8 @@ pub(super) struct Shared {
     pub gates: ArcSwap<Gates>,
     pub view: ArcSwap<View>,
     pub store: Store,
+    /// Requests on adapters.
+    pub uses: Uses,
     pub next_request: AtomicU64,
     pub next_ask: AtomicU64,
 }
@@ -172,16 +184,23 @@ impl Handle {
 
     /// The hot path: a lease on a ready model, without asking the owner.
     pub fn try_lease(&self, model: &ModelName) -> Option<Lease> {
-        self.shared.gates.load().get(model)?.try_lease()
+        self.gate(model)?.try_lease()
+    }
+
+    /// The gate of the instance that serves the model: its base's, if it is an adapter.
+    pub fn gate(&self, model: &ModelName) -> Option<Arc<Gate>> {
+        let gates = self.shared.gates.load();
+        gates.get(model).or_else(|| gates.get(&self.serving(model))).cloned()
     }
 
     /// The waiting path. Dropping the result takes the request out of the queue.
     pub fn request(&self, options: RequestOptions) -> Waiting {
         let id = RequestId(self.shared.next_request.fetch_add(1, Ordering::Relaxed));
         let (reply, answer) = oneshot::channel();
+        let asked = options.model;
         let request = Request {
             id,
-            model: options.model,
+            model: self.serving(&asked),
             priority: options.priority,
             max_wait: options.max_wait,
             may_hurry: options.may_hurry,
@@ -189,7 +208,7 @@ impl Handle {
             attempt: if options.retry_of.is_some() { 2 } else { 1 },
             arrived: options.retry_of.unwrap_or_else(|| self.now()),
         };
-        self.inbox.send(Message::Request { request, reply });
+        self.inbox.send(Message::Request { request, asked, reply });
         Waiting { id, answer, inbox: self.inbox.clone(), decided: false }
     }
 
@@ -210,7 +229,10 @@ impl Handle {
     /// Makes a model ready (or joins a swap that does).
     pub async fn ensure(&self, model: ModelName, kind: EnsureKind, timeout: Duration) -> Answer {
         let deadline = self.now() + timeout;
-        self.ask(|ask| Event::EnsureAsked { ask, model, kind, deadline }).await
+        let base = self.serving(&model);
+        let asked = base.clone();
+        let answer = self.ask(|ask| Event::EnsureAsked { ask, model: asked, kind, deadline }).await;
+        self.with_adapter(&model, &base, answer, deadline).await
     }
 
     /// Begins an ensure that goes on whether or not its answer is waited for.
@@ -222,12 +244,21 @@ impl Handle {
     ) -> oneshot::Receiver<Answer> {
         let deadline = self.now() + timeout;
         let (ask, (reply, answer)) = (self.next_ask(), oneshot::channel());
+        let base = self.serving(&model);
+        if base != model {
+            self.inbox.send(Message::Adapter { adapter: model, on: true });
+        }
+        let model = base;
         let event = Event::EnsureAsked { ask, model, kind, deadline };
         self.inbox.send(Message::Ask { event, ask, reply });
         answer
     }
 
+    /// Of an adapter: that alone, its base goes on.
     pub async fn unload(&self, model: ModelName, force: bool) -> Answer {
+        if self.serving(&model) != model {
+            return self.unload_adapter(&model).await;
+        }
         self.ask(|ask| Event::UnloadAsked { ask, model, force }).await
     }
 
@@ -320,6 +351,7 @@ impl Handle {
             gates: ArcSwap::default(),
             view: ArcSwap::default(),
             store: Store::in_memory(),
+            uses: Uses::default(),
             next_request: AtomicU64::new(1),
             next_ask: AtomicU64::new(1),
         };

@@ -3,6 +3,8 @@
 //! `run` is the loop, `perform` what it does with each action, `effects` the work that happens
 //! outside it, `docker` what it does when Docker comes and goes, `handle` and `gate` what the gateway holds, `view` what everyone may read.
 
+mod adapter_asks;
+pub mod adapters;
 mod docker;
 mod effects;
 pub mod gate;

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::Uses;
 use super::docker::DockerState;
 use super::effects::{Effects, Slot};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
@@ -168,6 +169,7 @@ fn shared(catalog: &Arc<Catalog>, epoch: Instant) -> Shared {
         gates: ArcSwap::new(Arc::new(Gates::new())),
         view: ArcSwap::new(Arc::new(View::default())),
         store: Store::in_memory(),
+        uses: Uses::default(),
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
     };

@@ -34,7 +34,8 @@ impl Scheduler {
         kind: EnsureKind,
         deadline: Time,
     ) {
-        let spec = self.catalog.model(&model).cloned();
+        // Adapters are asked for by their base's name.
+        let spec = self.catalog.model(&model).filter(|spec| spec.adapter.is_none()).cloned();
         let refusal = match (&spec, self.models.get(&model)) {
             _ if self.shutting_down => Some(Refusal::ShuttingDown),
             (Some(spec), Some(state)) => match (&state.failure, self.current(&model)) {

@@ -265,6 +265,7 @@ pub enum FaultKind {
     StopFailed,
     SleepFailed,
     WakeFailed,
+    AdapterFailed,
     Cancelled,
     Internal,
 }
@@ -296,6 +297,7 @@ impl FaultKind {
             FaultKind::StopFailed => "stop_failed",
             FaultKind::SleepFailed => "sleep_failed",
             FaultKind::WakeFailed => "wake_failed",
+            FaultKind::AdapterFailed => "adapter_failed",
             FaultKind::Cancelled => "cancelled",
             FaultKind::Internal => "internal",
         }

@@ -13,6 +13,7 @@ use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::adapters;
 use super::engine::{Engine, say};
 use super::options::Style;
 use super::reply::{Asked, Kind, Reply, unix_seconds};
@@ -36,10 +37,18 @@ pub fn router(engine: Arc<Engine>) -> Router {
     if engine.options.style != Style::Llamacpp {
         router = router.merge(sleep::routes());
     }
+    if adapters::are_possible(&engine.options) {
+        router = router.merge(adapters::routes());
+    }
     router.with_state(engine)
 }
 
-fn error(status: StatusCode, kind: &str, param: Option<&str>, message: &str) -> Response {
+pub(super) fn error(
+    status: StatusCode,
+    kind: &str,
+    param: Option<&str>,
+    message: &str,
+) -> Response {
     let error = json!({"message": message, "type": kind, "param": param, "code": status.as_u16()});
     (status, axum::Json(json!({ "error": error }))).into_response()
 }
@@ -126,7 +135,8 @@ fn read(engine: &Engine, body: &[u8]) -> Result<(Inference, String), Box<Respons
     })?;
     let first = engine.options.names.first().map_or("standin", String::as_str);
     let asked = request.model.as_deref().unwrap_or(first);
-    let Some(name) = engine.options.served_as(asked) else {
+    let adapter = || adapters::source(engine, asked).map(|_| asked);
+    let Some(name) = engine.options.served_as(asked).or_else(adapter) else {
         let message = format!("The model `{asked}` does not exist.");
         let refused = error(StatusCode::NOT_FOUND, "NotFoundError", Some("model"), &message);
         return Err(Box::new(refused));
@@ -229,7 +239,7 @@ async fn models(State(engine): State<Arc<Engine>>) -> Response {
     if !engine.is_ready() {
         return loading();
     }
-    let models: Vec<Value> = engine
+    let mut models: Vec<Value> = engine
         .options
         .names
         .iter()
@@ -240,6 +250,7 @@ async fn models(State(engine): State<Arc<Engine>>) -> Response {
             })
         })
         .collect();
+    models.extend(adapters::rows(&engine));
     axum::Json(json!({"object": "list", "data": models})).into_response()
 }
 

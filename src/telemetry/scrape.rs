@@ -163,7 +163,11 @@ fn read_models(metrics: &Metrics, handle: &Handle, catalog: &Catalog, view: &Vie
             .queue_depth
             .with_label_values(&label)
             .set(i64::try_from(queued).unwrap_or(i64::MAX));
-        let in_flight = gate.map_or(0, |gate| gate.in_flight());
+        let adapter = handle.adapter_use(name);
+        let in_flight = match &adapter {
+            Some(adapter) => adapter.in_flight(),
+            None => gate.map_or(0, |gate| gate.in_flight()),
+        };
         metrics.models.inflight.with_label_values(&label).set(i64::from(in_flight));
         let facts = view.models.get(name);
         metrics
@@ -171,8 +175,13 @@ fn read_models(metrics: &Metrics, handle: &Handle, catalog: &Catalog, view: &Vie
             .swapper_uptime
             .with_label_values(&label)
             .set(facts.map_or(0.0, |facts| facts.uptime(now).as_secs_f64()));
-        let requests =
-            facts.map_or(0, |facts| facts.requests_before) + gate.map_or(0, |gate| gate.granted());
+        let requests = match &adapter {
+            Some(adapter) => adapter.granted(),
+            None => {
+                facts.map_or(0, |facts| facts.requests_before)
+                    + gate.map_or(0, |gate| gate.granted())
+            }
+        };
         metrics.models.swapper_requests.with_label_values(&label).inc_by(requests as f64);
     }
 }
