@@ -13,6 +13,7 @@ use crate::config::catalog::Catalog;
 use crate::config::diff::{changes, keep_what_needs_a_restart};
 use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
+use crate::store::Store;
 use crate::telemetry::metrics::Metrics;
 use crate::{api, gateway, orchestrator};
 
@@ -43,8 +44,9 @@ pub async fn run(
         false => Some(bind("listen.gateway", gateway_at).await?),
     };
     let metrics = Arc::new(Metrics::new());
+    let store = Store::open(&settings.store, settings.retention);
     let (handle, mut owner) =
-        orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics)).await?;
+        orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics), store.clone()).await?;
 
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
     let control = api::router(handle.clone(), Arc::clone(&metrics));
@@ -90,6 +92,7 @@ pub async fn run(
         progress.abort();
         handle.shutdown(hurry.clone()).await;
         let _ = owner.await;
+        store.close().await;
     };
     tokio::pin!(drained);
     tokio::select! {
@@ -148,10 +151,12 @@ async fn next_stop() -> anyhow::Result<&'static str> {
 /// A control API that anyone on the network can use is refused, not warned about.
 /// `listening`: where the orchestrator is, which a reload does not move.
 fn refuse_open_control(listening: SocketAddr, catalog: &Catalog) -> anyhow::Result<()> {
-    if !listening.ip().is_loopback() && catalog.settings.auth.keys.is_empty() {
+    let auth = &catalog.settings.auth;
+    if !listening.ip().is_loopback() && auth.keys.is_empty() && !auth.open {
         bail!(
             "listen.orchestrator {listening} is reachable from other machines and auth.keys is \
-             empty: add a key with scope admin, or listen on 127.0.0.1"
+             empty: add a key with scope admin, listen on 127.0.0.1, or say `auth: {{ open: true }}` \
+             if everyone in that network may load and unload models"
         );
     }
     Ok(())

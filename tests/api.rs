@@ -511,7 +511,7 @@ async fn one_address_can_serve_gateway_and_control() {
 fn with_keys(view: View) -> (Router, Puppet) {
     let key = |name: &str, scopes: &[Scope]| ApiKey {
         name: name.to_owned(),
-        key: format!("secret-{name}"),
+        key: format!("secret-{name}").into(),
         models: vec!["*".to_owned()],
         scopes: scopes.to_vec(),
         ..ApiKey::default()

@@ -45,10 +45,14 @@ broken! {
     ports_and_names: "06-ports-and-names.yaml",
     does_not_fit: "07-does-not-fit.yaml",
     vllm_contradicts: "08-vllm-contradicts.yaml",
-    later_versions_and_other_tools: "09-later-versions-and-other-tools.yaml",
+    other_tools: "09-other-tools.yaml",
     secrets_in_the_file: "10-secrets.yaml",
     broken_yaml: "11-broken-yaml.yaml",
     host_ram: "12-host-ram.yaml",
+    lifecycle: "13-lifecycle.yaml",
+    names_that_lead_elsewhere: "14-names-that-lead-elsewhere.yaml",
+    access: "15-access.yaml",
+    adapters_and_traffic: "16-adapters-and-traffic.yaml",
 }
 
 const EXAMPLE: &str = include_str!("../models.yaml");
@@ -104,18 +108,25 @@ fn what_is_not_said_has_the_documented_default() {
 #[test]
 fn everything_of_the_contract_is_understood() {
     let text = std::fs::read_to_string("tests/config/everything.yaml").expect("fixture");
-    let env = [("WHARF_KEY", "k-123456"), ("GPU2", "g-123456"), ("HF_TOKEN", "hf_abcdef")];
+    let env = [
+        ("WHARF_KEY", "k-123456"),
+        ("GPU2", "g-123456"),
+        ("HF_TOKEN", "hf_abcdef"),
+        ("PROBE_KEY", "p-123456"),
+        ("REGISTRY_KEY", "r-123456"),
+    ];
     let loaded = parse_with(&text, &env).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(loaded.catalog.settings.auth.keys[0].key, "k-123456");
+    assert_eq!(loaded.catalog.settings.auth.keys[0].key, "k-123456".into());
     let json = serde_json::to_string(&loaded.catalog).expect("json");
-    assert!(!json.contains("k-123456") && !json.contains("g-123456"), "secrets in {json}");
+    for secret in ["k-123456", "g-123456", "p-123456", "r-123456", "key-from-a-file-1"] {
+        assert!(!json.contains(secret), "{secret} in {json}");
+    }
+    let keys = &loaded.catalog.settings.auth.keys;
+    assert_eq!((keys[2].key, keys[3].key), ("p-123456".into(), "key-from-a-file-1".into()));
     insta::assert_json_snapshot!("everything", loaded.catalog);
     let warnings: Vec<String> =
         loaded.warnings.iter().map(|w| format!("{}: {}", w.path, w.message)).collect();
-    insta::assert_snapshot!(warnings.join("\n"), @"
-    ports: front doors (`ports`) are not supported yet
-    groups.coding: groups have no effect yet
-    ");
+    assert_eq!(warnings, [] as [&str; 0]);
 }
 
 #[test]
@@ -229,6 +240,57 @@ fn the_swappers_variables_outrank_the_file() {
     assert_eq!(external.url, "http://localhost:11434");
     assert!(loaded.warnings.is_empty());
     assert_eq!(spec.engine, EngineKind::Openai);
+    assert_eq!(loaded.overrides.len(), 1, "{:?}", loaded.overrides);
+}
+
+#[test]
+fn models_of_an_ollama_are_where_they_say_or_the_environment_or_usual() {
+    let text = "models:\n  a: { engine: ollama, external: { url: \"http://10.0.0.5:11434\" } }\n  \
+                b: { engine: ollama, upstream_name: \"b:7b\" }\n  c: { engine: ollama, vram: 6GiB }\n";
+    let urls = |env: &[(&str, &str)]| {
+        let loaded = parse_with(text, env).expect("valid");
+        let url = |spec: &ModelSpec| match &spec.runtime {
+            RuntimeSpec::External(external) => external.url.clone(),
+            other => panic!("{other:?}"),
+        };
+        let urls: Vec<String> = loaded.catalog.models.values().map(|spec| url(spec)).collect();
+        (urls, loaded)
+    };
+    let (usual, loaded) = urls(&[]);
+    assert_eq!(
+        usual,
+        ["http://10.0.0.5:11434", "http://localhost:11434", "http://localhost:11434"]
+    );
+    let spec = |name| loaded.catalog.resolve(name).expect("model").clone();
+    assert_eq!((spec("a").served_name(), spec("b").served_name()), ("a", "b:7b"));
+    assert_eq!((&spec("b").gpus, &spec("c").gpus), (&GpuRequest::None, &GpuRequest::Count(1)));
+    let (told, loaded) = urls(&[("OLLAMA_BASE_URL", "http://gpu1:11434/")]);
+    assert_eq!(told, ["http://10.0.0.5:11434", "http://gpu1:11434", "http://gpu1:11434"]);
+    let [told] = loaded.overrides.as_slice() else { panic!("{:?}", loaded.overrides) };
+    assert_eq!((told.variable, told.key), ("OLLAMA_BASE_URL", "external.url"));
+}
+
+#[test]
+fn an_adapter_runs_as_its_base_and_defaults_for_engines_pass_it_by() {
+    let specs = models(
+        "defaults: { engine: vllm, gpus: 2, vram: 9GiB, sleep: 1, docker: { ipc: host } }\nmodels:\n  \
+         base: { docker: { image: \"a:1\" }, stop: { grace: 40s } }\n  \
+         sql: { adapter_of: base, adapter: org/sql, ttl: 5m, priority: high }\n",
+    );
+    let (base, sql) = (&specs[0], &specs[1]);
+    let adapter = sql.adapter.as_ref().expect("adapter");
+    assert_eq!((adapter.of.as_str(), adapter.source.as_str()), ("base", "org/sql"));
+    assert_eq!((&sql.runtime, &sql.stop, sql.engine), (&base.runtime, &base.stop, base.engine));
+    assert_eq!((&sql.gpus, sql.vram, sql.sleep), (&GpuRequest::None, Vram::Unknown, None));
+    assert_eq!((sql.ttl, sql.priority), (Some(Duration::from_secs(300)), Priority::High));
+}
+
+#[test]
+fn models_on_one_port_may_take_turns() {
+    let two = "models:\n  a: &a { engine: llamacpp, process: { cmd: x }, port: 9001 }\n  b: *a\n";
+    assert_eq!(models(&format!("{two}groups: {{ turns: {{ models: [a, b] }} }}\n")).len(), 2);
+    let together = format!("{two}groups: {{ both: {{ models: [a, b], together: true }} }}\n");
+    assert!(problem(&together).contains("same fixed port 9001"), "{}", problem(&together));
 }
 
 #[test]
@@ -371,7 +433,7 @@ mod mutations {
             for (at, cut, piece) in edits {
                 text = mutate(&text, at, cut, PIECES[piece]);
             }
-            match parse_with(&text, &[("WHARF_KEY", "k"), ("GPU2", "g"), ("HF_TOKEN", "h")]) {
+            match parse_with(&text, &[("WHARF_KEY", "k"), ("GPU2", "g"), ("HF_TOKEN", "h"), ("PROBE_KEY", "p"), ("REGISTRY_KEY", "r")]) {
                 Ok(loaded) => prop_assert!(!loaded.catalog.models.is_empty()),
                 Err(errors) => {
                     prop_assert!(!errors.problems().is_empty());

@@ -145,9 +145,9 @@ async fn a_full_disk_costs_the_journal_only_and_health_says_so() {
     world.server.kill().unwrap();
     std::fs::remove_file(&journal).unwrap();
     std::os::unix::fs::symlink("/dev/full", &journal).unwrap();
-    // Neither can figures and ids be written: their folder is a file.
-    let learned = world.state_dir().join("learned.json.new");
-    std::fs::create_dir(&learned).unwrap();
+    // Neither can ids be written: their file is a folder.
+    let ids = world.state_dir().join("last_id.new");
+    std::fs::create_dir(&ids).unwrap();
     world.server.restart().await.unwrap();
     assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
     assert!(world.server.talk.chat("bob", false, &[]).await.unwrap().is_from("bob"));
@@ -165,7 +165,7 @@ async fn a_full_disk_costs_the_journal_only_and_health_says_so() {
     assert!(detail(&health).contains("the state folder cannot be written"), "{health:#}");
     assert_eq!(world.log().matches("the journal cannot be written").count(), 1, "told once");
     std::fs::remove_file(&journal).unwrap();
-    std::fs::remove_dir(&learned).unwrap();
+    std::fs::remove_dir(&ids).unwrap();
     wait_for(&world, "the state folder can be written again").await;
     // The journal is written when there is something to write.
     for _ in 0..1000 {
@@ -313,13 +313,16 @@ async fn bytes_that_another_engine_taught_are_forgotten_at_the_next_start() {
     let models = standin("ada", "4GiB", "--load 100ms").replace("    vram: 4GiB\n", "");
     let mut world = serve(&gpu("24GiB", "100ms"), &models, &[]).await;
     assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
-    let learned = world.state_dir().join("learned.json");
-    let knows = |learned: &std::path::Path| {
-        let text = std::fs::read_to_string(learned).unwrap_or_default();
-        let figures: Value = serde_json::from_str(&text).unwrap_or_default();
-        figures["ada"]["footprint"].is_u64()
+    let store = rusqlite::Connection::open(world.dir.path().join("wharf.db")).unwrap();
+    let of_ada = "SELECT body FROM kept WHERE kind = 'learned' AND name = 'ada'";
+    let knows = |store: &rusqlite::Connection| {
+        let text: Option<String> = store.query_row(of_ada, [], |row| row.get(0)).ok();
+        text.is_some_and(|text| {
+            let figures: Value = serde_json::from_str(&text).unwrap();
+            figures["footprint"].is_u64()
+        })
     };
-    world.until("4 GiB are learned", |_| knows(&learned)).await;
+    world.until("4 GiB are learned", |_| knows(&store)).await;
     world.server.kill().unwrap();
     let path = world.dir.path().join("models.yaml");
     let yaml = std::fs::read_to_string(&path).unwrap().replace("--vram 4GiB", "--vram 18GiB");

@@ -13,6 +13,7 @@ use super::render::{self, Snapshot};
 use crate::config::catalog::{GpuRequest, RuntimeSpec};
 use crate::orchestrator::Handle;
 use crate::orchestrator::view::Leftover;
+use crate::store::StoreHealth;
 
 /// A listener on this machine accepts at once, or does not accept.
 const GATEWAY_TIMEOUT: Duration = Duration::from_millis(500);
@@ -55,6 +56,7 @@ pub async fn answer(handle: &Handle) -> Response {
         ("orchestrator", orchestrator(&at)),
         ("docker", docker(&at)),
         ("gpu", gpu(&at)),
+        ("store", store(&at)),
     ];
     let healthy = parts.iter().all(|(_, part)| part.serves());
     let mut body = render::health(&at, healthy);
@@ -128,6 +130,12 @@ fn docker(at: &Snapshot<'_>) -> Part {
         // Only to look for containers of an earlier run.
         Some(health) => Part::Unused(health.detail.clone()),
     }
+}
+
+/// Requests are served without it.
+fn store(at: &Snapshot<'_>) -> Part {
+    let StoreHealth { ok, detail } = at.handle.store().health();
+    if ok { Part::Ok(detail) } else { Part::Degraded(detail) }
 }
 
 fn gpu(at: &Snapshot<'_>) -> Part {

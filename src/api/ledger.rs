@@ -1,26 +1,49 @@
 //! Swaps as JSON: rows of `/swaps`, `/swaps/{id}` and of the swaps under way in `/status`.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use serde_json::{Map, Value, json};
 
 use super::render::{Snapshot, object, seconds};
 use crate::scheduler::record::{SwapOutcome, SwapRecord};
-use crate::units::SwapId;
+use crate::store::SwapRow;
+use crate::units::{SwapId, Time};
 
-/// One swap; the engine's log lines are in [`detail`] only.
+/// One swap of this run; the engine's log lines are in [`detail`] only.
 pub fn row(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
-    Value::Object(fields(at, swap))
+    Value::Object(fields(at, swap, |time| at.wall(time)))
 }
 
-/// One swap with everything that is known of it.
-pub fn detail(at: &Snapshot<'_>, swap: &SwapRecord) -> Value {
-    let mut fields = fields(at, swap);
+/// One swap that ended, of whichever run.
+pub fn ended(at: &Snapshot<'_>, swap: &SwapRow) -> Value {
+    Value::Object(ended_fields(at, swap))
+}
+
+/// One swap that ended, with everything that is known of it.
+pub fn detail(at: &Snapshot<'_>, swap: &SwapRow) -> Value {
+    let mut fields = ended_fields(at, swap);
+    let swap = &swap.record;
     if let Some(fault) = swap.outcome.as_ref().and_then(SwapOutcome::fault) {
         fields.insert("log".to_owned(), json!(fault.log_tail));
     }
     Value::Object(fields)
 }
 
-fn fields(at: &Snapshot<'_>, swap: &SwapRecord) -> Map<String, Value> {
+fn ended_fields(at: &Snapshot<'_>, swap: &SwapRow) -> Map<String, Value> {
+    let SwapRow { began_unix_ms, record } = swap;
+    // Times of another run count from its own beginning.
+    let wall = |time: Time| {
+        let at = Duration::from_millis(*began_unix_ms) + time.since(record.began);
+        humantime::format_rfc3339_millis(UNIX_EPOCH + at).to_string()
+    };
+    fields(at, record, wall)
+}
+
+fn fields(
+    at: &Snapshot<'_>,
+    swap: &SwapRecord,
+    wall: impl Fn(Time) -> String,
+) -> Map<String, Value> {
     let ended = swap.ended.unwrap_or(at.now);
     let evicted = swap.evicted.iter().map(|victim| {
         json!({
@@ -39,8 +62,8 @@ fn fields(at: &Snapshot<'_>, swap: &SwapRecord) -> Map<String, Value> {
         "evicted": evicted.collect::<Vec<_>>(),
         "instance": swap.instance.map(|id| id.to_string()),
         "gpus": swap.gpus,
-        "began": at.wall(swap.began),
-        "ended": swap.ended.map(|time| at.wall(time)),
+        "began": wall(swap.began),
+        "ended": swap.ended.map(wall),
         "seconds": seconds(ended.since(swap.began)),
         "phases": phases(swap),
     }));

@@ -16,6 +16,7 @@ use crate::gateway::reject::Reject;
 use crate::orchestrator::Handle;
 use crate::orchestrator::view::LEDGER_ROWS_MAX;
 use crate::scheduler::record::SwapRecord;
+use crate::units::ModelName;
 
 /// Rows of `GET /swaps` where the caller sets no limit.
 const SWAP_ROWS: usize = 100;
@@ -92,38 +93,67 @@ pub async fn model_metrics(
 pub struct SwapsWanted {
     model: Option<String>,
     limit: Option<usize>,
+    /// Go on after this one, to older ones.
+    before: Option<String>,
 }
 
-/// Swaps, the newest first: those under way, then those that ended.
+/// Swaps, the newest first: those under way, then those that ended, in this run or an earlier one.
 pub async fn swaps(
     State(api): State<Api>,
     QueryText(wanted): QueryText<SwapsWanted>,
 ) -> Result<Json<Value>, Reject> {
     let at = Snapshot::of(&api.handle);
-    let model = match &wanted.model {
-        None => None,
-        Some(name) => {
-            Some(at.catalog.resolve(name).ok_or_else(|| unknown_model(&at.catalog, name))?)
-        }
-    };
+    // A model of earlier runs may not be configured any more.
+    let model = wanted.model.as_ref().map(|name| match at.catalog.resolve(name) {
+        Some(spec) => spec.name.clone(),
+        None => ModelName::new(name),
+    });
     let limit = wanted.limit.unwrap_or(SWAP_ROWS).min(LEDGER_ROWS_MAX);
-    let under_way = at.view.scheduler.swaps.iter().rev();
-    let ended = at.view.ledger.iter().rev().map(|swap| &**swap);
-    let fits = |swap: &&SwapRecord| model.is_none_or(|spec| spec.name == swap.model);
-    let rows = under_way.chain(ended).filter(fits).take(limit).map(|swap| ledger::row(&at, swap));
-    Ok(Json(json!({ "swaps": rows.collect::<Vec<_>>() })))
+    let store = api.handle.store();
+    // What has ended since the snapshot was taken is in the store.
+    let mut under_way: Vec<&SwapRecord> = at.view.scheduler.swaps.iter().rev().collect();
+    under_way.retain(|swap| store.recent_swap(swap.id).is_none());
+    let mut before = None;
+    if let Some(text) = &wanted.before {
+        let id = ledger::parse_id(text).ok_or_else(|| no_swap(text))?;
+        let place = under_way.iter().position(|swap| swap.id == id);
+        under_way.drain(..place.map_or(under_way.len(), |place| place + 1));
+        before = place.is_none().then_some(id);
+    }
+    under_way.retain(|swap| model.as_ref().is_none_or(|model| swap.model == *model));
+    under_way.truncate(limit);
+    let rest = limit - under_way.len();
+    let page = store.swap_page(model.as_ref(), before, rest).await;
+    let ended = page.ok_or_else(|| no_swap(wanted.before.as_deref().unwrap_or_default()))?;
+    if let (Some(name), true, true) = (&wanted.model, under_way.is_empty(), ended.is_empty())
+        && at.catalog.resolve(name).is_none()
+    {
+        return Err(unknown_model(&at.catalog, name));
+    }
+    let rows = under_way.into_iter().map(|swap| ledger::row(&at, swap));
+    let rows: Vec<Value> = rows.chain(ended.iter().map(|swap| ledger::ended(&at, swap))).collect();
+    Ok(Json(json!({ "swaps": rows })))
 }
 
 pub async fn swap(State(api): State<Api>, PathText(id): PathText) -> Result<Json<Value>, Reject> {
     let at = Snapshot::of(&api.handle);
-    let swap = ledger::parse_id(&id).and_then(|id| at.view.swap(id));
-    match swap {
-        Some(swap) => Ok(Json(ledger::detail(&at, swap))),
-        None => Err(not_found(
-            "swap_not_found",
-            format!("there is no swap `{id}`: GET /swaps lists the last {LEDGER_ROWS_MAX}"),
-        )),
+    let wanted = ledger::parse_id(&id).ok_or_else(|| no_swap(&id))?;
+    let store = api.handle.store();
+    if let Some(ended) = store.recent_swap(wanted) {
+        return Ok(Json(ledger::detail(&at, &ended)));
     }
+    if let Some(swap) = at.view.scheduler.swaps.iter().find(|swap| swap.id == wanted) {
+        return Ok(Json(ledger::row(&at, swap)));
+    }
+    match store.swap(wanted).await {
+        Some(ended) => Ok(Json(ledger::detail(&at, &ended))),
+        None => Err(no_swap(&id)),
+    }
+}
+
+fn no_swap(id: &str) -> Reject {
+    let message = format!("there is no swap `{id}` (any more): GET /swaps lists them");
+    not_found("swap_not_found", message)
 }
 
 pub async fn gpus(State(api): State<Api>) -> Json<Value> {

@@ -7,12 +7,12 @@
 //! | dynamic model orchestrator | `current_model`, `in_flight`, `queued`, `last_swap` |
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
 use crate::config::catalog::{Catalog, EngineKind, GpuRequest, ModelSpec, RuntimeSpec, SwapMode};
-use crate::orchestrator::view::Leftover;
+use crate::orchestrator::view::{Leftover, ModelFacts};
 use crate::orchestrator::{Handle, View};
 use crate::scheduler::record::{ModelView, ResidencyView};
 use crate::units::{Bytes, ModelName, Time};
@@ -74,6 +74,25 @@ impl Snapshot<'_> {
         self.view.models.get(name).map_or(Duration::ZERO, |facts| facts.uptime(self.now))
     }
 
+    /// When the model last became ready, in this run or an earlier one.
+    fn loaded_at(&self, facts: &ModelFacts) -> Option<String> {
+        self.wall_or_earlier(facts.loaded_at, facts.earlier.loaded_unix_ms)
+    }
+
+    /// When it last left; `None` while it is loaded.
+    fn unloaded_at(&self, facts: &ModelFacts, residency: &ResidencyView) -> Option<String> {
+        if is_loaded(residency) {
+            return None;
+        }
+        self.wall_or_earlier(facts.unloaded_at, facts.earlier.unloaded_unix_ms)
+    }
+
+    fn wall_or_earlier(&self, time: Option<Time>, earlier: Option<u64>) -> Option<String> {
+        let earlier = earlier.map(|ms| UNIX_EPOCH + Duration::from_millis(ms));
+        let time = time.map(|time| self.handle.wall(time)).or(earlier)?;
+        Some(humantime::format_rfc3339_millis(time).to_string())
+    }
+
     /// Until an idle model leaves by its ttl; `None` where no ttl runs.
     fn ttl_remaining(&self, spec: &ModelSpec) -> Option<Duration> {
         let ttl = spec.ttl.filter(|_| !spec.warmup && !spec.pinned)?;
@@ -122,7 +141,6 @@ pub fn mode(catalog: &Catalog) -> &'static str {
 pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Value {
     let facts = at.view.models.get(&spec.name).cloned().unwrap_or_default();
     let residency = at.residency(&spec.name);
-    let gone = facts.unloaded_at.filter(|_| !is_loaded(residency));
     let mut row = object(json!({
         "name": spec.name,
         "ollama_name": spec.served_name(),
@@ -130,8 +148,8 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Value {
         "size_gb": spec.size_gb,
         "priority": spec.priority,
         "status": swapper_status(residency),
-        "loaded_at": facts.loaded_at.map(|time| at.wall(time)),
-        "unloaded_at": gone.map(|time| at.wall(time)),
+        "loaded_at": at.loaded_at(&facts),
+        "unloaded_at": at.unloaded_at(&facts, residency),
         "total_uptime_seconds": seconds(at.uptime(&spec.name)),
 
         "model_id": spec.name,
@@ -240,7 +258,7 @@ pub fn status(at: &Snapshot<'_>, healthy: bool) -> Value {
         "in_flight": in_flight,
         "queued": at.view.scheduler.queued,
         "swaps": under_way.collect::<Vec<_>>(),
-        "last_swap": at.view.ledger.back().map(|swap| super::ledger::row(at, swap)),
+        "last_swap": at.handle.store().swaps(1).first().map(|swap| super::ledger::ended(at, swap)),
         "no_proof": at.view.scheduler.no_proof,
         "leftovers": at.view.leftovers.iter().map(|left| leftover(at, left)).collect::<Vec<_>>(),
         "time": at.wall(at.now),
@@ -303,11 +321,8 @@ pub fn metrics(at: &Snapshot<'_>, name: &ModelName) -> Value {
     json!({
         "model_name": name,
         "status": swapper_status(at.residency(name)),
-        "loaded_at": facts.loaded_at.map(|time| at.wall(time)),
-        "unloaded_at": facts
-            .unloaded_at
-            .filter(|_| !is_loaded(at.residency(name)))
-            .map(|time| at.wall(time)),
+        "loaded_at": at.loaded_at(&facts),
+        "unloaded_at": at.unloaded_at(&facts, at.residency(name)),
         "uptime_hours": uptime / 3600.0,
         "request_count": at.requests(name),
         "total_uptime_seconds": uptime,

@@ -55,7 +55,7 @@ impl ServeArgs {
         if let Some(path) = &self.key_file {
             settings.auth.keys.push(ApiKey {
                 name: "key-file".to_owned(),
-                key: read_or_make_key(path, self.key_for_group)?,
+                key: read_or_make_key(path, self.key_for_group)?.into(),
                 models: vec!["*".to_owned()],
                 scopes: vec![Scope::Inference, Scope::Read, Scope::Admin],
                 ..ApiKey::default()

@@ -5,12 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::store::MEMORY;
 use crate::units::{Bytes, ModelName, Priority};
 
 mod access;
@@ -18,7 +19,7 @@ mod groups;
 mod lifecycle;
 mod serving;
 
-pub use access::{ApiKey, AuthSettings, RateLimits, Scope, StartRule};
+pub use access::{ApiKey, AuthSettings, KeyDigest, RateLimits, Scope, StartRule};
 pub use groups::Asked;
 pub use lifecycle::{Group, KeepWindow, TtlBounds};
 pub use serving::{
@@ -67,7 +68,7 @@ pub struct Settings {
     pub ram: RamSettings,
     /// Host ports on which engines listen (loopback).
     pub engine_ports: (u16, u16),
-    /// Path of the store; the state folder lies beside it (extension `.d`).
+    /// Path of the store, `:memory:` for none; the state folder lies beside it (extension `.d`).
     pub store: PathBuf,
     pub auth: AuthSettings,
     /// Docker daemon: `None` means DOCKER_HOST or the default socket.
@@ -94,11 +95,17 @@ pub struct Settings {
     /// Reload when the file changes: `reload: { watch: true }`.
     #[serde(default)]
     pub watch: bool,
+    /// A key of the model pool manager, shown to its users. Deadlines are exact here.
+    #[serde(default)]
+    pub check_interval: Duration,
 }
 
 impl Settings {
-    /// Folder of the lock, journal, engine logs and learned figures.
+    /// Folder of the lock, journal, engine logs and reserved ids; needed also without a store.
     pub fn state_dir(&self) -> PathBuf {
+        if self.store == Path::new(MEMORY) {
+            return PathBuf::from("wharf.d");
+        }
         self.store.with_extension("d")
     }
 }

@@ -351,8 +351,6 @@ pub(super) struct Table<'n> {
 
 /// What is said about a key that is not read.
 pub(super) enum Unread {
-    /// Belongs to a later version; leaving it out changes nothing that matters now.
-    Later,
     /// Belongs to a later version; ignoring it would do something else than asked.
     LaterError,
     /// A wrong name or place; the text says the right one.
@@ -384,9 +382,6 @@ impl<'n> Table<'n> {
             let spot = Spot { place: key.place, path: join(&self.at.spot.path, &key.text) };
             let name = key.text.as_str();
             match unread.iter().find(|(known, _)| *known == name).map(|(_, unread)| unread) {
-                Some(Unread::Later) => {
-                    sink.warning(&spot, format!("`{name}` is not supported yet"), "ignored");
-                }
                 Some(Unread::LaterError) => {
                     sink.error(&spot, format!("`{name}` is not supported yet"), "remove it")
                         .help("ignoring it would not do what the file asks for");

@@ -60,6 +60,7 @@ impl Default for Settings {
             retention: Retention::default(),
             announce: Vec::new(),
             watch: false,
+            check_interval: Duration::from_secs(30),
         }
     }
 }

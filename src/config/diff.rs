@@ -63,6 +63,8 @@ fn settings(old: &Settings, new: &Settings) -> Vec<String> {
         match key.as_str() {
             "gateway" | "orchestrator" => key.insert_str(0, "listen."),
             "docker_host" => *key = "docker.host".to_owned(),
+            "front_doors" => *key = "ports".to_owned(),
+            "watch" => *key = "reload.watch".to_owned(),
             _ => {}
         }
     }

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::catalog::{
-    DockerSpec, EngineKind, ExternalSpec, GpuRequest, ProcessSpec, PullPolicy, Vram,
-    WaitingSettings,
+    DockerSpec, EngineKind, ExternalSpec, Filters, GpuRequest, HttpService, KeepWindow,
+    ProcessSpec, PullPolicy, TtlBounds, Vram, WaitingSettings, WaitingStyle,
 };
 use super::decode::{At, Sink, Spot, Table, Unread};
 use super::subst::Env;
-use super::{launch, settings};
+use super::{keep, launch, settings, traffic};
 use crate::units::{Bytes, Priority};
 
 /// What is said about a key that may also be switched off: `off`, `none`, `never`.
@@ -52,22 +52,32 @@ pub(super) struct Fields {
     pub pinned: bool,
     pub warmup: bool,
     pub ttl: Option<Switch<Duration>>,
+    pub ttl_bounds: TtlBounds,
+    pub grace: Option<Duration>,
+    pub keep: Vec<KeepWindow>,
     pub concurrency: Option<u32>,
     pub health_path: Option<Switch<String>>,
     pub stall: Option<Duration>,
     pub start_timeout: Option<Duration>,
+    pub answer_timeout: Option<Duration>,
     pub signal: Option<String>,
-    pub grace: Option<Duration>,
+    pub stop_grace: Option<Duration>,
     pub canary: bool,
     pub include_usage: Option<bool>,
     pub upstream_name: Option<String>,
     pub port: Option<u16>,
     pub waiting: Option<WaitingSettings>,
     pub sleep: Option<Switch<u8>>,
+    pub filters: Filters,
+    pub metadata: serde_json::Map<String, serde_json::Value>,
+    pub http: Option<HttpService>,
+    /// The base model of an adapter, and where that is said.
+    pub adapter_of: Option<(String, Spot)>,
+    pub adapter: Option<String>,
+    /// `engine: sglang`: speaks the OpenAI API, with a health path and a port of its own.
+    pub is_sglang: bool,
     /// Where each key stands.
     pub spots: BTreeMap<&'static str, Spot>,
-    /// An adapter of another model: not supported yet, told already.
-    pub is_adapter: bool,
     /// A key that would have brought what is missing is wrong: told already.
     pub is_incomplete: bool,
 }
@@ -86,6 +96,8 @@ pub(super) struct Reading<'e> {
     pub waiting: WaitingSettings,
     /// False for templates and `defaults`, which may lack what their models bring.
     pub whole: bool,
+    /// Models of an Ollama have a usual address.
+    pub ollama: bool,
 }
 
 pub(super) fn read(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Option<Fields> {
@@ -94,8 +106,9 @@ pub(super) fn read(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Option
     about(&mut table, &mut fields, sink);
     run(&mut table, &mut fields, reading, sink);
     place(&mut table, &mut fields, sink);
+    leave(&mut table, &mut fields, sink);
     serve(&mut table, &mut fields, reading.waiting, sink);
-    fields.is_adapter = table.key_spot("adapter_of").is_some();
+    traffic(&mut table, &mut fields, sink);
     // Followed by the reader of the whole file.
     table.take("template");
     let misplaced = ["cmd", "image", "container", "args", "url", "proxy"];
@@ -112,22 +125,38 @@ pub(super) fn read(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Option
 }
 
 /// Keys whose place later checks may want.
-const KEYS: [&str; 12] = [
-    "docker", "process", "external", "env", "pull", "gpus", "vram", "pinned", "ttl", "port",
-    "stop", "sleep",
+const KEYS: [&str; 23] = [
+    "docker",
+    "process",
+    "external",
+    "env",
+    "pull",
+    "gpus",
+    "vram",
+    "ram",
+    "pinned",
+    "warmup",
+    "ttl",
+    "ttl_bounds",
+    "grace",
+    "keep",
+    "port",
+    "stop",
+    "sleep",
+    "engine",
+    "http",
+    "health",
+    "filters",
+    "adapter_of",
+    "adapter",
 ];
 
 const UNREAD: &[(&str, Unread)] = &[
-    ("adapter_of", Unread::LaterError),
-    ("adapter", Unread::LaterError),
-    ("filters", Unread::LaterError),
-    ("keep", Unread::Later),
-    ("ttl_bounds", Unread::Later),
-    ("grace", Unread::Later),
-    ("metadata", Unread::Later),
-    ("send_loading_state", Unread::Later),
-    ("captures", Unread::Later),
-    ("announce", Unread::Later),
+    ("captures", Unread::Hint("captures are switched for all models, at the top of the file")),
+    ("announce", Unread::Hint("every model is announced: `announce` at the top of the file")),
+    ("sendLoadingState", Unread::Hint("did you mean `send_loading_state`?")),
+    ("strip_params", Unread::Hint("write `filters: { strip: … }`")),
+    ("setParams", Unread::Hint("write `filters: { set: … }`")),
     ("cmd", Unread::Hint("write `process: { cmd: … }`")),
     ("cmdStop", Unread::Hint("did you mean `stop: { signal, grace }`?")),
     ("image", Unread::Hint("write `docker: { image: … }`")),
@@ -175,10 +204,19 @@ fn run(table: &mut Table<'_>, fields: &mut Fields, reading: Reading<'_>, sink: &
     if let Some(at) = table.take("engine") {
         fields.engine = engine(&at, sink);
         fields.engine_is_wrong = fields.engine.is_none();
+        fields.is_sglang = at.node.text() == Some("sglang");
     }
+    let reading = Reading { ollama: fields.engine == Some(EngineKind::Ollama), ..reading };
     fields.docker = table.take("docker").and_then(|at| launch::docker(&at, reading, sink));
     fields.process = table.take("process").and_then(|at| launch::process(&at, reading, sink));
-    fields.external = table.take("external").and_then(|at| launch::external(&at, reading, sink));
+    let external = table.take("external");
+    fields.external = match external {
+        Some(at) => launch::external(&at, reading, sink),
+        None if reading.ollama && reading.whole => {
+            Some(launch::ollama(&table.at.key_spot(), reading, sink))
+        }
+        None => None,
+    };
     fields.env =
         table.take("env").and_then(|at| at.pairs(sink, Some(reading.env))).unwrap_or_default();
     fields.pull = table.take("pull").and_then(|at| launch::pull(&at, sink));
@@ -194,37 +232,32 @@ fn run(table: &mut Table<'_>, fields: &mut Fields, reading: Reading<'_>, sink: &
                 }
             })
         });
-        fields.grace = stop.take("grace").and_then(|at| at.duration(sink));
+        fields.stop_grace = stop.take("grace").and_then(|at| at.duration(sink));
         stop.finish(sink, &[("timeout", Unread::Hint("did you mean `grace`?"))]);
     }
 }
 
-/// Engines of later versions are known, so that nobody looks for a typing mistake.
 fn engine(at: &At<'_>, sink: &mut Sink) -> Option<EngineKind> {
     let text = at.node.text().unwrap_or_default();
-    if matches!(text, "sglang" | "ollama" | "http") {
-        let problem = sink.error(
-            &at.spot,
-            format!("engine `{text}` is not supported yet"),
-            "expected `vllm`, `llamacpp` or `openai`",
-        );
-        if text != "http" {
-            problem.help(format!("{text} serves the OpenAI API: `engine: openai` works with it"));
-        }
-        return None;
-    }
-    let engines = [
-        ("vllm", EngineKind::Vllm),
-        ("llamacpp", EngineKind::Llamacpp),
-        ("openai", EngineKind::Openai),
-    ];
     if matches!(text, "llama.cpp" | "llama-server" | "llama-cpp" | "llama") {
         let message = format!("`{text}` is no engine's name");
         sink.error(&at.spot, message, "did you mean `llamacpp`?");
         return None;
     }
-    at.choice(sink, &engines)
+    at.choice(sink, &ENGINES)
 }
+
+pub(super) const ENGINES: [(&str, EngineKind); 6] = [
+    ("vllm", EngineKind::Vllm),
+    ("llamacpp", EngineKind::Llamacpp),
+    ("ollama", EngineKind::Ollama),
+    ("openai", EngineKind::Openai),
+    ("sglang", EngineKind::Openai),
+    ("http", EngineKind::Http),
+];
+
+pub(super) const PRIORITIES: [(&str, Priority); 3] =
+    [("high", Priority::High), ("normal", Priority::Normal), ("low", Priority::Low)];
 
 fn place(table: &mut Table<'_>, fields: &mut Fields, sink: &mut Sink) {
     fields.gpus = table.take("gpus").and_then(|at| gpus(&at, sink));
@@ -240,23 +273,9 @@ fn place(table: &mut Table<'_>, fields: &mut Fields, sink: &mut Sink) {
         }
     });
     fields.ram = table.take("ram").and_then(|at| at.size(sink));
-    fields.priority = table.take("priority").and_then(|at| {
-        at.choice(
-            sink,
-            &[("high", Priority::High), ("normal", Priority::Normal), ("low", Priority::Low)],
-        )
-    });
+    fields.priority = table.take("priority").and_then(|at| at.choice(sink, &PRIORITIES));
     fields.pinned = flag(table, "pinned", sink);
     fields.warmup = flag(table, "warmup", sink);
-    fields.ttl = table.take("ttl").and_then(|at| {
-        let text = at.node.text();
-        if text == Some("never") {
-            return Some(Switch::Off);
-        }
-        let what = "`never` or a duration such as 15m";
-        let ttl = at.parsed(sink, what, super::values::duration)?;
-        Some(if ttl.is_zero() { Switch::Off } else { Switch::On(ttl) })
-    });
     fields.sleep = table.take("sleep").and_then(|at| {
         if !at.is_map() {
             return sleep_level(&at, sink);
@@ -266,6 +285,53 @@ fn place(table: &mut Table<'_>, fields: &mut Fields, sink: &mut Sink) {
         table.finish(sink, &[]);
         level
     });
+}
+
+/// When the model comes and goes by itself.
+fn leave(table: &mut Table<'_>, fields: &mut Fields, sink: &mut Sink) {
+    fields.ttl = table.take("ttl").and_then(|at| {
+        let text = at.node.text();
+        if text == Some("never") {
+            return Some(Switch::Off);
+        }
+        let what = "`never` or a duration such as 15m";
+        let ttl = at.parsed(sink, what, super::values::duration)?;
+        Some(if ttl.is_zero() { Switch::Off } else { Switch::On(ttl) })
+    });
+    if let Some(at) = table.take("ttl_bounds") {
+        fields.ttl_bounds = ttl_bounds(&at, sink);
+    }
+    fields.grace = table.take("grace").and_then(|at| at.duration(sink));
+    fields.keep = table.take("keep").map(|at| keep::windows(&at, sink)).unwrap_or_default();
+}
+
+/// `{ min: 5m, max: 60m }`, or `[5m, 60m]`.
+fn ttl_bounds(at: &At<'_>, sink: &mut Sink) -> TtlBounds {
+    let bounds = if at.is_list() {
+        let items = at.list(sink, "a list").unwrap_or_default();
+        if items.len() != 2 {
+            let expected = "expected two, such as [5m, 60m], or `{ min: 5m }`";
+            sink.error(&at.spot, "bounds are a least and a longest time", expected);
+            return TtlBounds::default();
+        }
+        let mut item = |at: usize| items.get(at).and_then(|item| item.some_duration(sink));
+        TtlBounds { min: item(0), max: item(1) }
+    } else {
+        let Some(mut table) = at.table(sink, "`min` and `max`") else {
+            return TtlBounds::default();
+        };
+        let mut bound = |key| table.take(key).and_then(|at| at.some_duration(sink));
+        let bounds = TtlBounds { min: bound("min"), max: bound("max") };
+        table.finish(sink, &[]);
+        bounds
+    };
+    if let (Some(min), Some(max)) = (bounds.min, bounds.max)
+        && min > max
+    {
+        sink.error(&at.spot, "the least is longer than the longest", "expected `min` up to `max`");
+        return TtlBounds::default();
+    }
+    bounds
 }
 
 fn sleep_level(at: &At<'_>, sink: &mut Sink) -> Option<Switch<u8>> {
@@ -318,7 +384,9 @@ fn serve(table: &mut Table<'_>, fields: &mut Fields, base: WaitingSettings, sink
         health(&at, fields, sink);
     }
     let start = table.take("start_timeout");
-    if let Some(mut inner) = table.take("timeouts").and_then(|at| at.table(sink, "`start`")) {
+    if let Some(mut inner) =
+        table.take("timeouts").and_then(|at| at.table(sink, "`start` and `answer`"))
+    {
         let nested = inner.take("start");
         if let (Some(nested), true) = (&nested, start.is_some()) {
             sink.error(
@@ -328,6 +396,7 @@ fn serve(table: &mut Table<'_>, fields: &mut Fields, base: WaitingSettings, sink
             );
         }
         fields.start_timeout = nested.and_then(|at| at.some_duration(sink));
+        fields.answer_timeout = inner.take("answer").and_then(|at| at.some_duration(sink));
         inner.finish(sink, &[]);
     }
     if let Some(at) = start {
@@ -336,7 +405,32 @@ fn serve(table: &mut Table<'_>, fields: &mut Fields, base: WaitingSettings, sink
     fields.canary = flag(table, "canary", sink);
     fields.include_usage = table.take("include_usage").and_then(|at| at.boolean(sink));
     fields.upstream_name = table.take("upstream_name").and_then(|at| at.string(sink, "a name"));
-    fields.waiting = table.take("waiting").and_then(|at| settings::waiting(&at, base, sink));
+    let waiting = table.take("waiting");
+    fields.waiting = waiting.as_ref().and_then(|at| settings::waiting(at, base, sink));
+    if let Some(at) = table.take("send_loading_state") {
+        let on = at.boolean(sink);
+        if waiting.is_some() {
+            let message = "`send_loading_state` and `waiting` say the same thing";
+            sink.error(&at.spot, message, "keep `waiting: reasoning`");
+        } else if on == Some(true) {
+            fields.waiting = Some(WaitingSettings { style: WaitingStyle::Reasoning, ..base });
+        } else if on == Some(false) && base.style == WaitingStyle::Reasoning {
+            fields.waiting = Some(WaitingSettings { style: WaitingStyle::Comment, ..base });
+        }
+    }
+}
+
+fn traffic(table: &mut Table<'_>, fields: &mut Fields, sink: &mut Sink) {
+    fields.filters =
+        table.take("filters").map(|at| traffic::filters(&at, sink)).unwrap_or_default();
+    fields.metadata =
+        table.take("metadata").map(|at| traffic::metadata(&at, sink)).unwrap_or_default();
+    fields.http = table.take("http").map(|at| traffic::http(&at, sink));
+    fields.adapter_of = table.take("adapter_of").and_then(|at| {
+        let base = at.string(sink, "the name of the model that it adapts")?;
+        Some((base, at.spot))
+    });
+    fields.adapter = table.take("adapter").and_then(|at| at.string(sink, "a path or repository"));
 }
 
 fn health(at: &At<'_>, fields: &mut Fields, sink: &mut Sink) {

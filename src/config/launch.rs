@@ -229,20 +229,13 @@ pub(super) fn external(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Op
     let mut table = at.table(sink, "`url`, `api_key` and `ca`")?;
     let url = match table.take("url") {
         Some(at) => at.parsed(sink, "a URL such as http://10.0.0.2:8000", url),
-        // The swapper service's variable names the server that the models live on.
-        None => (reading.env)("OLLAMA_BASE_URL").and_then(|text| match self::url(&text) {
-            Ok(url) => Some(url),
-            Err(hint) => {
-                sink.error(&at.spot, "OLLAMA_BASE_URL holds no usable URL", hint);
-                None
-            }
-        }),
+        None => url_of_environment(&at.spot, reading, sink),
     };
-    let is_missing =
-        || table.key_spot("url").is_none() && (reading.env)("OLLAMA_BASE_URL").is_none();
-    if reading.whole && url.is_none() && is_missing() {
+    let is_missing = table.key_spot("url").is_none() && outer_url(reading).is_none();
+    if reading.whole && is_missing && !reading.ollama {
         sink.error(&at.key_spot(), "`external` has no `url`", "expected `url: http://host:port`");
     }
+    let url = url.or_else(|| (reading.ollama && is_missing).then(|| OLLAMA_URL.to_owned()));
     let spec = ExternalSpec {
         url: url.unwrap_or_default(),
         api_key: text(&mut table, "api_key", "a text such as ${env.NAME}", sink),
@@ -258,7 +251,43 @@ pub(super) fn external(at: &At<'_>, reading: Reading<'_>, sink: &mut Sink) -> Op
     Some(spec)
 }
 
-fn url(text: &str) -> Result<String, String> {
+/// Where Ollama listens if nobody says otherwise.
+const OLLAMA_URL: &str = "http://localhost:11434";
+
+/// A model of an Ollama needs no `external:` at all.
+pub(super) fn ollama(spot: &Spot, reading: Reading<'_>, sink: &mut Sink) -> ExternalSpec {
+    let url = match outer_url(reading) {
+        Some(_) => url_of_environment(spot, reading, sink),
+        None => Some(OLLAMA_URL.to_owned()),
+    };
+    ExternalSpec { url: url.unwrap_or_default(), ca: None, api_key: None }
+}
+
+fn outer_url(reading: Reading<'_>) -> Option<String> {
+    (reading.env)("OLLAMA_BASE_URL").filter(|text| !text.trim().is_empty())
+}
+
+/// The swapper service's variable names the server that the models live on.
+fn url_of_environment(spot: &Spot, reading: Reading<'_>, sink: &mut Sink) -> Option<String> {
+    match url(&outer_url(reading)?) {
+        Ok(url) => Some(url),
+        Err(hint) => {
+            sink.error(spot, "OLLAMA_BASE_URL holds no usable URL", hint);
+            None
+        }
+    }
+}
+
+/// What precedes `/v1` of a server that speaks the OpenAI API.
+pub(super) fn url(text: &str) -> Result<String, String> {
+    let text = any_url(text)?;
+    match text.strip_suffix("/v1") {
+        Some(base) => Err(format!("leave out `/v1` (requests bring it): `{base}`")),
+        None => Ok(text),
+    }
+}
+
+pub(super) fn any_url(text: &str) -> Result<String, String> {
     let text = text.trim().trim_end_matches('/');
     let example = "expected a URL such as http://10.0.0.2:8000".to_owned();
     let Ok(uri) = text.parse::<http::Uri>() else { return Err(example) };
@@ -280,9 +309,6 @@ fn url(text: &str) -> Result<String, String> {
     }
     if uri.query().is_some() {
         return Err("leave out the query (`?…`)".to_owned());
-    }
-    if let Some(base) = text.strip_suffix("/v1") {
-        return Err(format!("leave out `/v1` (requests bring it): `{base}`"));
     }
     Ok(text.to_owned())
 }

@@ -3,26 +3,32 @@
 //! The way of the file: `tree` (YAML with places) → `subst` (`${…}`) → `settings`, `models` →
 //! `fields`, `launch` (typed keys) → `rules` (what must hold between them).
 
+mod access;
 mod adapters;
+mod capacity;
 pub mod catalog;
 mod decode;
 mod defaults;
 pub mod diff;
 mod fields;
 mod fit;
+mod groups;
+mod keep;
 mod launch;
+mod lora;
 mod models;
 mod overrides;
 mod problem;
+mod routing;
 mod rules;
 mod secrets;
 mod settings;
 mod shape;
 mod subst;
+mod traffic;
 mod tree;
 mod values;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -142,8 +148,8 @@ fn read(
     }
     let at = At::root(&root);
     let mut top = at.table(sink, "`models:` and other keys")?;
-    let mut settings = settings::read(&mut top, sink);
-    let overrides = overrides::apply(&mut settings, env, sink);
+    let mut settings = settings::read(&mut top, env, sink);
+    let mut overrides = overrides::apply(&mut settings, env, sink);
     let models_at = top.take("models");
     if models_at.as_ref().is_none_or(|at| at.is_map() && at.node.entries().is_empty()) {
         let spot = models_at.as_ref().map_or(&at.spot, |at| &at.spot);
@@ -154,18 +160,19 @@ fn read(
         templates: top.take("templates"),
         defaults: top.take("defaults"),
     };
-    let models = models::read(&sources, &settings, &macros, env, sink);
-    let aliases = rules::check(&models, &mut settings, sink);
-    if let Some(at) = top.take("groups") {
-        rules::groups(&at, &models, &settings, sink);
-    }
-    overrides::warn_unused(&models, env, sink);
+    let read = models::read(&sources, &settings, &macros, env, sink);
+    let aliases = rules::aliases(&read.models, sink);
+    let templates = sources.templates.as_ref().map(|at| at.node);
+    let routing = routing::read(&mut top, &read, &aliases, templates, &settings, sink);
+    rules::check(&read.models, &routing.groups, &mut settings, sink);
+    groups::check(&routing.groups_at, &read, &settings, sink);
+    overrides.extend(overrides::ollama(&read.models, env, sink));
     top.take("macros");
     top.finish(sink, UNREAD);
-    let models: BTreeMap<_, _> =
-        models.into_iter().map(|m| (m.spec.name.clone(), m.spec)).collect();
-    let mut catalog =
-        Catalog { models, aliases, settings: settings.settings, ..Catalog::default() };
+    let models = read.models.into_iter().map(|m| (m.spec.name.clone(), m.spec)).collect();
+    let routing::Routing { groups, routes, peers, registrable, .. } = routing;
+    let settings = settings.settings;
+    let mut catalog = Catalog { models, aliases, groups, routes, peers, registrable, settings };
     catalog.link_adapters();
     Some((catalog, overrides))
 }
@@ -177,11 +184,6 @@ const EXAMPLE: &str = "the least that works:\n\
 const IMPORT: Unread = Unread::Hint("a key of another tool: `wharf import` converts its file");
 
 const UNREAD: &[(&str, Unread)] = &[
-    ("captures", Unread::Later),
-    ("retention", Unread::Later),
-    ("rate_limits", Unread::LaterError),
-    ("check_interval", Unread::Later),
-    ("announce", Unread::Later),
     ("profiles", Unread::Hint("did you mean `groups`?")),
     ("keys", Unread::Hint("write `auth: { keys: … }`")),
     ("mode", Unread::Hint("write `swap: { mode: … }`")),
@@ -190,7 +192,9 @@ const UNREAD: &[(&str, Unread)] = &[
     ("logLevel", IMPORT),
     ("startPort", IMPORT),
     ("hooks", IMPORT),
-    ("peers", IMPORT),
+    ("matrix", IMPORT),
+    ("apiKeys", IMPORT),
+    ("port_range", IMPORT),
     ("default_ttl_minutes", IMPORT),
     ("warmup_models", IMPORT),
 ];

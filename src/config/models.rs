@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::adapters;
 use super::catalog::{
-    EngineKind, Filters, GpuProvider, GpuRequest, Health, ModelSpec, RuntimeSpec, StopSpec,
-    TtlBounds, Vram,
+    EngineKind, GpuProvider, GpuRequest, Health, ModelSpec, RuntimeSpec, StopSpec, Vram,
 };
 use super::decode::{At, Sink, Spot};
 use super::fields::{self, Fields, Reading, Switch};
@@ -18,6 +18,7 @@ use crate::units::ModelName;
 
 const STALL: Duration = Duration::from_secs(120);
 const GRACE: Duration = Duration::from_secs(30);
+const SGLANG_PORT: u16 = 30_000;
 
 /// A model with what the checks need to point at its parts.
 pub(super) struct ReadModel {
@@ -28,12 +29,32 @@ pub(super) struct ReadModel {
     pub spots: BTreeMap<&'static str, Spot>,
     /// The entry with defaults, template and macros applied.
     pub node: Node,
+    /// Keys that the entry itself has.
+    own: Vec<String>,
 }
 
 impl ReadModel {
     /// Where `key` stands, else the model itself.
     pub(super) fn spot_of(&self, key: &str) -> &Spot {
         self.spots.get(key).unwrap_or(&self.spot)
+    }
+
+    /// Whether the entry itself has the key, not only a template or the defaults.
+    pub(super) fn says(&self, key: &str) -> bool {
+        self.own.iter().any(|own| own == key)
+    }
+}
+
+/// What the file says of models: those that are right, and the names of all.
+#[derive(Default)]
+pub(super) struct Read {
+    pub models: Vec<ReadModel>,
+    pub names: Vec<String>,
+}
+
+impl Read {
+    pub(super) fn get(&self, name: &str) -> Option<&ReadModel> {
+        self.models.iter().find(|model| model.spec.name.as_str() == name)
     }
 }
 
@@ -58,7 +79,7 @@ pub(super) fn read(
     macros: &Macros<'_>,
     env: Env<'_>,
     sink: &mut Sink,
-) -> Vec<ReadModel> {
+) -> Read {
     let map = |at: &Option<At<'_>>, what: &str, sink: &mut Sink| {
         at.as_ref().is_some_and(|at| at.table(sink, what).is_some())
     };
@@ -78,20 +99,22 @@ pub(super) fn read(
             reader.templates.insert(&key.text, node);
         }
     }
-    let mut models = Vec::new();
-    let Some(at) = &sources.models else { return models };
+    let mut read = Read::default();
+    let Some(at) = &sources.models else { return read };
     if !map(&sources.models, "one model per name", sink) {
-        return models;
+        return read;
     }
     for (key, node) in at.node.entries() {
-        models.extend(reader.model(key, &at.entry(key, node), sink));
+        read.models.extend(reader.model(key, &at.entry(key, node), sink));
+        read.names.push(key.text.clone());
     }
-    models
+    adapters::attach(&mut read, sink);
+    read
 }
 
 impl Reader<'_> {
     fn reading(&self, whole: bool) -> Reading<'_> {
-        Reading { env: self.env, waiting: self.settings.settings.waiting, whole }
+        Reading { env: self.env, waiting: self.settings.settings.waiting, whole, ollama: false }
     }
 
     /// Checks a template (or `defaults`) by itself, so that its errors are told once and at
@@ -104,7 +127,7 @@ impl Reader<'_> {
             own.table(sink, "keys of a model");
             return;
         }
-        for key in ["aliases", "name", "template", "port"] {
+        for key in ["aliases", "name", "template", "port", "adapter_of", "adapter"] {
             let Some((key, _)) = node.entries().iter().find(|(k, _)| k.text == key) else {
                 continue;
             };
@@ -131,7 +154,8 @@ impl Reader<'_> {
         let aliases = fields.aliases.clone();
         let spots = fields.spots.clone();
         let spec = Arc::new(self.build(name, &spot, fields, sink)?);
-        Some(ReadModel { spec, aliases, spot, spots, node })
+        let own = at.node.entries().iter().map(|(key, _)| key.text.clone()).collect();
+        Some(ReadModel { spec, aliases, spot, spots, node, own })
     }
 
     /// The entry over its template over the defaults; mappings are merged, lists replaced.
@@ -177,21 +201,33 @@ impl Reader<'_> {
         mut fields: Fields,
         sink: &mut Sink,
     ) -> Option<ModelSpec> {
-        // An adapter has no engine of its own; that it is not supported was said.
-        if fields.is_adapter {
-            return None;
-        }
+        let adapter = adapters::of(name, spot, &mut fields, sink)?;
         if fields.engine.is_none() && !fields.engine_is_wrong && !fields.is_incomplete {
             sink.error(spot, format!("model `{name}` names no engine"), "expected `engine: …`")
-                .help("engines are `vllm`, `llamacpp` and `openai` (whatever speaks that API)");
+                .help(
+                    "engines are `vllm`, `sglang`, `llamacpp`, `ollama`, `openai` (whatever speaks \
+                     that API) and `http` (no LLM server)",
+                );
         }
         let runtime = runtime(name, spot, &mut fields, sink);
         let engine = fields.engine?;
         let runtime = runtime?;
-        let external = matches!(runtime, RuntimeSpec::External(_));
+        if let (Some(at), true) = (fields.spot("http"), engine != EngineKind::Http) {
+            let message = "`http` is for servers that are no LLM's";
+            sink.error(at, message, "remove it, or set `engine: http`");
+        }
+        // An Ollama's models take this machine's VRAM only if the file says so.
+        let external = matches!(runtime, RuntimeSpec::External(_)) && fields.vram.is_none();
         let gpu = &self.settings.settings.gpu;
         let no_gpus = gpu.provider == GpuProvider::None && gpu.memory.is_empty();
-        let gpus = if external || no_gpus { GpuRequest::None } else { GpuRequest::Count(1) };
+        let none = external || no_gpus || adapter.is_some();
+        let gpus = if none { GpuRequest::None } else { GpuRequest::Count(1) };
+        let usual_health = match engine {
+            _ if fields.is_sglang => "/health",
+            EngineKind::Openai => "/v1/models",
+            EngineKind::Ollama | EngineKind::Http => "/",
+            EngineKind::Vllm | EngineKind::Llamacpp => "/health",
+        };
         Some(ModelSpec {
             name: ModelName::new(name),
             aliases: fields.aliases.into_iter().map(|(alias, _)| alias).collect(),
@@ -210,15 +246,15 @@ impl Reader<'_> {
             pinned: fields.pinned,
             warmup: fields.warmup,
             ttl: fields.ttl.and_then(Switch::on),
-            ttl_bounds: TtlBounds::default(),
-            grace: Duration::ZERO,
-            keep: Vec::new(),
+            ttl_bounds: fields.ttl_bounds,
+            grace: fields.grace.unwrap_or_default(),
+            keep: fields.keep,
             concurrency: fields.concurrency,
-            health: health(engine, fields.health_path, fields.stall),
+            health: health(usual_health, fields.health_path, fields.stall),
             start_timeout: fields.start_timeout,
             stop: StopSpec {
                 signal: fields.signal.unwrap_or_else(|| "SIGTERM".to_owned()),
-                grace: fields.grace.unwrap_or_else(|| self.grace(engine)),
+                grace: fields.stop_grace.unwrap_or_else(|| self.grace(engine)),
             },
             canary: fields.canary,
             include_usage: fields.include_usage.unwrap_or(true),
@@ -226,24 +262,19 @@ impl Reader<'_> {
             port: fields.port,
             waiting: fields.waiting,
             sleep: fields.sleep.and_then(Switch::on),
-            adapter: None,
+            adapter,
             lora: false,
-            filters: Filters::default(),
-            metadata: serde_json::Map::new(),
-            answer_timeout: None,
-            http: None,
+            filters: fields.filters,
+            metadata: fields.metadata,
+            answer_timeout: fields.answer_timeout,
+            http: fields.http.map(Arc::new),
             registered: false,
             line: spot.place.line,
         })
     }
 }
 
-fn health(engine: EngineKind, path: Option<Switch<String>>, stall: Option<Duration>) -> Health {
-    let usual = match engine {
-        EngineKind::Openai => "/v1/models",
-        EngineKind::Ollama | EngineKind::Http => "/",
-        EngineKind::Vllm | EngineKind::Llamacpp => "/health",
-    };
+fn health(usual: &str, path: Option<Switch<String>>, stall: Option<Duration>) -> Health {
     let path = path.unwrap_or_else(|| Switch::On(usual.to_owned()));
     Health { path: path.on(), stall: stall.unwrap_or(STALL) }
 }
@@ -254,7 +285,14 @@ fn runtime(name: &str, spot: &Spot, fields: &mut Fields, sink: &mut Sink) -> Opt
         .into_iter()
         .filter_map(|key| Some((key, fields.spot(key)?.clone())))
         .collect();
-    if given.is_empty() {
+    let is_ollama = fields.engine == Some(EngineKind::Ollama);
+    if is_ollama {
+        for (key, at) in given.iter().filter(|(key, _)| *key != "external") {
+            let message = format!("an Ollama loads its models itself: `{key}` cannot");
+            sink.error(at, message, "expected `external: { url: … }`, the Ollama's address")
+                .help("without `external` it is OLLAMA_BASE_URL, else http://localhost:11434");
+        }
+    } else if given.is_empty() {
         if fields.is_incomplete {
             return None;
         }
@@ -278,6 +316,10 @@ fn runtime(name: &str, spot: &Spot, fields: &mut Fields, sink: &mut Sink) -> Opt
             docker.env.entry(key).or_insert(value);
         }
         docker.pull = fields.pull.unwrap_or(docker.pull);
+        let says_port = |word: &String| word == "--port" || word.starts_with("--port=");
+        if fields.is_sglang && docker.container.is_none() && !docker.args.iter().any(says_port) {
+            docker.port = docker.port.or(Some(SGLANG_PORT));
+        }
         return Some(RuntimeSpec::Docker(docker));
     }
     if let Some(at) = fields.spot("pull") {
@@ -292,6 +334,9 @@ fn runtime(name: &str, spot: &Spot, fields: &mut Fields, sink: &mut Sink) -> Opt
     // A part that is no mapping leaves nothing here; that was told.
     let external = fields.external.take()?;
     for key in ["gpus", "vram", "env", "port", "stop", "sleep"] {
+        if is_ollama && matches!(key, "gpus" | "vram") {
+            continue;
+        }
         let Some(at) = fields.spot(key) else { continue };
         let message = format!("`{key}` has no effect on a model that runs elsewhere");
         sink.error(at, message, "remove it, or use `docker` or `process`");
@@ -302,20 +347,26 @@ fn runtime(name: &str, spot: &Spot, fields: &mut Fields, sink: &mut Sink) -> Opt
 /// Whether a default has a meaning for this model. What a model says of itself is checked
 /// strictly; a default for all is meant for those that it suits.
 fn concerns(key: &str, model: &Node, defaults: &Node) -> bool {
-    let external = model.get("external").is_some();
+    let engine = model.get("engine").or_else(|| defaults.get("engine")).and_then(Node::text);
+    let is_ollama = engine == Some("ollama");
+    let external = model.get("external").is_some() || is_ollama;
+    if model.get("adapter_of").is_some() && adapters::OF_THE_BASE.contains(&key) {
+        return false;
+    }
     let existing = model.get("docker").is_some_and(|docker| docker.get("container").is_some());
     let says = |key: &str, text: &str| model.get(key).and_then(Node::text) == Some(text);
     match key {
+        "external" if is_ollama => true,
         "docker" | "process" | "external" => model.get(key).is_some() && !existing,
         "env" => !external && !existing,
         "pull" => model.get("docker").is_some() && !existing,
         "gpus" | "stop" => !external,
         "vram" => !external && !says("gpus", "0"),
-        "sleep" => {
-            let engine = model.get("engine").or_else(|| defaults.get("engine"));
-            !external && engine.and_then(Node::text) == Some("vllm")
-        }
-        "ttl" => !says("pinned", "true") && !says("warmup", "true"),
+        "sleep" => !external && engine == Some("vllm"),
+        "http" => engine == Some("http"),
+        "ttl" | "grace" => !says("pinned", "true") && !says("warmup", "true"),
+        "waiting" => model.get("send_loading_state").is_none(),
+        "send_loading_state" => model.get("waiting").is_none(),
         _ => true,
     }
 }
@@ -340,7 +391,7 @@ fn over(base: &Node, own: &Node) -> Node {
 const VERBS: [&str; 8] =
     ["load", "unload", "pin", "sleep", "wake", "health", "extend-ttl", "register"];
 
-fn check_name(name: &str, what: &str, spot: &Spot, sink: &mut Sink) {
+pub(super) fn check_name(name: &str, what: &str, spot: &Spot, sink: &mut Sink) {
     let last = name.rsplit('/').next().unwrap_or_default();
     let unfit = |c: char| c.is_control() || c.is_whitespace() || "?#%\\\"'<>`{}|^".contains(c);
     let (message, expected) = if name.is_empty() {

@@ -63,19 +63,26 @@ pub(super) fn apply(read: &mut ReadSettings, env: Env<'_>, sink: &mut Sink) -> V
     applied
 }
 
-/// OLLAMA_BASE_URL is the address of models with `external:` that name no `url`.
-pub(super) fn warn_unused(models: &[ReadModel], env: Env<'_>, sink: &mut Sink) {
-    let Some(url) = env("OLLAMA_BASE_URL").filter(|url| !url.is_empty()) else { return };
+/// OLLAMA_BASE_URL is the address of models that name no `url`.
+pub(super) fn ollama(models: &[ReadModel], env: Env<'_>, sink: &mut Sink) -> Option<Override> {
+    const VARIABLE: &str = "OLLAMA_BASE_URL";
+    let url = env(VARIABLE).filter(|url| !url.trim().is_empty())?;
     let used = models.iter().any(|model| match &model.spec.runtime {
-        RuntimeSpec::External(external) => external.url == url.trim_end_matches('/'),
+        RuntimeSpec::External(external) => {
+            let external_node = model.node.get("external");
+            let says_url = external_node.is_some_and(|node| node.get("url").is_some());
+            !says_url && external.url == url.trim().trim_end_matches('/')
+        }
         RuntimeSpec::Docker(_) | RuntimeSpec::Process(_) => false,
     });
-    if !used {
-        sink.problems.push(Problem::outside(
-            Severity::Warning,
-            "OLLAMA_BASE_URL",
-            "environment variable OLLAMA_BASE_URL is set, but no model uses it".to_owned(),
-            "models with `external: {}` and no `url` are reached there",
-        ));
+    if used {
+        return Some(Override { variable: VARIABLE, key: "external.url", value: url });
     }
+    sink.problems.push(Problem::outside(
+        Severity::Warning,
+        VARIABLE,
+        "environment variable OLLAMA_BASE_URL is set, but no model uses it".to_owned(),
+        "models with `engine: ollama` and no `external.url` are reached there",
+    ));
+    None
 }

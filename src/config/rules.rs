@@ -1,31 +1,37 @@
 //! What must hold between parts of the file that are each right by themselves.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use super::catalog::{EngineKind, GpuProvider, GpuRequest, ModelSpec, RuntimeSpec, SwapMode, Vram};
-use super::decode::{At, Sink, Spot, Unread};
-use super::fit::{self, Need};
+use super::access::Allowed;
+use super::capacity::{capacity, fits, ram_capacity, ram_fits};
+use super::catalog::{
+    EngineKind, GpuProvider, GpuRequest, Group, ModelSpec, RuntimeSpec, SwapMode, Vram,
+};
+use super::decode::Sink;
 use super::launch::argument_spot;
 use super::models::ReadModel;
 use super::problem::nearest;
-use super::settings::{Allowed, ReadSettings};
+use super::settings::ReadSettings;
 use crate::engine;
 use crate::units::{Bytes, ModelName};
 
-/// Checks everything, and gives the aliases.
+/// Checks everything that is not about names.
 pub(super) fn check(
     models: &[ReadModel],
+    groups: &BTreeMap<String, Group>,
     settings: &mut ReadSettings,
     sink: &mut Sink,
-) -> BTreeMap<String, ModelName> {
+) {
     check_settings(settings, sink);
-    let aliases = aliases(models, sink);
-    ports(models, settings, sink);
+    ports(models, groups, settings, sink);
     containers(models, sink);
-    keys(models, &aliases, settings, sink);
     for model in models {
-        check_model(model, settings, sink);
-        vllm(model, settings, sink);
+        if model.spec.adapter.is_none() {
+            check_model(model, settings, sink);
+            vllm(model, settings, sink);
+        }
+        lifecycle(model, sink);
     }
     let pinned: Vec<&ReadModel> = models.iter().filter(|m| m.spec.pinned).collect();
     if let Some(last) = pinned.last().filter(|_| !fits(&pinned, settings)) {
@@ -42,7 +48,6 @@ pub(super) fn check(
         sink.error(last.spot_of("pinned"), message, ram_capacity(settings))
             .help("pinned models are never evicted, so all of them need room at once");
     }
-    aliases
 }
 
 fn check_settings(read: &mut ReadSettings, sink: &mut Sink) {
@@ -89,9 +94,11 @@ fn check_settings(read: &mut ReadSettings, sink: &mut Sink) {
     let open =
         [("listen.gateway", settings.gateway), ("listen.orchestrator", settings.orchestrator)];
     for (path, address) in open {
-        if !address.ip().is_loopback() && settings.auth.keys.is_empty() {
+        let auth = &settings.auth;
+        if !address.ip().is_loopback() && auth.keys.is_empty() && !auth.open {
             let message = format!("{address} can be reached from outside, and no key is required");
-            sink.warning(&spot(path), message, "add `auth.keys`, or listen on 127.0.0.1");
+            sink.warning(&spot(path), message, "add `auth.keys`, or listen on 127.0.0.1")
+                .help("`auth: { open: true }` says that this is meant");
         }
     }
     if gpu.provider == GpuProvider::None && gpu.memory.is_empty() && !single {
@@ -104,7 +111,7 @@ fn check_settings(read: &mut ReadSettings, sink: &mut Sink) {
     }
 }
 
-fn aliases(models: &[ReadModel], sink: &mut Sink) -> BTreeMap<String, ModelName> {
+pub(super) fn aliases(models: &[ReadModel], sink: &mut Sink) -> BTreeMap<String, ModelName> {
     let mut owners: BTreeMap<String, ModelName> = BTreeMap::new();
     for model in models {
         let name = &model.spec.name;
@@ -140,6 +147,9 @@ fn containers(models: &[ReadModel], sink: &mut Sink) {
     let mut owners: BTreeMap<&str, &ModelName> = BTreeMap::new();
     for model in models {
         let RuntimeSpec::Docker(docker) = &model.spec.runtime else { continue };
+        if model.spec.adapter.is_some() {
+            continue;
+        }
         let Some(container) = docker.container.as_deref() else { continue };
         let name = &model.spec.name;
         if let Some(other) = owners.insert(container, name) {
@@ -150,7 +160,12 @@ fn containers(models: &[ReadModel], sink: &mut Sink) {
     }
 }
 
-fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
+fn ports(
+    models: &[ReadModel],
+    groups: &BTreeMap<String, Group>,
+    read: &ReadSettings,
+    sink: &mut Sink,
+) {
     let settings = &read.settings;
     let (first, last) = settings.engine_ports;
     let engines = first..=last;
@@ -163,12 +178,18 @@ fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
             sink.error(&read.spot(path), message, "expected a port outside that range");
         }
     }
-    if let Some((low, high)) = read.ports.filter(|(low, high)| *low <= last && first <= *high) {
+    if let Some((low, high)) =
+        settings.front_doors.filter(|(low, high)| *low <= last && first <= *high)
+    {
         let message = format!("{low}-{high} overlaps `engine_ports` ({first}-{last})");
         sink.error(&read.spot("ports"), message, "expected two separate ranges");
     }
+    front_doors(models, read, sink);
     let one_at_a_time =
         settings.swap.mode == SwapMode::SingleActive || settings.swap.max_concurrent_models == 1;
+    let take_turns = |a: &ModelName, b: &ModelName| {
+        groups.values().any(|g| !g.together && g.models.contains(a) && g.models.contains(b))
+    };
     let mut taken: BTreeMap<u16, &ModelName> = BTreeMap::new();
     for model in models {
         let Some(port) = model.spec.port else { continue };
@@ -185,11 +206,13 @@ fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
             sink.error(spot, message, "expected another port, or none");
         }
         match taken.get(&port) {
-            Some(other) if !one_at_a_time => {
+            Some(other) if !one_at_a_time && !take_turns(&model.spec.name, other) => {
                 let message =
                     format!("`{}` and `{other}` have the same fixed port {port}", model.spec.name);
-                sink.error(spot, message, "expected another port, or none")
-                    .help("models may share a port only with `swap.mode: single-active`");
+                sink.error(spot, message, "expected another port, or none").help(
+                    "models may share a port if they take turns: in a group without \
+                         `together`, or with `swap.mode: single-active`",
+                );
             }
             _ => {
                 taken.insert(port, &model.spec.name);
@@ -198,19 +221,34 @@ fn ports(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
     }
 }
 
+fn front_doors(models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
+    let Some((low, high)) = read.settings.front_doors else { return };
+    let doors = usize::from(high - low) + 1;
+    if models.len() > doors {
+        let message = format!("{} models, and {doors} ports for front doors", models.len());
+        sink.warning(&read.spot("ports"), message, "expected more ports: the last get none");
+    }
+    for model in models {
+        if let Some(port) = model.spec.port.filter(|port| (low..=high).contains(port)) {
+            let message = format!("port {port} lies in `ports` ({low}-{high}), the front doors");
+            sink.error(model.spot_of("port"), message, "expected a port outside that range")
+                .help("`port` is where the engine itself listens");
+        }
+    }
+}
+
 /// Patterns that match nothing are most often misspelt, and lock someone out.
-fn keys(
-    models: &[ReadModel],
-    aliases: &BTreeMap<String, ModelName>,
+pub(super) fn keys(
+    names: &[&str],
+    leads_on: impl Fn(&str) -> bool,
     read: &ReadSettings,
     sink: &mut Sink,
 ) {
-    let names = || models.iter().map(|m| m.spec.name.as_str()).chain(aliases.keys().map(|a| &**a));
     for Allowed { key, pattern, spot } in &read.allowed {
-        if pattern.contains('*') || names().any(|name| name == pattern) {
+        if pattern.contains('*') || leads_on(pattern) || names.contains(&pattern.as_str()) {
             continue;
         }
-        let expected = match nearest(pattern, names()) {
+        let expected = match nearest(pattern, names.iter().copied()) {
             Some(name) => format!("did you mean `{name}`?"),
             None => "expected a model's name, or a pattern with `*`".to_owned(),
         };
@@ -219,11 +257,43 @@ fn keys(
     }
 }
 
+/// When it comes and goes by itself.
+fn lifecycle(model: &ReadModel, sink: &mut Sink) {
+    let spec = &model.spec;
+    if let (true, Some(_)) = (spec.warmup || spec.pinned, spec.ttl) {
+        let key = if spec.warmup { "warmup" } else { "pinned" };
+        let message = format!("`ttl` has no effect on a model with `{key}: true`");
+        sink.warning(model.spot_of("ttl"), message, "it is never unloaded by time");
+    }
+    if let Some(ttl) = spec.ttl {
+        let bounds = spec.ttl_bounds;
+        let text = |time: Option<Duration>| match time {
+            Some(time) => humantime::format_duration(time).to_string(),
+            None => "any time".to_owned(),
+        };
+        let is_outside =
+            bounds.min.is_some_and(|min| ttl < min) || bounds.max.is_some_and(|max| ttl > max);
+        if is_outside {
+            let message = format!("`ttl` ({}) lies outside of its bounds", text(Some(ttl)));
+            let expected = format!("expected {} to {}", text(bounds.min), text(bounds.max));
+            sink.error(model.spot_of("ttl"), message, expected);
+        }
+    }
+    if spec.ttl.is_none() && model.says("grace") {
+        let message = "`grace` follows the `ttl`, and there is none";
+        sink.warning(model.spot_of("grace"), message, "expected a `ttl` such as 15m");
+    }
+    if spec.warmup && !spec.keep.is_empty() {
+        let message = "`keep` has no effect on a model with `warmup: true`";
+        sink.warning(model.spot_of("keep"), message, "it is loaded at all times");
+    }
+}
+
 fn check_model(model: &ReadModel, read: &ReadSettings, sink: &mut Sink) {
     let spec = &model.spec;
     let memory = &read.settings.gpu.memory;
     if let (GpuRequest::None, Vram::Declared(_) | Vram::Rest) = (&spec.gpus, spec.vram)
-        && !spec.is_external()
+        && (!spec.is_external() || spec.engine == EngineKind::Ollama)
     {
         let message = format!("`{}` runs on the CPU, yet declares `vram`", spec.name);
         sink.error(model.spot_of("vram"), message, "remove `vram`, or give it `gpus: 1`");
@@ -242,10 +312,9 @@ fn check_model(model: &ReadModel, read: &ReadSettings, sink: &mut Sink) {
     if spec.sleep.is_some() && spec.engine != EngineKind::Vllm && !spec.is_external() {
         sink.error(model.spot_of("sleep"), "only vLLM can sleep", "remove `sleep`");
     }
-    if let (true, Some(_)) = (spec.warmup || spec.pinned, spec.ttl) {
-        let key = if spec.warmup { "warmup" } else { "pinned" };
-        let message = format!("`ttl` has no effect on a model with `{key}: true`");
-        sink.warning(model.spot_of("ttl"), message, "it is never unloaded by time");
+    if spec.engine == EngineKind::Http && spec.http.as_ref().is_none_or(|h| h.activity.is_empty()) {
+        let message = format!("no request counts as work for `{}`: none starts it", spec.name);
+        sink.warning(&model.spot, message, "expected `http: { activity: [\"POST /prompt\"] }`");
     }
     if spec.stop.grace < crate::runtime::MIN_STOP_GRACE && !spec.is_external() {
         let grace = humantime::format_duration(spec.stop.grace);
@@ -339,119 +408,4 @@ fn share(spec: &ModelSpec) -> Option<f64> {
         None => arguments.get(at + 1)?,
     };
     value.parse().ok().filter(|share: &f64| (0.0..=1.0).contains(share))
-}
-
-/// `groups:` is checked in full, though no group has an effect yet.
-pub(super) fn groups(at: &At<'_>, models: &[ReadModel], read: &ReadSettings, sink: &mut Sink) {
-    if at.table(sink, "one group per name").is_none() {
-        return;
-    }
-    for (key, node) in at.node.entries() {
-        let group = at.entry(key, node);
-        let Some(mut table) = group.table(sink, "`models` and `together`") else { continue };
-        let mut members = Vec::new();
-        let mut all_known = true;
-        if let Some(list) = table.take("models") {
-            for item in list.list(sink, "a list of models").unwrap_or_default() {
-                let Some(name) = item.string(sink, "a model's name") else { continue };
-                match models.iter().find(|m| m.spec.name.as_str() == name) {
-                    Some(model) => members.push(model),
-                    None => {
-                        all_known = false;
-                        let names = models.iter().map(|m| m.spec.name.as_str());
-                        let expected = match nearest(&name, names) {
-                            Some(known) => format!("did you mean `{known}`?"),
-                            None => "expected a name from `models:`".to_owned(),
-                        };
-                        let message = format!("no model is called `{}`", name.escape_debug());
-                        sink.error(&item.spot, message, expected);
-                    }
-                }
-            }
-        } else {
-            sink.error(&group.spot, "this group names no models", "expected `models: [a, b]`");
-        }
-        let mut flag = |key| table.take(key).and_then(|at| at.boolean(sink)).unwrap_or_default();
-        let (together, _) = (flag("together"), (flag("exclusive"), flag("persistent")));
-        table.finish(
-            sink,
-            &[
-                ("swap", Unread::Hint("did you mean `together` (the opposite)?")),
-                ("members", Unread::Hint("did you mean `models`?")),
-            ],
-        );
-        let spot = Spot { place: key.place, path: group.spot.path.clone() };
-        if together && all_known && !fits(&members, read) {
-            let needs: Vec<String> = members.iter().map(|m| need_text(&m.spec)).collect();
-            let message = format!("group `{}` cannot be resident together", key.text);
-            sink.error(&spot, message, capacity(read)).help(needs.join(", "));
-        }
-        if together && all_known && !ram_fits(&members, read) {
-            let message = format!("group `{}` needs more host RAM than there is", key.text);
-            sink.error(&spot, message, ram_capacity(read));
-        }
-        sink.warning(&spot, "groups have no effect yet", "checked, then ignored");
-    }
-}
-
-fn need_text(spec: &ModelSpec) -> String {
-    let gpus = match &spec.gpus {
-        GpuRequest::None => return format!("{} needs no GPU", spec.name),
-        GpuRequest::Count(n) => usize::from(*n),
-        GpuRequest::Explicit(names) => names.len(),
-    };
-    match spec.vram {
-        Vram::Declared(vram) if gpus > 1 => format!("{} needs {gpus} × {vram}", spec.name),
-        Vram::Declared(vram) => format!("{} needs {vram}", spec.name),
-        Vram::Rest => format!("{} takes the rest", spec.name),
-        Vram::Unknown => format!("{} is not known", spec.name),
-    }
-}
-
-/// Whether the models may be resident together on the declared GPUs; unknown needs count as none.
-fn fits(models: &[&ReadModel], read: &ReadSettings) -> bool {
-    let gpu = &read.settings.gpu;
-    if gpu.memory.is_empty() {
-        return true;
-    }
-    let free: Vec<Bytes> = gpu.memory.iter().map(|m| m.saturating_sub(gpu.reserve)).collect();
-    let needs: Vec<Need> = models
-        .iter()
-        .filter_map(|model| {
-            let Vram::Declared(bytes) = model.spec.vram else { return None };
-            match &model.spec.gpus {
-                GpuRequest::None => None,
-                GpuRequest::Count(n) => Some(Need::Any { bytes, gpus: usize::from(*n) }),
-                GpuRequest::Explicit(names) => {
-                    // Which one a UUID means is known only where it runs.
-                    let on: Option<Vec<usize>> = names.iter().map(|n| n.parse().ok()).collect();
-                    match on {
-                        Some(on) => Some(Need::On { bytes, on }),
-                        None => Some(Need::Any { bytes, gpus: names.len() }),
-                    }
-                }
-            }
-        })
-        .collect();
-    fit::fits(&free, &needs)
-}
-
-/// Whether the models may be resident together in the declared host RAM.
-fn ram_fits(models: &[&ReadModel], read: &ReadSettings) -> bool {
-    let ram = &read.settings.ram;
-    let here = models.iter().filter(|model| !model.spec.is_external());
-    let need: Bytes = here.filter_map(|model| model.spec.ram).sum();
-    ram.total.is_none_or(|total| need == Bytes::ZERO || need <= total - ram.reserve)
-}
-
-fn ram_capacity(read: &ReadSettings) -> String {
-    let ram = &read.settings.ram;
-    let total = ram.total.map_or_else(|| "unknown".to_owned(), |total| total.to_string());
-    format!("the host has {total}, less {} in reserve", ram.reserve)
-}
-
-fn capacity(read: &ReadSettings) -> String {
-    let gpu = &read.settings.gpu;
-    let sizes: Vec<String> = gpu.memory.iter().map(Bytes::to_string).collect();
-    format!("GPUs have {}, less {} in reserve", sizes.join(", "), gpu.reserve)
 }

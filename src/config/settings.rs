@@ -1,30 +1,25 @@
-//! Everything in models.yaml but the models: addresses, swap, queue, GPUs, keys.
+//! Everything in models.yaml but the models: addresses, swap, queue, GPUs, what is kept and told.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use super::access::{self, Allowed};
 use super::catalog::{
-    ApiKey, GpuProvider, OnExit, Scope, Settings, SwapMode, WaitingSettings, WaitingStyle,
+    Announce, CaptureSettings, GpuProvider, OnExit, Retention, Settings, SwapMode, WaitingSettings,
+    WaitingStyle,
 };
 use super::decode::{At, Sink, Spot, Table, Unread};
-use super::values;
+use super::subst::Env;
+use super::{launch, values};
 use crate::units::Bytes;
 
 /// The settings, and what only the checks need of them.
 pub(super) struct ReadSettings {
     pub settings: Settings,
-    /// Front doors: `ports:`.
-    pub ports: Option<(u16, u16)>,
     /// Where keys stand, by path.
     pub spots: BTreeMap<&'static str, Spot>,
     /// What `auth.keys` allow, with the name of the key.
     pub allowed: Vec<Allowed>,
-}
-
-pub(super) struct Allowed {
-    pub key: String,
-    pub pattern: String,
-    pub spot: Spot,
 }
 
 impl ReadSettings {
@@ -42,13 +37,9 @@ fn set<T>(target: &mut T, value: Option<T>) {
 }
 
 /// Takes the global keys out of the file's top level.
-pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
-    let mut read = ReadSettings {
-        settings: Settings::default(),
-        ports: None,
-        spots: BTreeMap::new(),
-        allowed: Vec::new(),
-    };
+pub(super) fn read(top: &mut Table<'_>, env: Env<'_>, sink: &mut Sink) -> ReadSettings {
+    let mut read =
+        ReadSettings { settings: Settings::default(), spots: BTreeMap::new(), allowed: Vec::new() };
     listen(top, &mut read, sink);
     if let Some(at) = top.take("swap") {
         swap(&at, &mut read, sink);
@@ -63,14 +54,12 @@ pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
         ram(&at, &mut read, sink);
     }
     ports(top, &mut read, sink);
+    if let Some(at) = top.take("auth") {
+        access::auth(&at, &mut read, env, sink);
+    }
     let settings = &mut read.settings;
     if let Some(store) = top.take("store").and_then(|at| at.string(sink, "a file name")) {
         settings.store = PathBuf::from(store);
-    }
-    if let Some(mut table) = top.take("auth").and_then(|at| at.table(sink, "`keys`")) {
-        settings.auth.keys =
-            table.take("keys").map_or_else(Vec::new, |at| keys(&at, &mut read.allowed, sink));
-        table.finish(sink, &[]);
     }
     if let Some(at) = top.take("cors") {
         settings.cors = origins(&at, sink);
@@ -87,7 +76,79 @@ pub(super) fn read(top: &mut Table<'_>, sink: &mut Sink) -> ReadSettings {
         let waiting = waiting(&at, settings.waiting, sink);
         set(&mut settings.waiting, waiting);
     }
+    kept(top, settings, sink);
     read
+}
+
+/// What is kept, what is told to others, and what the file says of its own reading.
+fn kept(top: &mut Table<'_>, settings: &mut Settings, sink: &mut Sink) {
+    if let Some(at) = top.take("rate_limits") {
+        settings.rate_limits = access::limits(&at, sink);
+    }
+    if let Some(at) = top.take("captures") {
+        settings.captures = captures(&at, sink);
+    }
+    if let Some(at) = top.take("retention") {
+        settings.retention = retention(&at, sink);
+    }
+    if let Some(at) = top.take("announce") {
+        settings.announce = announce(&at, sink);
+    }
+    set(&mut settings.check_interval, top.take("check_interval").and_then(|at| at.duration(sink)));
+    if let Some(mut table) = top.take("reload").and_then(|at| at.table(sink, "`watch`")) {
+        set(&mut settings.watch, table.take("watch").and_then(|at| at.boolean(sink)));
+        table.finish(sink, &[]);
+    }
+}
+
+fn captures(at: &At<'_>, sink: &mut Sink) -> CaptureSettings {
+    let mut captures = CaptureSettings::default();
+    if at.node.text().is_some() {
+        set(&mut captures.enabled, at.boolean(sink));
+        return captures;
+    }
+    let Some(mut table) = at.table(sink, "`enabled`, `total` and `body`") else { return captures };
+    set(&mut captures.enabled, table.take("enabled").and_then(|at| at.boolean(sink)));
+    set(&mut captures.total, table.take("total").and_then(|at| at.size(sink)));
+    let body = table.take("body");
+    set(&mut captures.body, body.as_ref().and_then(|at| at.size(sink)));
+    if let Some(at) = body.filter(|_| captures.body > captures.total) {
+        let message = format!("one body may be larger than all together ({})", captures.total);
+        sink.error(&at.spot, message, "expected at most `total`");
+    }
+    table.finish(sink, &[]);
+    captures
+}
+
+fn retention(at: &At<'_>, sink: &mut Sink) -> Retention {
+    let mut retention = Retention::default();
+    let Some(mut table) = at.table(sink, "`age` and `rows`") else { return retention };
+    set(&mut retention.age, table.take("age").and_then(|at| at.some_duration(sink)));
+    set(&mut retention.rows, table.take("rows").and_then(|at| at.int(sink, 1..=100_000_000)));
+    table.finish(sink, &[("days", Unread::Hint("did you mean `age`, such as `age: 30d`?"))]);
+    retention
+}
+
+fn announce(at: &At<'_>, sink: &mut Sink) -> Vec<Announce> {
+    const URL: &str = "a URL such as http://127.0.0.1:6121";
+    let items = at.list(sink, "a list of URLs such as [\"http://127.0.0.1:6121\"]");
+    let one = |item: At<'_>| {
+        if !item.is_map() {
+            let url = item.parsed(sink, URL, launch::any_url)?;
+            return Some(Announce { url, key: None, ca: None });
+        }
+        let mut table = item.table(sink, "`url`, `key` and `ca`")?;
+        let url = table.take("url");
+        if url.is_none() {
+            sink.error(&item.spot, "this registry has no `url`", "expected `url: …`");
+        }
+        let url = url.and_then(|at| at.parsed(sink, URL, launch::any_url));
+        let key = table.take("key").and_then(|at| at.string(sink, "a text such as ${env.NAME}"));
+        let ca = table.take("ca").and_then(|at| at.string(sink, "a PEM file")).map(PathBuf::from);
+        table.finish(sink, &[("api_key", Unread::Hint("did you mean `key`?"))]);
+        Some(Announce { url: url?, key, ca })
+    };
+    items.unwrap_or_default().into_iter().filter_map(one).collect()
 }
 
 fn listen(top: &mut Table<'_>, read: &mut ReadSettings, sink: &mut Sink) {
@@ -223,76 +284,9 @@ fn ports(top: &mut Table<'_>, read: &mut ReadSettings, sink: &mut Sink) {
         read.spots.insert("engine_ports", at.spot);
     }
     if let Some(at) = top.take("ports") {
-        read.ports = at.parsed(sink, what, values::port_range);
-        sink.warning(
-            &at.spot,
-            "front doors (`ports`) are not supported yet",
-            "checked, not opened",
-        );
+        read.settings.front_doors = at.parsed(sink, what, values::port_range);
         read.spots.insert("ports", at.spot);
     }
-}
-
-fn keys(at: &At<'_>, allowed: &mut Vec<Allowed>, sink: &mut Sink) -> Vec<ApiKey> {
-    let mut keys: Vec<ApiKey> = Vec::new();
-    for item in at.list(sink, "a list of keys").unwrap_or_default() {
-        let Some(mut table) = item.table(sink, "`name`, `key`, `models` and `scopes`") else {
-            continue;
-        };
-        let name = table.take("name");
-        let named = name.as_ref().and_then(|at| at.string(sink, "a name"));
-        let secret = table.take("key");
-        let key = secret.as_ref().and_then(|at| at.string(sink, "a text such as ${env.WHARF_KEY}"));
-        let models = table
-            .take("models")
-            .map_or_else(|| vec![("*".to_owned(), Spot::default())], |at| patterns(&at, sink));
-        let scopes =
-            table.take("scopes").map_or_else(|| vec![Scope::Inference], |at| scopes(&at, sink));
-        table.finish(
-            sink,
-            &[
-                ("waiting", Unread::Later),
-                ("priority", Unread::Later),
-                ("rate_limits", Unread::LaterError),
-                ("expires", Unread::LaterError),
-            ],
-        );
-        for (missing, what) in [(name.is_none(), "name"), (secret.is_none(), "key")] {
-            if missing {
-                let expected = format!("expected `{what}: …`");
-                sink.error(&item.spot, format!("this key has no `{what}`"), expected);
-            }
-        }
-        let (Some(name_at), Some(name), Some(key)) = (name, named, key) else { continue };
-        if keys.iter().any(|other| other.name == name) {
-            let message = format!("two keys are called `{name}`");
-            sink.error(&name_at.spot, message, "expected a name of its own");
-        }
-        if let (Some(at), Some(other)) = (&secret, keys.iter().find(|other| other.key == key)) {
-            let message = format!("this key is the same as that of `{}`", other.name);
-            sink.error(&at.spot, message, "expected a key of its own");
-        }
-        allowed.extend(models.iter().map(|(pattern, spot)| Allowed {
-            key: name.clone(),
-            pattern: pattern.clone(),
-            spot: spot.clone(),
-        }));
-        let models = models.into_iter().map(|(pattern, _)| pattern).collect();
-        keys.push(ApiKey { name, key, models, scopes, ..ApiKey::default() });
-    }
-    keys
-}
-
-fn patterns(at: &At<'_>, sink: &mut Sink) -> Vec<(String, Spot)> {
-    let items = at.list(sink, "a list of model names, `*` allowed").unwrap_or_default();
-    let read = |item: At<'_>| Some((item.string(sink, "a model's name, or a pattern")?, item.spot));
-    items.into_iter().filter_map(read).collect()
-}
-
-fn scopes(at: &At<'_>, sink: &mut Sink) -> Vec<Scope> {
-    let choices = [("inference", Scope::Inference), ("read", Scope::Read), ("admin", Scope::Admin)];
-    let items = at.list(sink, "a list of scopes such as [inference]").unwrap_or_default();
-    items.iter().filter_map(|item| item.choice(sink, &choices)).collect()
 }
 
 fn origins(at: &At<'_>, sink: &mut Sink) -> Vec<String> {

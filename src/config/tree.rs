@@ -31,6 +31,8 @@ pub(super) struct Scalar {
     pub text: String,
     /// What the file says where `text` came out of `${…}`: messages show this.
     pub written: Option<String>,
+    /// In quotes: a text, whatever it looks like.
+    pub quoted: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -252,7 +254,10 @@ impl<'t> Builder<'t> {
 
 fn scalar(text: String, style: ScalarStyle) -> Kind {
     let null = style == ScalarStyle::Plain && matches!(text.as_str(), "" | "~" | "null" | "Null");
-    if null { Kind::Null } else { Kind::Scalar(Scalar { text, written: None }) }
+    if null {
+        return Kind::Null;
+    }
+    Kind::Scalar(Scalar { text, written: None, quoted: style != ScalarStyle::Plain })
 }
 
 fn size(node: &Node) -> usize {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use http::HeaderValue;
 
+use super::limits::Permit;
 use super::usage::Tokens;
 use crate::orchestrator::StartKind;
 use crate::telemetry::metrics::Metrics;
@@ -21,13 +22,27 @@ pub struct Account {
     outcome: &'static str,
     /// Set while the first byte of the answer is awaited.
     first: Option<StartKind>,
+    /// The share of its key's limits, to the end of the answer.
+    permit: Permit,
 }
 
 impl Account {
     pub fn open(metrics: Arc<Metrics>, model: ModelName, request: String) -> Account {
         tracing::debug!(%request, %model, "request arrived");
         let began = Instant::now();
-        Account { metrics, model, request, began, outcome: "client_gone", first: None }
+        Account {
+            metrics,
+            model,
+            request,
+            began,
+            outcome: "client_gone",
+            first: None,
+            permit: Permit::default(),
+        }
+    }
+
+    pub fn hold(&mut self, permit: Permit) {
+        self.permit = permit;
     }
 
     pub fn model(&self) -> &ModelName {

@@ -9,7 +9,7 @@ use super::nearest::nearest;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::Reject;
 use super::{auth, parse};
-use crate::config::catalog::{ApiKey, Asked, Catalog, ModelSpec, Scope};
+use crate::config::catalog::{ApiKey, Asked, Catalog, ModelSpec, Scope, StartRule};
 use crate::units::Priority;
 
 const NAMES_SHOWN_MAX: usize = 12;
@@ -62,12 +62,12 @@ fn quoted(names: &[&str], separator: &str) -> String {
     names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(separator)
 }
 
-/// What the `X-Wharf-*` headers ask.
+/// What the `X-Wharf-*` headers ask; a key bounds it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
-    pub never_start: bool,
-    pub max_wait: Option<Duration>,
-    pub priority: Option<Priority>,
+    never_start: bool,
+    max_wait: Option<Duration>,
+    priority: Option<Priority>,
 }
 
 impl Wishes {
@@ -94,16 +94,38 @@ impl Wishes {
         Ok(Wishes { never_start, max_wait, priority })
     }
 
-    /// The priority that counts: a key without `admin` may lower its model's priority, not raise it.
+    /// The priority that counts: within the key's bounds, else not above the model's own.
     pub fn priority(&self, spec: &ModelSpec, key: Option<&ApiKey>) -> Priority {
         let asked = self.priority.unwrap_or(spec.priority);
-        if is_unbound(key) { asked } else { asked.min(spec.priority) }
+        match key.and_then(|key| key.priority) {
+            Some((lowest, highest)) => asked.max(lowest).min(highest),
+            None if is_unbound(key) => asked,
+            None => asked.min(spec.priority),
+        }
+    }
+
+    /// The key's `max_wait` stands in for a header, and is the least that one may ask for.
+    pub fn max_wait(&self, key: Option<&ApiKey>) -> Option<Duration> {
+        let least = key.and_then(|key| key.max_wait);
+        match (self.max_wait, least) {
+            (Some(asked), Some(least)) if !is_unbound(key) => Some(asked.max(least)),
+            (asked, least) => asked.or(least),
+        }
+    }
+
+    pub fn never_start(&self, key: Option<&ApiKey>) -> bool {
+        self.never_start || key.is_some_and(|key| key.start == StartRule::Never)
     }
 }
 
 /// Whether wishes count as they are. Other keys may step back in the queue, not forward.
-pub fn is_unbound(key: Option<&ApiKey>) -> bool {
+fn is_unbound(key: Option<&ApiKey>) -> bool {
     key.is_none_or(|key| auth::has_scope(key, Scope::Admin))
+}
+
+/// Whether `max_wait` may be shorter than the configured one: its operator said so.
+pub fn may_hurry(key: Option<&ApiKey>) -> bool {
+    is_unbound(key) || key.is_some_and(|key| key.max_wait.is_some())
 }
 
 fn text(headers: &HeaderMap, name: &'static str) -> Result<Option<String>, Reject> {
@@ -158,6 +180,37 @@ mod tests {
         assert_eq!(wait("90"), Some(Duration::from_secs(90)));
         assert_eq!(wait("1m 30s"), Some(Duration::from_secs(90)));
         assert_eq!(wishes("x-wharf-priority", "high").unwrap().priority, Some(Priority::High));
+    }
+
+    #[test]
+    fn a_key_bounds_what_its_requests_ask() {
+        let seconds = |n| Some(Duration::from_secs(n));
+        let app = ApiKey {
+            max_wait: seconds(60),
+            priority: Some((Priority::Low, Priority::Normal)),
+            start: StartRule::Never,
+            ..ApiKey::default()
+        };
+        let asked =
+            Wishes { max_wait: seconds(5), priority: Some(Priority::High), never_start: false };
+        let spec = ModelSpec { priority: Priority::High, ..ModelSpec::plain("ada") };
+        assert_eq!(asked.max_wait(Some(&app)), seconds(60));
+        assert_eq!(asked.priority(&spec, Some(&app)), Priority::Normal);
+        assert!(asked.never_start(Some(&app)));
+        assert!(may_hurry(Some(&app)));
+        let nothing = Wishes::default();
+        assert_eq!(nothing.max_wait(Some(&app)), seconds(60));
+        assert_eq!(nothing.priority(&spec, Some(&app)), Priority::Normal);
+
+        let plain = ApiKey::default();
+        let modest = ModelSpec::plain("bob");
+        assert_eq!(asked.priority(&modest, Some(&plain)), Priority::Normal);
+        assert_eq!(asked.max_wait(Some(&plain)), seconds(5));
+        assert!(!may_hurry(Some(&plain)) && !asked.never_start(Some(&plain)));
+
+        let boss = ApiKey { scopes: vec![Scope::Admin], ..app.clone() };
+        assert_eq!(asked.max_wait(Some(&boss)), seconds(5));
+        assert_eq!(asked.priority(&modest, None), Priority::High);
     }
 
     #[test]

@@ -6,10 +6,10 @@ use base64::Engine as _;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use http::{HeaderMap, StatusCode, header};
-use subtle::{Choice, ConstantTimeEq};
+use subtle::Choice;
 
 use super::reject::{Reject, Viewer};
-use crate::config::catalog::{ApiKey, Scope, Settings};
+use crate::config::catalog::{ApiKey, KeyDigest, Scope, Settings};
 
 /// Some clients leave the padding out.
 const BASIC: GeneralPurpose = GeneralPurpose::new(
@@ -83,12 +83,12 @@ fn unauthorized(code: &'static str, message: &str) -> Reject {
 }
 
 /// Looks at every key for every credential, so that time tells nothing about which one matched.
-fn find<'a>(keys: &'a [ApiKey], presented: &[Vec<u8>]) -> Option<&'a ApiKey> {
+fn find<'a>(keys: &'a [ApiKey], presented: &[KeyDigest]) -> Option<&'a ApiKey> {
     let mut found = None;
-    for key in keys.iter().filter(|key| !key.key.is_empty()) {
+    for key in keys {
         let mut same = Choice::from(0);
         for candidate in presented {
-            same |= equal(candidate, key.key.as_bytes());
+            same |= key.key.matches(candidate);
         }
         if bool::from(same) {
             found = found.or(Some(key));
@@ -97,18 +97,10 @@ fn find<'a>(keys: &'a [ApiKey], presented: &[Vec<u8>]) -> Option<&'a ApiKey> {
     found
 }
 
-/// Equality in a time that depends on the length of `key` alone.
-fn equal(candidate: &[u8], key: &[u8]) -> Choice {
-    let mut padded = vec![0; key.len()];
-    let common = candidate.len().min(key.len());
-    padded[..common].copy_from_slice(&candidate[..common]);
-    padded.ct_eq(key) & (candidate.len() as u64).ct_eq(&(key.len() as u64))
-}
-
-fn presented(headers: &HeaderMap) -> Vec<Vec<u8>> {
+fn presented(headers: &HeaderMap) -> Vec<KeyDigest> {
     let mut found = Vec::new();
     if let Some(value) = headers.get("x-api-key") {
-        found.push(value.as_bytes().trim_ascii().to_vec());
+        found.push(KeyDigest::of(value.as_bytes().trim_ascii()));
     }
     let Some(value) = headers.get(header::AUTHORIZATION).map(|value| value.as_bytes()) else {
         return found;
@@ -116,14 +108,14 @@ fn presented(headers: &HeaderMap) -> Vec<Vec<u8>> {
     let (scheme, rest) = value.split_at(value.iter().position(|&b| b == b' ').unwrap_or(0));
     let rest = rest.trim_ascii();
     if scheme.eq_ignore_ascii_case(b"bearer") {
-        found.push(rest.to_vec());
+        found.push(KeyDigest::of(rest));
     } else if scheme.eq_ignore_ascii_case(b"basic")
         && let Ok(pair) = BASIC.decode(rest)
     {
         // The key is the password; tools that ask for a user only send it as the user.
         let colon = pair.iter().position(|&b| b == b':').unwrap_or(pair.len());
         let password = pair.get(colon + 1..).unwrap_or_default();
-        found.push(if password.is_empty() { &pair[..colon] } else { password }.to_vec());
+        found.push(KeyDigest::of(if password.is_empty() { &pair[..colon] } else { password }));
     }
     found
 }
@@ -183,7 +175,7 @@ mod tests {
 
     #[test]
     fn an_unset_key_matches_nothing() {
-        assert!(find(&[key("empty", "", &[])], &[Vec::new()]).is_none());
+        assert!(find(&[key("empty", "", &[])], &[KeyDigest::of(b"")]).is_none());
     }
 
     #[test]

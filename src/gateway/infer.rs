@@ -64,9 +64,13 @@ async fn admit(
     let arrived = gateway.handle.now();
     let catalog = gateway.handle.catalog();
     let (head, body) = request.into_parts();
-    let entitled = auth::authorize(&catalog.settings, &head.headers, Scope::Inference)
-        .and_then(|key| Ok((key, Wishes::read(&head.headers)?)));
-    let (key, wishes) = match entitled {
+    let entitled =
+        auth::authorize(&catalog.settings, &head.headers, Scope::Inference).and_then(|key| {
+            let wishes = Wishes::read(&head.headers)?;
+            let permit = gateway.limiter.enter(&catalog.settings, key)?;
+            Ok((key, wishes, permit))
+        });
+    let (key, wishes, permit) = match entitled {
         Ok(entitled) => entitled,
         Err(reject) => {
             receive::discard(body, &head.headers).await;
@@ -82,7 +86,9 @@ async fn admit(
     )
     .await?;
     let admitted = Admitted { gateway, inference, catalog: &catalog, head, key, wishes, arrived };
-    admitted.job(received, id)
+    let mut job = admitted.job(received, id)?;
+    job.account.hold(permit);
+    Ok(job)
 }
 
 struct Admitted<'a> {
@@ -134,9 +140,9 @@ impl Admitted<'_> {
             options: RequestOptions {
                 model: spec.name.clone(),
                 priority: wishes.priority(&spec, key),
-                max_wait: wishes.max_wait,
-                may_hurry: admit::is_unbound(key),
-                never_start: wishes.never_start,
+                max_wait: wishes.max_wait(key),
+                may_hurry: admit::may_hurry(key),
+                never_start: wishes.never_start(key),
                 retry_of: None,
             },
             waiting: (stream && waiting.style != WaitingStyle::Off).then_some(waiting),

@@ -10,6 +10,7 @@ pub mod auth;
 pub mod browser;
 mod forward;
 mod infer;
+mod limits;
 mod multipart;
 pub mod nearest;
 mod notes;
@@ -33,6 +34,7 @@ use axum::Router;
 
 use crate::orchestrator::Handle;
 use crate::telemetry::metrics::Metrics;
+use limits::Limiter;
 use receive::BodyBudget;
 
 pub use reject::{Reject, Viewer};
@@ -49,6 +51,7 @@ pub fn router_with(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Rou
         metrics,
         limits,
         bodies: Arc::default(),
+        limiter: Limiter::default(),
         id_seed: RandomState::new().hash_one(std::process::id()),
         id_next: AtomicU64::new(0),
     }))
@@ -87,6 +90,7 @@ pub struct Gateway {
     metrics: Arc<Metrics>,
     limits: Limits,
     bodies: Arc<BodyBudget>,
+    limiter: Limiter,
     id_seed: u64,
     id_next: AtomicU64,
 }

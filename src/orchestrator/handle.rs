@@ -130,7 +130,11 @@ pub struct RequestOptions {
 
 impl Shared {
     pub(super) fn wall(&self, time: Time) -> SystemTime {
-        UNIX_EPOCH + Duration::from_millis(self.epoch_unix_ms.load(Ordering::Relaxed) + time.0)
+        UNIX_EPOCH + Duration::from_millis(self.wall_ms(time))
+    }
+
+    pub(super) fn wall_ms(&self, time: Time) -> u64 {
+        self.epoch_unix_ms.load(Ordering::Relaxed) + time.0
     }
 
     /// Boards without a battery start in the past until NTP answers.

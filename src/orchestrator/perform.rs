@@ -8,12 +8,12 @@ use super::gate::{Gate, StartKind};
 use super::handle::Message;
 use super::launch::Launcher;
 use super::run::{Live, Owner, Reply};
-use super::state_dir::Figures;
 use super::view::LEDGER_ROWS_MAX;
 use crate::runtime::{LaunchSpec, Running};
 use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
 use crate::scheduler::record::{Phase, SwapRecord};
+use crate::store::{Figures, SwapRow};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
 
 impl Owner {
@@ -66,8 +66,7 @@ impl Owner {
                 // The scheduler learns of engines as they are configured now only.
                 let catalog = self.shared.catalog.load();
                 let spec = catalog.model(&model).map(|spec| spec.shape_hash()).unwrap_or_default();
-                self.learned.insert(model, Figures { spec, learned });
-                self.writer.learned(&self.learned);
+                self.shared.store.put_learned(&model, &Figures { spec, learned });
             }
             Action::Notice { model: Some(model), text } => tracing::info!(%model, "{text}"),
             Action::Notice { model: None, text } => tracing::info!("{text}"),
@@ -258,6 +257,33 @@ impl Owner {
         facts.uptime_before += now.since(ready_at);
         facts.requests_before += live.gate.as_ref().map_or(0, |gate| gate.granted());
         facts.endpoint = None;
+        let model = live.spec.name.clone();
+        self.keep_totals(&model);
+    }
+
+    /// `/models` counts over all runs.
+    fn keep_totals(&self, model: &ModelName) {
+        if let Some(facts) = self.facts.get(model) {
+            let totals = facts.totals(|time| self.shared.wall_ms(time));
+            self.shared.store.put_totals(model, &totals);
+        }
+    }
+
+    /// At the end: with the residencies that are not over.
+    pub(super) fn keep_all_totals(&self) {
+        let now = self.effects.now();
+        for live in self.instances.values() {
+            let (Some(ready_at), Some(facts)) = (live.ready_at, self.facts.get(&live.spec.name))
+            else {
+                continue;
+            };
+            let mut facts = facts.clone();
+            facts.unloaded_at = Some(now);
+            facts.uptime_before += now.since(ready_at);
+            facts.requests_before += live.gate.as_ref().map_or(0, |gate| gate.granted());
+            let totals = facts.totals(|time| self.shared.wall_ms(time));
+            self.shared.store.put_totals(&live.spec.name, &totals);
+        }
     }
 
     /// What the owner must know of an effect's end before the scheduler acts on it.
@@ -317,6 +343,7 @@ impl Owner {
             facts.restarts += 1;
             self.metrics.instance_restarted(model);
         }
+        self.keep_totals(model);
     }
 
     /// Builds the gate, still closed.
@@ -418,6 +445,8 @@ impl Owner {
         );
         self.metrics.swap_ended(&record);
         self.forget_unstarted(&record);
+        let began_unix_ms = self.shared.wall_ms(record.began);
+        self.shared.store.record_swap(SwapRow { began_unix_ms, record: record.clone() });
         let ledger = Arc::make_mut(&mut self.ledger);
         if ledger.len() >= LEDGER_ROWS_MAX {
             ledger.pop_front();

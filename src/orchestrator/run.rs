@@ -16,7 +16,8 @@ use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
 use super::outage::OutageNews;
-use super::state_dir::{Figures, LastIds, StateDir};
+use super::start::facts_before;
+use super::state_dir::{LastIds, StateDir};
 use super::state_writer::StateWriter;
 use super::view::{Leftover, ModelFacts};
 use crate::config::catalog::ModelSpec;
@@ -48,7 +49,6 @@ pub(super) struct Owner {
     pub facts: BTreeMap<ModelName, ModelFacts>,
     /// Models whose last instance ended by itself: their next start is a restart.
     pub died: BTreeSet<ModelName>,
-    pub learned: BTreeMap<ModelName, Figures>,
     pub ledger: Arc<VecDeque<Arc<SwapRecord>>>,
     /// Events that an action produced at once; handled before anything else.
     pub follow_up: VecDeque<Event>,
@@ -203,8 +203,8 @@ impl Owner {
             Message::AdaptersChanged => {}
             Message::Reload { catalog, reply } => {
                 self.shared.catalog.store(Arc::clone(&catalog));
-                for name in catalog.models.keys() {
-                    self.facts.entry(name.clone()).or_default();
+                for (name, facts) in facts_before(&catalog, &self.shared.store) {
+                    self.facts.entry(name).or_insert(facts);
                 }
                 self.follow_docker_if_used(&catalog);
                 for live in self.instances.values_mut() {

@@ -21,9 +21,9 @@ use super::memory_watch::{Holders, MemoryWatch};
 use super::outage::Outage;
 use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
-use super::state_dir::{Figures, LastIds, StateDir, StateError};
+use super::state_dir::{LastIds, StateDir, StateError};
 use super::state_writer::StateWriter;
-use super::view::View;
+use super::view::{ModelFacts, View};
 use crate::config::catalog::{Catalog, OnExit, StopSpec};
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
@@ -32,9 +32,9 @@ use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Foreign, Identity, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
 use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
-use crate::store::Store;
+use crate::store::{Figures, Store};
 use crate::telemetry::metrics::Metrics;
-use crate::units::Time;
+use crate::units::{ModelName, Time};
 
 const FOREIGN_EVERY: Duration = Duration::from_secs(15);
 /// What an engine gets once an operator asked a second time.
@@ -54,6 +54,7 @@ pub enum StartError {
 pub async fn start(
     catalog: Arc<Catalog>,
     metrics: Arc<Metrics>,
+    store: Store,
 ) -> Result<(Handle, JoinHandle<()>), StartError> {
     let state = StateDir::open(&catalog.settings.state_dir())?;
     let gpus = Gpus::open(&catalog.settings.gpu, &state.vram_ledger()).await?;
@@ -86,15 +87,18 @@ pub async fn start(
         .chain(named.values().map(|id| id.0))
         .fold(before.instance, u64::max);
     let world = world_of(&gpus);
-    let shared = Arc::new(shared(&catalog, epoch));
+    let shared = Arc::new(shared(&catalog, epoch, store));
     let foreign = if uses_docker {
         follow_docker(&docker, inbox.clone(), state.installation.clone())
     } else {
         watch::channel(Vec::new()).1
     };
-    let last_ids = LastIds { instance: last_id, swap: before.swap };
+    let learned = learned_before(&catalog, &state, &shared.store).await;
+    // The state folder may be younger than the store.
+    let last_swap = shared.store.swaps(1).first().map_or(0, |row| row.record.id.0);
+    let last_ids = LastIds { instance: last_id, swap: before.swap.max(last_swap) };
     let next_ids = NextIds { instance: last_ids.instance + 1, swap: last_ids.swap + 1 };
-    let cost = "what is learned may be lost at a restart, and ids may come twice";
+    let cost = "ids may come twice after a restart";
     let outage = Outage::new("the state folder", cost, inbox.clone());
     let writer = StateWriter::open(state.path(), last_ids, outage);
     if configured {
@@ -122,9 +126,8 @@ pub async fn start(
         instances: BTreeMap::new(),
         waiting: BTreeMap::new(),
         asks: BTreeMap::new(),
-        facts: catalog.models.keys().map(|name| (name.clone(), Default::default())).collect(),
+        facts: facts_before(&catalog, &shared.store),
         died: BTreeSet::new(),
-        learned: state.learned(&catalog),
         state,
         ledger: Arc::new(VecDeque::new()),
         follow_up: VecDeque::new(),
@@ -142,7 +145,7 @@ pub async fn start(
         shutdown: None,
         replies: Vec::new(),
     };
-    owner.begin(&gpus, adopted).await;
+    owner.begin(&gpus, adopted, learned).await;
     let handle = Handle { inbox, shared };
     let warmups = catalog.models.values().filter(|spec| spec.warmup);
     for spec in warmups {
@@ -161,20 +164,52 @@ fn world_of(gpus: &Gpus) -> World {
     }
 }
 
-fn shared(catalog: &Arc<Catalog>, epoch: Instant) -> Shared {
+fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
     let shared = Shared {
         epoch,
         epoch_unix_ms: AtomicU64::new(0),
         catalog: ArcSwap::new(Arc::clone(catalog)),
         gates: ArcSwap::new(Arc::new(Gates::new())),
         view: ArcSwap::new(Arc::new(View::default())),
-        store: Store::in_memory(),
+        store,
         uses: Uses::default(),
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
     };
     shared.follow_wall_clock();
     shared
+}
+
+/// Less what was learned of engines that are configured differently now.
+async fn learned_before(
+    catalog: &Catalog,
+    state: &StateDir,
+    store: &Store,
+) -> BTreeMap<ModelName, Figures> {
+    let (old, mut learned) = (state.old_learned(), store.learned());
+    if !old.is_empty() {
+        for (model, figures) in old {
+            if !learned.contains_key(&model) {
+                store.put_learned(&model, &figures);
+                learned.insert(model, figures);
+            }
+        }
+        if store.is_durable() && store.flush().await.is_ok() {
+            state.forget_old_learned();
+        }
+    }
+    let fit = |model: &ModelName, figures: Figures| match catalog.model(model) {
+        Some(spec) => figures.for_spec(spec),
+        None => figures,
+    };
+    learned.into_iter().map(|(model, figures)| (model.clone(), fit(&model, figures))).collect()
+}
+
+pub(super) fn facts_before(catalog: &Catalog, store: &Store) -> BTreeMap<ModelName, ModelFacts> {
+    let totals = store.totals();
+    let facts = |name: &ModelName| totals.get(name).copied().map(ModelFacts::after);
+    let names = catalog.models.keys();
+    names.map(|name| (name.clone(), facts(name).unwrap_or_default())).collect()
 }
 
 /// Daemon health as messages, and the list of GPU containers that are none of ours.
@@ -203,8 +238,12 @@ pub(super) fn follow_docker(
 
 impl Owner {
     /// What the scheduler must know before the first request.
-    async fn begin(&mut self, gpus: &Gpus, adopted: Vec<Adopted>) {
-        let remembered = self.learned.clone();
+    async fn begin(
+        &mut self,
+        gpus: &Gpus,
+        adopted: Vec<Adopted>,
+        remembered: BTreeMap<ModelName, Figures>,
+    ) {
         for (model, Figures { learned, .. }) in remembered {
             self.step(Event::Remembered { model, learned });
         }
@@ -247,6 +286,7 @@ impl Owner {
         let keep_docker = settings.settings.swap.on_exit == OnExit::Keep;
         let until = Instant::now() + settings.settings.swap.shutdown_timeout;
         self.shared.gates.store(Arc::new(Gates::new()));
+        self.keep_all_totals();
         let stops = std::mem::take(&mut self.instances).into_iter().map(|(instance, mut live)| {
             let task = live.task.take();
             if let Some(task) = &task {

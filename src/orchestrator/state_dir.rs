@@ -1,4 +1,4 @@
-//! The state folder: lock, installation id, reserved ids, learned figures, journal, engine logs.
+//! The state folder: lock, installation id, reserved ids, journal, engine logs.
 //! What changes in it while Wharf runs is written by `state_writer` and `journal`.
 //!
 //! Everything here is small and may be lost without losing correctness, except the lock (two
@@ -13,14 +13,14 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use serde::{Deserialize, Serialize};
 
-use crate::config::catalog::{Catalog, ModelSpec};
-use crate::scheduler::event::Learned;
+use crate::store::Figures;
 use crate::units::ModelName;
 
 /// Says that containers were started.
 pub const DOCKER: &str = "docker";
+/// Of learned figures, before the store kept them.
+const LEARNED: &str = "learned.json";
 pub const LAST_INSTANCE: &str = "last_id";
 pub const LAST_SWAP: &str = "last_swap";
 
@@ -39,28 +39,6 @@ pub enum StateError {
     Locked { path: PathBuf },
     #[error("failed to use the state folder {path}: {source}")]
     Io { path: PathBuf, source: io::Error },
-}
-
-/// What is remembered of a model, and of which engine.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Figures {
-    /// [`ModelSpec::shape_hash`] of then; empty: not known.
-    #[serde(default)]
-    pub spec: String,
-    #[serde(flatten)]
-    pub learned: Learned,
-}
-
-impl Figures {
-    /// What they say of the model as it is configured now: bytes are those of one engine only.
-    fn for_spec(mut self, spec: &ModelSpec) -> Figures {
-        let now = spec.shape_hash();
-        if self.spec != now {
-            self.spec = now;
-            (self.learned.footprint, self.learned.asleep) = (None, None);
-        }
-        self
-    }
 }
 
 #[derive(Debug)]
@@ -135,18 +113,19 @@ impl StateDir {
         let _ = fs::remove_file(self.path.join(DOCKER));
     }
 
-    /// Less what was learned of engines that are configured differently now.
-    pub fn learned(&self, catalog: &Catalog) -> BTreeMap<ModelName, Figures> {
-        let Ok(text) = fs::read(self.path.join("learned.json")) else { return BTreeMap::new() };
-        let read: BTreeMap<ModelName, Figures> = serde_json::from_slice(&text).unwrap_or_else(|error| {
-            tracing::warn!(%error, "learned.json is not readable: starting without learned figures");
+    /// Figures that a Wharf without a store for them left here.
+    pub fn old_learned(&self) -> BTreeMap<ModelName, Figures> {
+        let Ok(text) = fs::read(self.path.join(LEARNED)) else { return BTreeMap::new() };
+        serde_json::from_slice(&text).unwrap_or_else(|error| {
+            tracing::warn!(%error, "learned.json is not readable: starting without its figures");
             BTreeMap::new()
-        });
-        let fit = |model: &ModelName, figures: Figures| match catalog.model(model) {
-            Some(spec) => figures.for_spec(spec),
-            None => figures,
-        };
-        read.into_iter().map(|(model, figures)| (model.clone(), fit(&model, figures))).collect()
+        })
+    }
+
+    /// The store has them.
+    pub fn forget_old_learned(&self) {
+        // Left, it is read once more, and what the store has goes before it.
+        let _ = fs::rename(self.path.join(LEARNED), self.path.join("learned.json.imported"));
     }
 }
 
@@ -167,10 +146,7 @@ fn installation_id(path: &Path) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::units::{Bytes, Priority};
 
     #[test]
     fn a_second_wharf_is_kept_out_and_the_identity_stays() {
@@ -187,29 +163,6 @@ mod tests {
         assert_eq!(again.last_ids(), none_of_its_own);
         fs::write(path.join(LAST_SWAP), "7").unwrap();
         assert_eq!(again.last_ids(), LastIds { instance: 41, swap: 7 });
-    }
-
-    #[test]
-    fn bytes_learned_of_another_engine_are_forgotten_and_durations_are_not() {
-        let learned = Learned {
-            footprint: Some(Bytes::gib(4)),
-            asleep: Some(Bytes::gib(1)),
-            start: Some(Duration::from_secs(9)),
-            ..Learned::default()
-        };
-        let spec = ModelSpec::plain("ada");
-        let figures = Figures { spec: spec.shape_hash(), learned };
-        let written = serde_json::to_string(&figures).unwrap();
-        let read: Figures = serde_json::from_str(&written).unwrap();
-        assert_eq!(read, figures);
-        let other = ModelSpec { priority: Priority::High, ..spec.clone() };
-        assert_eq!(read.for_spec(&other), figures, "policy");
-        let other = ModelSpec { upstream_name: Some("other".to_owned()), ..spec.clone() };
-        let left = figures.clone().for_spec(&other).learned;
-        assert_eq!((left.footprint, left.asleep), (None, None));
-        assert_eq!(left.start, Some(Duration::from_secs(9)));
-        let old: Figures = serde_json::from_str(&written.replace("spec", "before")).unwrap();
-        assert_eq!(old.for_spec(&spec).learned.footprint, None, "nobody knows of which engine");
     }
 
     #[test]

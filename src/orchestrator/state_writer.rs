@@ -4,7 +4,6 @@
 //! Ids are reserved ahead: the file holds a number that no used id has passed, so that an id is
 //! never used twice, whatever a crash cuts off.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -14,8 +13,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::outage::Outage;
-use super::state_dir::{Figures, LAST_INSTANCE, LAST_SWAP, LastIds};
-use crate::units::ModelName;
+use super::state_dir::{DOCKER, LAST_INSTANCE, LAST_SWAP, LastIds};
 
 /// Reserved at once; a crash skips what is left of them.
 const IDS_AHEAD: u64 = 100;
@@ -42,7 +40,6 @@ struct Work {
 #[derive(Debug, Default)]
 struct Pending {
     last_ids: Option<LastIds>,
-    learned: Option<BTreeMap<ModelName, Figures>>,
     docker: bool,
     closing: bool,
 }
@@ -55,13 +52,12 @@ impl LastIds {
 
 impl Pending {
     fn is_empty(&self) -> bool {
-        self.last_ids.is_none() && self.learned.is_none() && !self.docker
+        self.last_ids.is_none() && !self.docker
     }
 
     /// What could not be written, unless something newer came meanwhile.
     fn put_back(&mut self, failed: Pending) {
         self.last_ids = self.last_ids.or(failed.last_ids);
-        self.learned = self.learned.take().or(failed.learned);
         self.docker |= failed.docker;
     }
 }
@@ -87,7 +83,7 @@ impl StateWriter {
             let _ = end.send(());
         });
         if let Err(error) = spawned {
-            tracing::warn!(%error, "nothing is remembered over restarts: the thread for it did not start");
+            tracing::warn!(%error, "ids may come twice after a restart: the thread that reserves them did not start");
         }
         StateWriter { work, reserved, ended }
     }
@@ -102,11 +98,6 @@ impl StateWriter {
         }
     }
 
-    pub fn learned(&self, learned: &BTreeMap<ModelName, Figures>) {
-        let learned = learned.clone();
-        self.work.put(|pending| pending.learned = Some(learned));
-    }
-
     /// Containers may be started from now on.
     pub fn note_docker(&self) {
         self.work.put(|pending| pending.docker = true);
@@ -119,7 +110,7 @@ impl StateWriter {
             pending.closing = true;
         });
         if tokio::time::timeout(LAST_WRITE_WITHIN, self.ended).await.is_err() {
-            tracing::warn!("the state folder does not take the last figures: its disk hangs");
+            tracing::warn!("the state folder does not take the last ids: its disk hangs");
         }
     }
 }
@@ -175,11 +166,8 @@ fn write_pending(dir: &Path, pending: &Pending) -> io::Result<()> {
         write(dir, LAST_INSTANCE, last.instance.to_string().as_bytes())?;
         write(dir, LAST_SWAP, last.swap.to_string().as_bytes())?;
     }
-    if let Some(learned) = &pending.learned {
-        write(dir, "learned.json", &serde_json::to_vec_pretty(learned)?)?;
-    }
     if pending.docker {
-        write(dir, super::state_dir::DOCKER, b"containers were started by this installation\n")?;
+        write(dir, DOCKER, b"containers were started by this installation\n")?;
     }
     Ok(())
 }
@@ -200,7 +188,6 @@ mod tests {
 
     use super::*;
     use crate::orchestrator::handle::{Inbox, Message};
-    use crate::scheduler::event::Learned;
 
     fn last(dir: &Path) -> LastIds {
         let number = |name| fs::read_to_string(dir.join(name)).unwrap().trim().parse().unwrap();
@@ -241,10 +228,7 @@ mod tests {
         let path = dir.path().join("state");
         let (outage, mut news) = outage();
         let writer = StateWriter::with(&path, ids(1, 1), outage, Duration::from_millis(1));
-        let footprint = Some(crate::units::Bytes::gib(3));
-        let learned = Learned { footprint, ..Learned::default() };
-        let figures = Figures { learned, ..Figures::default() };
-        writer.learned(&BTreeMap::from([("ada".into(), figures)]));
+        writer.note_docker();
         let Some(Message::Outage(told)) = news.recv().await else { panic!("the outage") };
         assert!(told.why.unwrap().contains("No such file"));
         fs::create_dir(&path).unwrap();
@@ -252,6 +236,6 @@ mod tests {
         assert!(told.why.is_none(), "told once: {told:?}");
         writer.close(ids(7, 3)).await;
         assert_eq!(last(&path), ids(7, 3));
-        assert!(fs::read_to_string(path.join("learned.json")).unwrap().contains("ada"));
+        assert!(path.join(DOCKER).exists());
     }
 }

@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 use crate::runtime::{Foreign, ProgressNow};
 use crate::scheduler::event::{Fault, GpuMemory};
 use crate::scheduler::record::{ModelView, SchedulerView, SwapRecord};
+use crate::store::Totals;
 use crate::units::{GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
 
-/// Swaps kept in memory for `/swaps`.
+/// Swaps of this run that the view holds, and rows of one page of `/swaps`.
 pub const LEDGER_ROWS_MAX: usize = 1000;
 
 #[derive(Clone, Debug, Default)]
@@ -32,7 +33,7 @@ pub struct View {
     pub outages: Vec<String>,
     /// Instances of an earlier run that could not be stopped yet.
     pub leftovers: Vec<Leftover>,
-    /// Ended swaps, oldest first.
+    /// Ended swaps of this run, oldest first; the store has those of all runs.
     pub ledger: Arc<VecDeque<Arc<SwapRecord>>>,
 }
 
@@ -51,9 +52,34 @@ pub struct ModelFacts {
     pub last_fault: Option<Fault>,
     /// `http://127.0.0.1:18051` while an instance exists.
     pub endpoint: Option<String>,
+    /// As the last run left them; its sums are in the figures above.
+    pub earlier: Totals,
 }
 
 impl ModelFacts {
+    /// What earlier runs left of the model.
+    pub fn after(earlier: Totals) -> ModelFacts {
+        ModelFacts {
+            uptime_before: Duration::from_millis(earlier.uptime_ms),
+            requests_before: earlier.requests,
+            starts: earlier.starts,
+            restarts: earlier.restarts,
+            earlier,
+            ..ModelFacts::default()
+        }
+    }
+
+    pub fn totals(&self, wall_ms: impl Fn(Time) -> u64) -> Totals {
+        Totals {
+            loaded_unix_ms: self.loaded_at.map(&wall_ms).or(self.earlier.loaded_unix_ms),
+            unloaded_unix_ms: self.unloaded_at.map(&wall_ms).or(self.earlier.unloaded_unix_ms),
+            uptime_ms: u64::try_from(self.uptime_before.as_millis()).unwrap_or(u64::MAX),
+            requests: self.requests_before,
+            starts: self.starts,
+            restarts: self.restarts,
+        }
+    }
+
     /// Time loaded, summed over all residencies.
     pub fn uptime(&self, now: Time) -> Duration {
         let current = match (self.loaded_at, self.unloaded_at) {

@@ -134,7 +134,7 @@ async fn all_waiting_bodies_together_are_bounded() {
 fn keys(catalog: &mut Catalog) {
     let key = |name: &str, models: &[&str], scopes: &[Scope]| ApiKey {
         name: name.into(),
-        key: format!("sk-{name}"),
+        key: format!("sk-{name}").into(),
         models: models.iter().map(|model| (*model).to_owned()).collect(),
         scopes: scopes.to_vec(),
         ..ApiKey::default()

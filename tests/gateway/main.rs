@@ -7,5 +7,6 @@ mod support;
 
 mod admission;
 mod forwarding;
+mod keys;
 mod relaying;
 mod waiting;

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
+use subtle::{Choice, ConstantTimeEq};
 
 use crate::units::Priority;
 
@@ -17,15 +19,15 @@ pub struct AuthSettings {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ApiKey {
     pub name: String,
-    #[serde(skip_serializing, default)]
-    pub key: String,
+    #[serde(skip)]
+    pub key: KeyDigest,
     /// Patterns with `*`.
     pub models: Vec<String>,
     pub scopes: Vec<Scope>,
     /// `start: never`: this key is served by ready models only.
     #[serde(default)]
     pub start: StartRule,
-    /// The longest wait that its requests may ask for, and what they get without asking.
+    /// Stands in for `swap.max_wait` of its requests; they may ask for longer, not for shorter.
     #[serde(default)]
     pub max_wait: Option<Duration>,
     /// The lowest and the highest priority of its requests.
@@ -33,6 +35,44 @@ pub struct ApiKey {
     pub priority: Option<(Priority, Priority)>,
     #[serde(default)]
     pub limits: RateLimits,
+}
+
+/// SHA-256 of a key: the key itself is not kept. An unset or empty key matches nothing.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct KeyDigest(Option<[u8; 32]>);
+
+impl KeyDigest {
+    pub fn of(key: &[u8]) -> KeyDigest {
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(digest(&SHA256, key).as_ref());
+        KeyDigest((!key.is_empty()).then_some(bytes))
+    }
+
+    /// Equality in a time that tells nothing about either side.
+    pub fn matches(&self, other: &KeyDigest) -> Choice {
+        match (self.0, other.0) {
+            (Some(mine), Some(theirs)) => mine.ct_eq(&theirs),
+            _ => Choice::from(0),
+        }
+    }
+}
+
+impl std::fmt::Debug for KeyDigest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("KeyDigest")
+    }
+}
+
+impl From<&str> for KeyDigest {
+    fn from(key: &str) -> KeyDigest {
+        KeyDigest::of(key.as_bytes())
+    }
+}
+
+impl From<String> for KeyDigest {
+    fn from(key: String) -> KeyDigest {
+        KeyDigest::of(key.as_bytes())
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,7 +87,7 @@ pub enum StartRule {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimits {
     pub requests_per_minute: Option<u32>,
-    /// Inference requests at once, waiting ones included.
+    /// Requests for inference at once, waiting ones included.
     pub concurrency: Option<u32>,
 }
 

@@ -13,6 +13,7 @@ use wharf::orchestrator::view::{GpuFacts, Health as PartHealth, ModelFacts};
 use wharf::runtime::{Endpoint, Foreign, ProgressNow};
 use wharf::scheduler::event::{Fault, FaultKind, GpuMemory, Holder};
 use wharf::scheduler::record::*;
+use wharf::store::SwapRow;
 use wharf::units::*;
 
 /// Ready, two requests in flight.
@@ -251,7 +252,14 @@ impl Puppet {
 /// The world of [`view`], with mistral's gate open and two requests in flight on it.
 pub fn world() -> (Puppet, Vec<wharf::orchestrator::Lease>) {
     let puppet = Puppet::new(three_models());
-    puppet.handle.publish_for_tests(view());
+    let view = view();
+    for record in view.ledger.iter().map(|swap| swap.as_ref().clone()) {
+        let began = puppet.handle.wall(record.began);
+        let began = began.duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+        let began_unix_ms = u64::try_from(began.as_millis()).expect("in range");
+        puppet.handle.store().record_swap(SwapRow { began_unix_ms, record });
+    }
+    puppet.handle.publish_for_tests(view);
     let endpoint = Endpoint::new("http://127.0.0.1:18051", None);
     let gate = puppet.handle.gate_for_tests(InstanceId(7), &ModelName::new(MISTRAL), endpoint, 8);
     let leases = (0..2).map(|_| gate.try_lease().expect("an open gate")).collect();
