@@ -31,8 +31,7 @@ async fn a_chat_with_a_profiles_model_makes_the_whole_profile_ready() {
         .await;
     assert!(is(&status, "other", "stopped"));
     // They leave together, and one call brings both back.
-    let (code, body) =
-        talk.call(Method::POST, "/models/coding/unload", json!({})).await.unwrap();
+    let (code, body) = talk.call(Method::POST, "/models/coding/unload", json!({})).await.unwrap();
     assert_eq!((code, &body["was_loaded"]), (200, &json!(true)), "{body}");
     world.until("both are gone", |s| is(s, "qwen", "stopped") && is(s, "llama", "stopped")).await;
     let (code, body) =
@@ -84,5 +83,29 @@ async fn adapters_share_their_bases_engine_and_one_that_fails_harms_nobody() {
     world.server.kill_and_restart().await.unwrap();
     assert_eq!(world.engine_pids(), pids, "adopted with what it has loaded");
     assert!(world.server.talk.chat("sql", false, &[]).await.unwrap().is_from("sql"));
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_reload_adds_and_removes_adapters_while_a_stream_of_the_base_runs() {
+    let world = with_adapters().await;
+    let talk = world.server.talk.clone();
+    assert!(talk.chat("sql", false, &[]).await.unwrap().is_from("sql"), "{}", world.log());
+    let before = world.engine_pids();
+    // 16 tokens at 20 a second: the reload comes in the middle.
+    let streaming = talk.clone();
+    let stream = tokio::spawn(async move { streaming.chat("base", true, &[]).await });
+    world.until("the stream runs", |status| status["models"]["base"]["in_flight"] == 1).await;
+    let path = world.dir.path().join("models.yaml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let text = text.replace("  sql: {", "  law: {").replace("org/sql", "org/law");
+    std::fs::write(&path, text).unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(world.server.pid()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    world.until("law is there", |status| is(status, "law", "ready")).await;
+    assert!(stream.await.unwrap().unwrap().is_from("base"), "unbroken: {}", world.log());
+    assert!(talk.chat("law", false, &[]).await.unwrap().is_from("law"));
+    assert_eq!(talk.chat("sql", false, &[]).await.unwrap().status, 404);
+    assert_eq!(world.engine_pids(), before, "the same engine: {}", world.log());
     world.stop().await;
 }
