@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use super::handle::{Inbox, Message};
+use super::effects::Effects;
+use super::handle::{Inbox, Message, Shared};
 use crate::config::catalog::Catalog;
 use crate::engine::adapters as engine;
 use crate::runtime::Running;
@@ -155,6 +156,17 @@ pub struct Surroundings {
     pub uses: Uses,
     pub epoch: Instant,
     pub drain_timeout: Duration,
+}
+
+impl Effects {
+    pub(super) fn around_adapters(&self, shared: &Shared, catalog: &Catalog) -> Surroundings {
+        Surroundings {
+            inbox: self.inbox.clone(),
+            uses: shared.uses.clone(),
+            epoch: self.epoch,
+            drain_timeout: catalog.settings.swap.drain_timeout,
+        }
+    }
 }
 
 impl Seed {

@@ -9,9 +9,9 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::adapters::{Seed, Surroundings};
-use super::handle::{Inbox, Message, Shared};
+use super::handle::{Inbox, Message};
 use super::memory_watch::Holders;
-use crate::config::catalog::{Catalog, ModelSpec, StopSpec, Vram};
+use crate::config::catalog::{ModelSpec, StopSpec, Vram};
 use crate::engine;
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::{LaunchSpec, Progress, Running, Runtimes};
@@ -321,15 +321,6 @@ impl Effects {
         let mut gpus = self.gpus.sample().await.ok()?;
         self.holders.attribute(&mut gpus);
         Some(gpus)
-    }
-
-    pub(super) fn around_adapters(&self, shared: &Shared, catalog: &Catalog) -> Surroundings {
-        Surroundings {
-            inbox: self.inbox.clone(),
-            uses: shared.uses.clone(),
-            epoch: self.epoch,
-            drain_timeout: catalog.settings.swap.drain_timeout,
-        }
     }
 
     /// The largest number of bytes that the instance holds on one of its GPUs, where visible.
