@@ -12,9 +12,10 @@ use serde_json::{Value, json};
 
 use super::error::{bad, declined, not_found, refused, unexpected, unknown_model};
 use super::extract::{Body, PathText};
+use super::group::{self, Target};
 use super::render::{self, Snapshot, seconds};
 use super::{Api, ledger, name, stay};
-use crate::config::catalog::{Catalog, ModelSpec};
+use crate::config::catalog::{Asked, Catalog, ModelSpec};
 use crate::gateway::reject::Reject;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::EnsureKind;
@@ -70,13 +71,20 @@ pub async fn ensure_model(
     let Some(wanted) = body.model.filter(|model| !model.is_empty()) else {
         return Err(bad("model", "the body must name a model: {\"model\":\"…\"}"));
     };
-    let spec = catalog.resolve(&wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
+    let target = Target::of(&catalog, &wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
     let timeout = timeout_of(body.wait.timeout.as_ref(), &catalog)?;
+    let Asked { spec, group } = match target {
+        Target::Model(asked) => asked,
+        Target::Group(name, group) => {
+            let wait = body.wait.wait != Some(false);
+            return group::ensure(&api, name, group, EnsureKind::Ensure, timeout, wait).await;
+        }
+    };
     if body.wait.wait == Some(false) {
-        return begun(&api, spec, EnsureKind::Ensure, timeout).await;
+        return begun(&api, spec, EnsureKind::Ensure, timeout, group).await;
     }
     let asked = api.handle.now();
-    let answer = ensured(&api, spec, EnsureKind::Ensure, timeout).await;
+    let answer = ensured(&api, spec, EnsureKind::Ensure, timeout, group).await;
     let ready = ready(&api, &spec.name, answer, timeout, asked).await?;
     Ok(Json(ready.json()).into_response())
 }
@@ -88,20 +96,41 @@ pub async fn verb(
     Body(body): Body<Value>,
 ) -> Result<Response, Reject> {
     let catalog = api.handle.catalog();
-    let found = name::split(&path, |name| catalog.resolve(name));
+    let found = name::split(&path, |name| Target::of(&catalog, name));
     match found {
-        Some((spec, "load")) => load(&api, spec, EnsureKind::Load, parse(body)?, &catalog).await,
-        Some((spec, "wake")) => load(&api, spec, EnsureKind::Wake, parse(body)?, &catalog).await,
-        Some((spec, "sleep")) => stay::sleep(&api, spec, &catalog).await,
-        Some((spec, "pin")) => stay::pin(&api, spec, parse(body)?).await,
-        Some((spec, "extend-ttl")) => stay::extend_ttl(&api, spec, parse(body)?).await,
-        Some((spec, "unload")) => unload(&api, spec, parse(body)?, &catalog).await,
-        Some((spec, verb)) => Err(not_found(
+        Some((Target::Model(asked), "load")) => {
+            load(&api, asked, EnsureKind::Load, parse(body)?, &catalog).await
+        }
+        Some((Target::Model(asked), "wake")) => {
+            load(&api, asked, EnsureKind::Wake, parse(body)?, &catalog).await
+        }
+        Some((Target::Model(Asked { spec, .. }), "sleep")) => {
+            stay::sleep(&api, spec, &catalog).await
+        }
+        Some((Target::Model(Asked { spec, .. }), "pin")) => {
+            stay::pin(&api, spec, parse(body)?).await
+        }
+        Some((Target::Model(Asked { spec, .. }), "extend-ttl")) => {
+            stay::extend_ttl(&api, spec, parse(body)?).await
+        }
+        Some((Target::Model(Asked { spec, .. }), "unload")) => {
+            unload(&api, spec, parse(body)?, &catalog).await
+        }
+        Some((Target::Group(name, group), "load")) => {
+            let body: WaitBody = parse(body)?;
+            let timeout = timeout_of(body.timeout.as_ref(), &catalog)?;
+            let wait = body.wait != Some(false);
+            group::ensure(&api, name, group, EnsureKind::Load, timeout, wait).await
+        }
+        Some((Target::Group(name, group), "unload")) => {
+            group::unload(&api, name, group, parse::<UnloadBody>(body)?.force, &catalog).await
+        }
+        Some((target, verb)) => Err(not_found(
             "not_found",
             format!(
-                "POST /models/{}/{verb} does not exist: load, unload, extend-ttl, pin, sleep and \
-                 wake do",
-                spec.name
+                "POST /models/{}/{verb} does not exist: load, unload, and of one model extend-ttl, \
+                 pin, sleep and wake do",
+                target.name()
             ),
         )),
         None => {
@@ -118,17 +147,17 @@ fn parse<T: serde::de::DeserializeOwned>(body: Value) -> Result<T, Reject> {
 
 async fn load(
     api: &Api,
-    spec: &ModelSpec,
+    Asked { spec, group }: Asked<'_>,
     kind: EnsureKind,
     body: WaitBody,
     catalog: &Catalog,
 ) -> Result<Response, Reject> {
     let timeout = timeout_of(body.timeout.as_ref(), catalog)?;
     if body.wait == Some(false) {
-        return begun(api, spec, kind, timeout).await;
+        return begun(api, spec, kind, timeout, group).await;
     }
     let asked = api.handle.now();
-    let answer = ensured(api, spec, kind, timeout).await;
+    let answer = ensured(api, spec, kind, timeout, group).await;
     let ready = ready(api, &spec.name, answer, timeout, asked).await?;
     let message = match (ready.swapped, kind) {
         (true, EnsureKind::Wake) => format!("Model {} woken", spec.name),
@@ -182,12 +211,21 @@ pub(super) async fn unloaded(
     }
 }
 
-/// The owner keeps the deadline; should it not, the caller still gets an answer.
-async fn ensured(api: &Api, spec: &ModelSpec, kind: EnsureKind, timeout: Duration) -> Answer {
+/// The owner keeps the deadline; should it not, the caller still gets an answer. `company`: the
+/// group that comes along.
+pub(super) async fn ensured(
+    api: &Api,
+    spec: &ModelSpec,
+    kind: EnsureKind,
+    timeout: Duration,
+    company: Option<&str>,
+) -> Answer {
     let answer = api.handle.ensure(spec.name.clone(), kind, timeout);
-    tokio::time::timeout(timeout + OWNER_LAG_MAX, answer)
-        .await
-        .unwrap_or(Answer::TimedOut { swap: None })
+    let answer = tokio::time::timeout(timeout + OWNER_LAG_MAX, answer);
+    // Polled second: the model is asked for before its company.
+    let called = async { company.inspect(|group| api.handle.call_company(group)) };
+    let (answer, _) = tokio::join!(biased; answer, called);
+    answer.unwrap_or(Answer::TimedOut { swap: None })
 }
 
 /// 202: the swap goes on (or begins) without the caller. What is refused at once is refused.
@@ -196,8 +234,10 @@ async fn begun(
     spec: &ModelSpec,
     kind: EnsureKind,
     timeout: Duration,
+    company: Option<&str>,
 ) -> Result<Response, Reject> {
     let mut answer = api.handle.ensure_detached(spec.name.clone(), kind, timeout);
+    company.inspect(|group| api.handle.call_company(group));
     let begins = async {
         let mut look = tokio::time::interval(BEGIN_LOOK_EVERY);
         loop {
@@ -233,9 +273,9 @@ async fn begun(
 }
 
 /// What a caller of ensure or load is told.
-struct Ready {
-    model: ModelName,
-    swapped: bool,
+pub(super) struct Ready {
+    pub model: ModelName,
+    pub swapped: bool,
     swap: Option<SwapId>,
     /// The swap's row, when a swap made the model ready.
     row: Option<Value>,
@@ -243,7 +283,7 @@ struct Ready {
 }
 
 impl Ready {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         let of_swap = |field: &str| self.row.as_ref().map(|row| row[field].clone());
         json!({
             "status": "ready",
@@ -260,7 +300,7 @@ impl Ready {
     }
 }
 
-async fn ready(
+pub(super) async fn ready(
     api: &Api,
     model: &ModelName,
     answer: Answer,

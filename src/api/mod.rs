@@ -13,6 +13,7 @@ mod effective;
 mod error;
 mod events;
 mod extract;
+mod group;
 mod guard;
 mod health;
 mod ledger;

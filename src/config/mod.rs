@@ -16,6 +16,7 @@ mod groups;
 pub mod import;
 mod keep;
 mod launch;
+mod lora;
 mod models;
 mod overlay;
 mod overrides;
@@ -293,7 +294,9 @@ fn read(
     let models = read.models.into_iter().map(|m| (m.spec.name.clone(), m.spec)).collect();
     let routing::Routing { groups, routes, peers, registrable, .. } = routing;
     let settings = settings.settings;
-    Some((Catalog { models, aliases, groups, routes, peers, registrable, settings }, overrides))
+    let mut catalog = Catalog { models, aliases, groups, routes, peers, registrable, settings };
+    catalog.link_adapters();
+    Some((catalog, overrides))
 }
 
 const EXAMPLE: &str = "the least that works:\n\

@@ -32,6 +32,8 @@ use crate::units::{RequestId, Time};
 
 /// The scheduler ends every wait; this bounds it if it should not.
 const WAIT_BACKSTOP: Duration = Duration::from_secs(30);
+/// An adapter that somebody unloaded is loaded again for a request.
+const ADAPTER_WITHIN: Duration = Duration::from_secs(120);
 /// How long a retry waits for the owner to learn that the instance died.
 const SETTLE_MAX: Duration = Duration::from_secs(1);
 const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -120,6 +122,7 @@ impl Admitted<'_> {
         let wanted = bound.map_or(&*asked.model, |bound| bound.0.as_str());
         arrival.asked(wanted);
         let spec = Arc::clone(admit::model(catalog, wanted, key)?);
+        let company = catalog.asked(wanted).and_then(|asked| asked.group).map(str::to_owned);
         let mut body = received.bytes.clone();
         let filtered;
         if inference.body == BodyKind::Json && !spec.filters.is_empty() {
@@ -165,6 +168,7 @@ impl Admitted<'_> {
             waiting: (stream && waiting.style != WaitingStyle::Off).then_some(waiting),
             queue_timeout: catalog.settings.queue.timeout,
             spec,
+            company,
             outgoing,
             held: received.held,
             remove_usage,
@@ -201,6 +205,8 @@ pub struct Job {
     pub spec: Arc<ModelSpec>,
     /// How a waiting stream is told what happens; `None`: the head is held to the end.
     pub waiting: Option<WaitingSettings>,
+    /// The group that was asked for with the model.
+    company: Option<String>,
     options: RequestOptions,
     outgoing: Outgoing,
     /// The body's share of `queue.total_bodies`.
@@ -255,6 +261,7 @@ impl Job {
             remove_usage: false,
             viewer: auth::viewer(key, passing.peer),
             arrived: passing.arrived,
+            company: None,
             is_visit: passing.is_visit,
             queue: passing.queue,
             following: None,
@@ -312,6 +319,7 @@ impl Job {
         loop {
             let asked = Instant::now();
             let lease = self.lease(stage).await?;
+            let lease = self.on_adapter(lease).await?;
             stage.send_replace(Stage::Forwarded);
             waited += asked.elapsed();
             if !lease.is_visit() {
@@ -348,14 +356,16 @@ impl Job {
             });
         }
         let ready = if self.options.never_start {
-            handle.gates().get(&self.spec.name).and_then(Gate::try_lease_quietly)
+            handle.gate(&self.spec.name).as_ref().and_then(Gate::try_lease_quietly)
         } else {
             handle.try_lease(&self.spec.name)
         };
         if let Some(lease) = ready {
+            self.call_company();
             return Ok(lease);
         }
         let mut waiting = handle.request(self.options.clone());
+        self.call_company();
         stage.send_replace(Stage::Waiting(waiting.id));
         let refusal = match timeout(self.queue_timeout + WAIT_BACKSTOP, waiting.decision()).await {
             Ok(Ok(lease)) => return Ok(lease),
@@ -366,6 +376,26 @@ impl Job {
             },
         };
         Err(self.refused(&refusal))
+    }
+
+    /// The base is there; is the adapter?
+    async fn on_adapter(&self, mut lease: Lease) -> Result<Lease, Reject> {
+        let handle = &self.gateway.handle;
+        let Some(adapter) = handle.adapter_use(&self.spec.name) else { return Ok(lease) };
+        let start = !self.options.never_start;
+        handle
+            .adapter_on(lease.gate(), &self.spec.name, start, ADAPTER_WITHIN)
+            .await
+            .map_err(|refusal| self.refused(&refusal))?;
+        lease.count_on(&adapter);
+        Ok(lease)
+    }
+
+    /// After the model itself is asked for: its group comes along.
+    fn call_company(&self) {
+        if let Some(group) = self.company.as_ref().filter(|_| !self.options.never_start) {
+            self.gateway.handle.call_company(group);
+        }
     }
 
     /// `Ok`: once more. Only here is it decided what is tried again.
@@ -403,9 +433,8 @@ impl Job {
     async fn settle(&self, gate: &Arc<Gate>) {
         let was_open = gate.is_open();
         let learned = || {
-            let gates = self.gateway.handle.gates();
-            let replaced =
-                !gates.get(&self.spec.name).is_some_and(|current| Arc::ptr_eq(current, gate));
+            let current = self.gateway.handle.gate(&self.spec.name);
+            let replaced = !current.is_some_and(|current| Arc::ptr_eq(&current, gate));
             replaced || gate.is_cancelled() || (was_open && !gate.is_open())
         };
         let settled = async {

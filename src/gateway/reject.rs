@@ -161,7 +161,7 @@ impl Reject {
             Refusal::VramNeverFreed { swap, fault, retry_at } => {
                 reject.swap(Some(*swap)).cause(fault, viewer).retry_after(retry_at.since(now))
             }
-            Refusal::CannotFit { .. } => reject.hopeless(),
+            Refusal::CannotFit { .. } | Refusal::KeptApart { .. } => reject.hopeless(),
             Refusal::NotLoaded
             | Refusal::QueueFull { .. }
             | Refusal::QueueTimeout { .. }
@@ -237,12 +237,13 @@ fn type_of(status: StatusCode) -> &'static str {
 }
 
 /// Every value of [`code_of`], so that its metric can begin at 0.
-pub const REFUSAL_CODES: [&str; 12] = [
+pub const REFUSAL_CODES: [&str; 13] = [
     "model_not_found",
     "model_not_loaded",
     "queue_full",
     "queue_timeout",
     "cannot_fit",
+    "kept_apart",
     "start_failed",
     "vram_not_freed",
     "no_vram_proof",
@@ -260,6 +261,7 @@ pub fn code_of(refusal: &Refusal) -> &'static str {
         Refusal::QueueFull { .. } => "queue_full",
         Refusal::QueueTimeout { .. } => "queue_timeout",
         Refusal::CannotFit { .. } => "cannot_fit",
+        Refusal::KeptApart { .. } => "kept_apart",
         Refusal::StartFailed { .. } => "start_failed",
         Refusal::VramNeverFreed { .. } => "vram_not_freed",
         Refusal::NoVramProof { .. } => "no_vram_proof",
@@ -277,6 +279,7 @@ fn status_of(refusal: &Refusal) -> StatusCode {
         Refusal::QueueTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
         // Not 503: that promises that waiting helps.
         Refusal::CannotFit { .. } => StatusCode::INSUFFICIENT_STORAGE,
+        Refusal::KeptApart { .. } => StatusCode::CONFLICT,
         Refusal::NotLoaded
         | Refusal::StartFailed { .. }
         | Refusal::VramNeverFreed { .. }
@@ -334,6 +337,10 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -
              ever be free there (total less reserve and pinned models{}); give it more GPUs, a \
              smaller `vram`, or unpin a model",
             named(pinned)
+        ),
+        Refusal::KeptApart { group, by } => format!(
+            "model \"{model}\" may not be loaded beside \"{by}\", which does not leave: group \
+             \"{group}\" keeps them apart; unload or unpin \"{by}\", or change the group"
         ),
         Refusal::StartFailed { fault, retry_at, .. } => format!(
             "model \"{model}\" could not be started: {}; next attempt in {} s",

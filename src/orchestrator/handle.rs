@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::Uses;
 use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
 use super::leftovers::LeftoverNews;
@@ -32,6 +33,8 @@ use crate::units::{AskId, InstanceId, ModelName, Priority, RequestId, Time};
 pub enum Message {
     Request {
         request: Request,
+        /// As asked for: an adapter, where `request` names its base.
+        asked: ModelName,
         reply: oneshot::Sender<Result<Lease, Refusal>>,
     },
     RequestGone(RequestId),
@@ -53,6 +56,13 @@ pub enum Message {
     WhoLives(WhoLives),
     /// A runtime went away or came back.
     DockerHealth(Health),
+    /// An adapter is wanted on the running instance of its base, or shall leave it.
+    Adapter {
+        adapter: ModelName,
+        on: bool,
+    },
+    /// The adapters of some instance changed: worth a new view.
+    AdaptersChanged,
     /// A new configuration, already validated.
     Reload {
         catalog: Arc<Catalog>,
@@ -119,6 +129,8 @@ pub(super) struct Shared {
     pub feed: Feed,
     pub logs: Logs,
     pub performance: Performance,
+    /// Requests on adapters.
+    pub uses: Uses,
     pub next_request: AtomicU64,
     pub next_ask: AtomicU64,
     /// Context lengths as engines told them when they were ready last.
@@ -264,16 +276,23 @@ impl Handle {
 
     /// The hot path: a lease on a ready model, without asking the owner.
     pub fn try_lease(&self, model: &ModelName) -> Option<Lease> {
-        self.shared.gates.load().get(model)?.try_lease()
+        self.gate(model)?.try_lease()
+    }
+
+    /// The gate of the instance that serves the model: its base's, if it is an adapter.
+    pub fn gate(&self, model: &ModelName) -> Option<Arc<Gate>> {
+        let gates = self.shared.gates.load();
+        gates.get(model).or_else(|| gates.get(&self.serving(model))).cloned()
     }
 
     /// The waiting path. Dropping the result takes the request out of the queue.
     pub fn request(&self, options: RequestOptions) -> Waiting {
         let id = RequestId(self.shared.next_request.fetch_add(1, Ordering::Relaxed));
         let (reply, answer) = oneshot::channel();
+        let asked = options.model;
         let request = Request {
             id,
-            model: options.model,
+            model: self.serving(&asked),
             priority: options.priority,
             max_wait: options.max_wait,
             may_hurry: options.may_hurry,
@@ -281,14 +300,31 @@ impl Handle {
             attempt: if options.retry_of.is_some() { 2 } else { 1 },
             arrived: options.retry_of.unwrap_or_else(|| self.now()),
         };
-        self.inbox.send(Message::Request { request, reply });
+        self.inbox.send(Message::Request { request, asked, reply });
         Waiting { id, answer, inbox: self.inbox.clone(), decided: false }
+    }
+
+    /// `group/model` was asked for: the members that are not ready are loaded, too. Ask for the
+    /// model first: nobody is company to nobody.
+    pub fn call_company(&self, group: &str) {
+        let catalog = self.shared.catalog.load();
+        let Some(members) = catalog.groups.get(group).filter(|group| group.together) else {
+            return;
+        };
+        let gates = self.shared.gates.load();
+        if catalog.members(members).iter().any(|name| !gates.contains_key(name)) {
+            let group = group.to_owned();
+            self.inbox.send(Message::Effect(Event::CompanyAsked { group }));
+        }
     }
 
     /// Makes a model ready (or joins a swap that does).
     pub async fn ensure(&self, model: ModelName, kind: EnsureKind, timeout: Duration) -> Answer {
         let deadline = self.now() + timeout;
-        self.ask(|ask| Event::EnsureAsked { ask, model, kind, deadline }).await
+        let base = self.serving(&model);
+        let asked = base.clone();
+        let answer = self.ask(|ask| Event::EnsureAsked { ask, model: asked, kind, deadline }).await;
+        self.with_adapter(&model, &base, answer, deadline).await
     }
 
     /// Begins an ensure that goes on whether or not its answer is waited for.
@@ -300,12 +336,21 @@ impl Handle {
     ) -> oneshot::Receiver<Answer> {
         let deadline = self.now() + timeout;
         let (ask, (reply, answer)) = (self.next_ask(), oneshot::channel());
+        let base = self.serving(&model);
+        if base != model {
+            self.inbox.send(Message::Adapter { adapter: model, on: true });
+        }
+        let model = base;
         let event = Event::EnsureAsked { ask, model, kind, deadline };
         self.inbox.send(Message::Ask { event, ask, reply });
         answer
     }
 
+    /// Of an adapter: that alone, its base goes on.
     pub async fn unload(&self, model: ModelName, force: bool) -> Answer {
+        if self.serving(&model) != model {
+            return self.unload_adapter(&model).await;
+        }
         self.ask(|ask| Event::UnloadAsked { ask, model, force }).await
     }
 
@@ -425,6 +470,7 @@ impl Handle {
             feed: Feed::default(),
             logs: Logs::default(),
             performance: Performance::default(),
+            uses: Uses::default(),
             next_request: AtomicU64::new(1),
             next_ask: AtomicU64::new(1),
             contexts: Mutex::default(),

@@ -4,6 +4,8 @@
 //! work that happens outside it, `docker` what it does when Docker comes and goes, `handle` and
 //! `gate` what the gateway holds, `view` what everyone may read, `news` what is told of its changes.
 
+mod adapter_asks;
+pub mod adapters;
 mod docker;
 mod effects;
 pub mod gate;

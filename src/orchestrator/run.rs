@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::Desk;
 use super::docker::DockerState;
 use super::effects::{Effects, Slot, Task};
 use super::gate::{Gate, Lease, StartKind};
@@ -85,6 +86,7 @@ impl Reply {
 }
 
 pub(super) struct WaitingRequest {
+    /// As asked for: perhaps an adapter.
     pub model: ModelName,
     pub arrived: Time,
     pub reply: oneshot::Sender<Result<Lease, Refusal>>,
@@ -99,6 +101,8 @@ pub(super) struct Live {
     /// The effect under way, if it can be called off.
     pub task: Option<Task>,
     pub gate: Option<Arc<Gate>>,
+    /// Once it was told to start.
+    pub adapters: Option<Desk>,
     /// The counters the scheduler was last told.
     pub told: Option<GateCount>,
     pub progress: Progress,
@@ -119,6 +123,7 @@ impl Live {
             slot: Slot::default(),
             task: None,
             gate: None,
+            adapters: None,
             told: None,
             progress,
             progress_now,
@@ -164,11 +169,11 @@ impl Owner {
 
     fn receive(&mut self, message: Message) {
         match message {
-            Message::Request { request, reply } => {
+            Message::Request { request, asked, reply } => {
                 if reply.is_closed() {
                     return;
                 }
-                let (model, arrived) = (request.model.clone(), request.arrived);
+                let (model, arrived) = (asked, request.arrived);
                 self.waiting.insert(request.id, WaitingRequest { model, arrived, reply });
                 self.step(Event::RequestArrived(request));
             }
@@ -198,6 +203,8 @@ impl Owner {
             }
             Message::WhoLives(answer) => self.who_lives(answer),
             Message::DockerHealth(health) => self.docker_health(health),
+            Message::Adapter { adapter, on } => self.switch_adapter(&adapter, on),
+            Message::AdaptersChanged => {}
             Message::Reload { catalog, reply } => {
                 let before = self.shared.catalog.swap(Arc::clone(&catalog));
                 let changes = changes(&before, &catalog).to_string();
@@ -210,6 +217,9 @@ impl Owner {
                     let spec = catalog.model(&live.spec.name);
                     if let Some(spec) = spec.filter(|spec| spec.runs_like(&live.spec)) {
                         live.spec = Arc::clone(spec);
+                    }
+                    if let Some(desk) = &mut live.adapters {
+                        desk.follow(&catalog, &live.spec.name);
                     }
                 }
                 self.step(Event::CatalogChanged(catalog));

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::Uses;
 use super::docker::DockerState;
 use super::effects::{Effects, Slot};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
@@ -190,6 +191,7 @@ fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
         feed: Feed::default(),
         logs: Logs::of_this_process(),
         performance: Performance::default(),
+        uses: Uses::default(),
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
         contexts: Mutex::default(),

@@ -173,6 +173,11 @@ pub enum Refusal {
         #[serde(default)]
         pinned: Vec<ModelName>,
     },
+    /// Group rules forbid that it is up beside a model that never leaves.
+    KeptApart {
+        group: String,
+        by: ModelName,
+    },
     /// The last start failed; the next is tried at `retry_at`.
     StartFailed {
         swap: Option<SwapId>,

@@ -66,6 +66,10 @@ pub enum Event {
         model: ModelName,
         kept: bool,
     },
+    /// `group/model` was asked for: the other members shall be loaded, too.
+    CompanyAsked {
+        group: String,
+    },
     /// An effect ended. `swap` and `instance` are those of the action that began it;
     /// a completion that fits nothing under way is dropped.
     MoveDone {
@@ -291,6 +295,7 @@ pub enum FaultKind {
     StopFailed,
     SleepFailed,
     WakeFailed,
+    AdapterFailed,
     Cancelled,
     Internal,
 }
@@ -322,6 +327,7 @@ impl FaultKind {
             FaultKind::StopFailed => "stop_failed",
             FaultKind::SleepFailed => "sleep_failed",
             FaultKind::WakeFailed => "wake_failed",
+            FaultKind::AdapterFailed => "adapter_failed",
             FaultKind::Cancelled => "cancelled",
             FaultKind::Internal => "internal",
         }

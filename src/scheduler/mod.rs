@@ -11,6 +11,7 @@
 //! | `ask`, `sleep` | ensure, load, unload, sleep, wake: one answer each |
 //! | `stay` | how long a model stays that nobody pushes out: ttl, grace, pins, times of day |
 //! | `policy` | whose turn it is; who may be asked to leave |
+//! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `plan` | a dry run of all this |
 //! | `memory`, `proof` | promises, samples; when a release counts as proven |
@@ -25,6 +26,7 @@ mod attempt;
 mod cost;
 pub mod event;
 mod gates;
+mod groups;
 mod invariants;
 mod lifecycle;
 mod memory;
@@ -116,6 +118,8 @@ pub struct Scheduler {
     memory: Memory,
     /// Why a model that waits for room does not get any yet, in words.
     blocked: BTreeMap<ModelName, String>,
+    /// Models to be loaded for the sake of their group, and which.
+    company: BTreeMap<ModelName, String>,
     /// When somebody last wanted anything: restores wait for quiet.
     last_demand: Time,
     shutting_down: bool,
@@ -143,6 +147,7 @@ impl Scheduler {
             asks: BTreeMap::new(),
             memory: Memory::default(),
             blocked: BTreeMap::new(),
+            company: BTreeMap::new(),
             last_demand: Time::ZERO,
             shutting_down: false,
             runtime_fault: String::new(),
@@ -180,6 +185,10 @@ impl Scheduler {
             Event::PinAsked { ask, model, pinned } => self.pin_asked(ask, &model, pinned),
             Event::TtlUntil { model, until } => self.ttl_until(&model, until),
             Event::KeepChanged { model, kept } => self.keep_changed(&model, kept),
+            Event::CompanyAsked { group } => {
+                self.last_demand = self.now;
+                self.company_asked(&group);
+            }
             Event::MoveDone { swap, instance, done } => self.move_done(swap, instance, done),
             Event::Vouching { swap, instance } => self.vouching(swap, instance),
             Event::MemorySeen(result) => self.memory_seen(result),
@@ -234,6 +243,7 @@ impl Scheduler {
         self.expire_lost();
         self.expire_asks();
         self.expire_holds();
+        self.forget_company();
     }
 
     /// When `Event::Woke` is due next, and why.

@@ -5,8 +5,9 @@
 //!    other swap.
 //! 3. Models by what their waiters have suffered: summed age and the age of the oldest, weighted
 //!    by priority, per second of learned move.
-//! 4. Models whose keep window opened: in place of models that have been idle for long and that
-//!    no pin and no window keeps, while nobody waits.
+//! 4. Company: members of a group that is loaded together. Then models whose keep window opened: in
+//!    place of models that have been idle for long and that no pin and no window keeps, while nobody
+//!    waits.
 //! 5. Warm-up and restore: into free memory only, while nobody waits.
 
 use std::collections::BTreeSet;
@@ -30,6 +31,8 @@ pub(super) enum Urgency {
     /// Since when notice has been due.
     Overdue(Time),
     Normal,
+    /// Another member of its group is up.
+    Company,
     /// Wanted by the time of day: takes free memory, and the place of those long idle.
     Preload,
     /// Takes free memory only.
@@ -39,7 +42,7 @@ pub(super) enum Urgency {
 impl Urgency {
     /// Nobody has asked for it.
     pub fn is_unasked(self) -> bool {
-        self >= Urgency::Preload
+        self > Urgency::Normal
     }
 }
 
@@ -69,6 +72,7 @@ impl Scheduler {
             return;
         }
         let mut wanted: BTreeSet<GpuId> = BTreeSet::new();
+        let mut longer: Vec<ModelName> = Vec::new();
         for candidate in self.candidates() {
             // Somebody of higher rank may just have been given its place.
             let name = &candidate.spec.name;
@@ -85,7 +89,11 @@ impl Scheduler {
                 continue;
             }
             let urgent = candidate.urgency < Urgency::Normal;
-            match (self.plan(&candidate, &wanted), candidate.swap) {
+            let planned = match self.rival_waiting(&candidate, &longer) {
+                Some(why) => Planned::Blocked { gpus: Vec::new(), why },
+                None => self.plan(&candidate, &wanted),
+            };
+            match (planned, candidate.swap) {
                 (Planned::Room(plan), None) => {
                     let swap = self.begin_load(&candidate, &plan);
                     if self.wakes(swap) {
@@ -111,6 +119,7 @@ impl Scheduler {
                     }
                     if urgent {
                         wanted.extend(gpus);
+                        longer.push(candidate.spec.name.clone());
                     }
                     if let Some(swap) = swap.filter(|_| candidate.urgency.is_unasked()) {
                         self.cancel_swap(swap, "the free memory was taken");
@@ -146,7 +155,8 @@ impl Scheduler {
     }
 
     fn candidate(&self, spec: &Arc<ModelSpec>) -> Option<Candidate> {
-        let state = self.models.get(&spec.name)?;
+        // An adapter is served by its base, and never placed itself.
+        let state = self.models.get(&spec.name).filter(|_| spec.adapter.is_none())?;
         let swap = self.load_of(&spec.name);
         if swap.is_some_and(|s| s.placed || s.phase < Phase::Drain) || state.failure.is_some() {
             return None;
@@ -227,6 +237,7 @@ impl Scheduler {
             Some(cause @ (SwapCause::Ensure | SwapCause::Load)) => {
                 return Some((Urgency::Normal, cause));
             }
+            Some(SwapCause::Group) => return Some((Urgency::Company, SwapCause::Group)),
             Some(cause @ (SwapCause::Warmup | SwapCause::Restore)) => {
                 return Some((Urgency::Spare, cause));
             }
@@ -242,6 +253,9 @@ impl Scheduler {
                 | SwapCause::Cleanup,
             )
             | None => {}
+        }
+        if self.company_due(&spec.name) {
+            return Some((Urgency::Company, SwapCause::Group));
         }
         let spare = !self.somebody_waits();
         if spare && self.keep_due(spec).is_some_and(|due| due <= self.now) {
@@ -287,6 +301,12 @@ impl Scheduler {
         let name = &instance.model;
         if self.is_pinned(instance) {
             return Err(format!("{name} is pinned"));
+        }
+        if let Some(group) = self.catalog.persists_for(name, &candidate.spec.name) {
+            return Err(format!("{name} belongs to {group}, which stays"));
+        }
+        if let Some(why) = self.stays_for_company(candidate, instance) {
+            return Err(why);
         }
         if self.swaps.values().any(|s| s.instance == instance.id) {
             return Err(format!("{name} is being moved"));
@@ -342,7 +362,7 @@ impl Scheduler {
             Urgency::Ensure(_) => return Ok(if idle { Leaves::Idle } else { Leaves::Busy }),
             Urgency::Overdue(_) if idle => return Ok(Leaves::Idle),
             Urgency::Preload if idle => return Ok(Leaves::Idle),
-            Urgency::Normal | Urgency::Spare if idle => {
+            Urgency::Normal | Urgency::Company | Urgency::Spare if idle => {
                 let lingers = instance.last_used() + self.linger(instance);
                 // An instance that nobody has used yet was started for somebody.
                 return if lingers > self.now {
@@ -351,6 +371,7 @@ impl Scheduler {
                     Ok(Leaves::Idle)
                 };
             }
+            Urgency::Company => return Err(format!("{name} is in use")),
             Urgency::Preload => {
                 return Err(format!("{name} serves {} requests", instance.in_flight()));
             }

@@ -1,5 +1,6 @@
 //! What waits for each model: admission, order, time limits, grants.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Scheduler;
@@ -7,6 +8,7 @@ use super::action::{Action, Refusal};
 use super::event::{Fault, Learned, Request};
 use super::residency::{Instance, Residency};
 use super::stay::Stay;
+use crate::config::catalog::ModelSpec;
 use crate::units::{InstanceId, ModelName, Priority, RequestId, SwapId, Time};
 
 /// Head start of one priority class over the next within a model's queue: bounded, so that a
@@ -100,8 +102,9 @@ impl Scheduler {
         if self.shutting_down {
             return Err(Refusal::ShuttingDown);
         }
+        let served = |spec: &&Arc<ModelSpec>| spec.adapter.is_none();
         let (Some(spec), Some(state)) =
-            (self.catalog.model(&request.model), self.models.get(&request.model))
+            (self.catalog.model(&request.model).filter(served), self.models.get(&request.model))
         else {
             return Err(Refusal::UnknownModel);
         };

@@ -81,6 +81,8 @@ pub enum SwapCause {
     Load,
     Warmup,
     Restore,
+    /// Another member of its group was loaded.
+    Group,
     Unload,
     Ttl,
     /// A keep window is open: loaded before anybody asks.
@@ -104,6 +106,7 @@ impl SwapCause {
             SwapCause::Load => "load",
             SwapCause::Warmup => "warmup",
             SwapCause::Restore => "restore",
+            SwapCause::Group => "group",
             SwapCause::Unload => "unload",
             SwapCause::Ttl => "ttl",
             SwapCause::Keep => "keep",

@@ -64,7 +64,8 @@ impl Scheduler {
     fn ttl_ends(&self, instance: &Instance) -> Option<Time> {
         let ttl = instance.spec.ttl.filter(|_| self.ttl_runs(instance))?;
         let idle = instance.in_flight() == 0 && self.queue_len(&instance.model) == 0;
-        let from = if idle { instance.last_used() } else { self.now };
+        // Members of a group leave together: the last use of any counts.
+        let from = idle.then(|| self.idle_since(instance)).flatten().unwrap_or(self.now);
         Some((from + ttl).max(instance.ttl_until.unwrap_or_default()))
     }
 

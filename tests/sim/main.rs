@@ -13,6 +13,7 @@ mod checker;
 mod clients;
 mod disturb;
 mod effects;
+mod groups;
 mod host;
 mod machine;
 mod random;

@@ -133,6 +133,10 @@ pub enum Step {
         model: ModelName,
         stay: Stay,
     },
+    /// Somebody asked for `group/model`.
+    Company {
+        group: String,
+    },
     Reload(Arc<Catalog>, BTreeMap<ModelName, Truth>),
     /// A stranger takes memory and gives it back.
     Foreign {

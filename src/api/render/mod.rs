@@ -53,7 +53,10 @@ impl Snapshot<'_> {
     }
 
     pub fn in_flight(&self, name: &ModelName) -> u32 {
-        self.handle.gates().get(name).map_or(0, |gate| gate.in_flight())
+        match self.handle.adapter_use(name) {
+            Some(adapter) => adapter.in_flight(),
+            None => self.handle.gates().get(name).map_or(0, |gate| gate.in_flight()),
+        }
     }
 
     pub fn queued(&self, name: &ModelName) -> usize {
@@ -73,6 +76,9 @@ impl Snapshot<'_> {
 
     /// Requests given to the model since its first start.
     pub fn requests(&self, name: &ModelName) -> u64 {
+        if let Some(adapter) = self.handle.adapter_use(name) {
+            return adapter.granted();
+        }
         let before = self.view.models.get(name).map_or(0, |facts| facts.requests_before);
         before + self.handle.gates().get(name).map_or(0, |gate| gate.granted())
     }

@@ -19,6 +19,7 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Map<String, Value> {
         "engine": spec.engine,
         "engine_endpoint": facts.endpoint,
         "runtime": runtime(&spec.runtime),
+        "adapter_of": spec.adapter.as_ref().map(|adapter| &adapter.of),
         "pinned": view.map_or(spec.pinned, |view| view.pinned),
         "kept": view.is_some_and(|view| view.kept),
         "unlisted": spec.unlisted,

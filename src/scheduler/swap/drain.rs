@@ -39,7 +39,10 @@ impl Scheduler {
         swap.urgent = candidate.urgency < Urgency::Normal;
         // What began as a warm-up goes on for whoever waits now.
         if !candidate.urgency.is_unasked()
-            && matches!(swap.cause, SwapCause::Warmup | SwapCause::Restore | SwapCause::Keep)
+            && matches!(
+                swap.cause,
+                SwapCause::Warmup | SwapCause::Restore | SwapCause::Keep | SwapCause::Group
+            )
         {
             swap.cause = candidate.cause;
         }

@@ -184,6 +184,7 @@ impl Scheduler {
             Urgency::Normal if waiting > 0 => format!("{waiting} waiting, the oldest {age}"),
             Urgency::Normal => "its caller left; what it began goes on".to_owned(),
             Urgency::Preload => "its keep window is open, nobody waits".to_owned(),
+            Urgency::Company => "another of its group is up".to_owned(),
             Urgency::Spare => "fits into free memory, nobody waits".to_owned(),
         };
         let names: Vec<String> = plan
@@ -264,6 +265,7 @@ impl Scheduler {
             SwapCause::Keep => {
                 !wanted && !asked && (self.somebody_waits() || !self.is_kept(&swap.model))
             }
+            SwapCause::Group => !wanted && !asked && !self.company_due(&swap.model),
             SwapCause::Ensure
             | SwapCause::Load
             | SwapCause::Unload

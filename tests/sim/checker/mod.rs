@@ -3,6 +3,7 @@
 
 mod actions;
 mod asks;
+mod groups;
 mod host;
 mod known;
 mod memory;
@@ -233,7 +234,7 @@ impl Checker {
                 dead.iter().for_each(|&instance| self.told_dead(instance));
             }
             Event::ShuttingDown => (self.shutting_down, self.queue_changed) = (true, true),
-            Event::Remembered { .. } | Event::Woke => {}
+            Event::Remembered { .. } | Event::CompanyAsked { .. } | Event::Woke => {}
         }
     }
 

@@ -80,6 +80,7 @@ impl Checker {
         self.require(free_of_victims, || {
             format!("{} is a {:?} but evicts {:?}", record.id, record.cause, record.evicted)
         });
+        self.groups_are_kept(record);
         for evicted in &record.evicted {
             let changed = self.insts.get(&evicted.instance).is_none_or(|known| {
                 self.catalog.model(&known.model).is_none_or(|spec| *spec != known.spec)
