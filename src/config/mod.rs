@@ -18,6 +18,7 @@ mod keep;
 mod launch;
 mod models;
 mod overrides;
+pub mod peers;
 mod problem;
 mod routing;
 mod rules;
@@ -170,7 +171,9 @@ fn read(
     overrides.extend(overrides::ollama(&read.models, env, sink));
     top.take("macros");
     top.finish(sink, UNREAD);
-    let models = read.models.into_iter().map(|m| (m.spec.name.clone(), m.spec)).collect();
+    let models = read.models.into_iter().map(|m| (m.spec.name.clone(), m.spec));
+    let of_peers = routing.peers.values().flat_map(|peer| peer.listed_specs());
+    let models = models.chain(of_peers).collect();
     let routing::Routing { groups, routes, peers, registrable, .. } = routing;
     let settings = settings.settings;
     Some((Catalog { models, aliases, groups, routes, peers, registrable, settings }, overrides))

@@ -84,10 +84,21 @@ pub async fn send(
     }
     tokio::select! {
         answer = timeout(silence_max, gate.client.request(request)) => match answer {
-            Ok(Ok(response)) => Ok(response),
+            Ok(Ok(response)) => {
+                if let Some(circuit) = &gate.endpoint.circuit {
+                    circuit.answered();
+                }
+                Ok(response)
+            }
             // The engine is stopped by cancelling first: its closing connections are no accident.
             Ok(Err(_)) if lease.cut().is_cancelled() => Err(Failure::Cancelled),
-            Ok(Err(error)) => Err(judge(&error, authority(&gate.endpoint.base).0)),
+            Ok(Err(error)) => {
+                let failure = judge(&error, authority(&gate.endpoint.base).0);
+                if let (Some(circuit), Failure::Lost(why)) = (&gate.endpoint.circuit, &failure) {
+                    circuit.failed(why);
+                }
+                Err(failure)
+            }
             Err(_) => Err(Failure::Silent(silence_max)),
         },
         () = lease.cut().cancelled() => Err(Failure::Cancelled),

@@ -66,7 +66,7 @@ pub async fn start(
     let epoch = Instant::now();
     let holders = Holders::new(&state.installation);
     let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
-    let (process, external) = (ProcessRuntime::default(), ExternalRuntime);
+    let (process, external) = (ProcessRuntime::default(), ExternalRuntime::default());
     let effects = Effects {
         runtimes: Runtimes {
             process,
