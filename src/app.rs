@@ -77,6 +77,7 @@ pub async fn run(
     tracing::info!(gateway = %gateway_at, orchestrator = %orchestrator_at, "serving");
 
     let sampling = tokio::spawn(performance::sample(handle.clone()));
+    let discovering = tokio::spawn(orchestrator::discover_peers(handle.clone()));
     let reloads = tokio::spawn(reload_on_sighup(reload, handle.clone(), orchestrator_at));
     let signal_name = tokio::select! {
         name = wait_for_stop(&mut signals) => name,
@@ -86,6 +87,7 @@ pub async fn run(
     tracing::info!("{signal_name}: draining, at most {} s; once more to hurry", drain.as_secs());
     reloads.abort();
     sampling.abort();
+    discovering.abort();
     // Whoever waits in the queue hears it now, not when the drain is over and connections are cut.
     handle.refuse_new();
     stop.cancel();

@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::catalog::{
-    Catalog, EngineKind, GpuRequest, Health, ModelSpec, Peer, RuntimeSpec,
-};
+use super::catalog::{Catalog, EngineKind, GpuRequest, Health, ModelSpec, Peer, RuntimeSpec};
 use super::models::unfit;
 use crate::units::ModelName;
 
@@ -66,14 +64,15 @@ impl Discovered {
         models.retain(|model| unfit(&format!("{}/{model}", peer.name), "model").is_none());
         models.sort_unstable();
         models.dedup();
-        if models.len() > DISCOVERED_MAX {
-            let (peer, more) = (&peer.name, models.len() - DISCOVERED_MAX);
-            tracing::warn!(peer, "{more} of its models are left out: list those that are wanted");
-            models.truncate(DISCOVERED_MAX);
-        }
+        let left_out = models.len().saturating_sub(DISCOVERED_MAX);
+        models.truncate(DISCOVERED_MAX);
         let known = self.0.get(&peer.name);
         if known.is_some_and(|(before, known)| *before == peer && *known == models) {
             return false;
+        }
+        if left_out > 0 {
+            let peer = &peer.name;
+            tracing::warn!(peer, "{left_out} of its models are left out: list those wanted");
         }
         self.0.insert(peer.name.clone(), (peer, models));
         true
@@ -176,6 +175,9 @@ models: { ada: { engine: openai, process: { cmd: x }, gpus: 0, port: 9001, alias
         let mut discovered = Discovered::default();
         assert!(discovered.learn(Arc::clone(&file.peers["far"]), many.clone()));
         assert!(!discovered.learn(Arc::clone(&file.peers["far"]), many), "nothing new");
-        assert_eq!(discovered.merged(Arc::clone(&file)).models.len(), file.models.len() + DISCOVERED_MAX);
+        assert_eq!(
+            discovered.merged(Arc::clone(&file)).models.len(),
+            file.models.len() + DISCOVERED_MAX
+        );
     }
 }

@@ -29,7 +29,7 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 
 /// What an engine must not see: credentials for Wharf, and what hyper or Wharf sets anew.
 /// Accept-Encoding, because a compressed answer could not be read in passing.
-const NOT_FORWARDED: [HeaderName; 11] = [
+const NOT_FORWARDED: [HeaderName; 12] = [
     header::AUTHORIZATION,
     HeaderName::from_static("x-api-key"),
     HeaderName::from_static("api-key"),
@@ -41,7 +41,10 @@ const NOT_FORWARDED: [HeaderName; 11] = [
     HeaderName::from_static("x-wharf-start"),
     HeaderName::from_static("x-wharf-max-wait"),
     HeaderName::from_static("x-wharf-priority"),
+    HOPS,
 ];
+/// Told to servers elsewhere, which may be Wharfs that lead back to this one.
+const HOPS: HeaderName = HeaderName::from_static("x-wharf-hops");
 
 const CONNECT_MAX: Duration = Duration::from_millis(200);
 
@@ -52,6 +55,8 @@ pub struct Outgoing {
     pub path_and_query: String,
     pub headers: HeaderMap,
     pub body: Bytes,
+    /// How many Wharfs it came through.
+    pub hops: u32,
 }
 
 /// Why no response head arrived.
@@ -79,6 +84,9 @@ pub async fn send(
         uri.parse().map_err(|error| Failure::Broken(format!("URL {uri}: {error}")))?;
     *request.method_mut() = outgoing.method.clone();
     *request.headers_mut() = outgoing.headers.clone();
+    if gate.endpoint.circuit.is_some() {
+        request.headers_mut().insert(HOPS, HeaderValue::from(outgoing.hops + 1));
+    }
     if let Some(key) = &gate.endpoint.api_key {
         request.headers_mut().insert(header::AUTHORIZATION, key.bearer());
     }

@@ -15,7 +15,7 @@ use super::leftovers::LeftoverNews;
 use super::outage::OutageNews;
 use super::reconcile::InDocker;
 use super::view::{Health, View};
-use crate::config::catalog::Catalog;
+use crate::config::catalog::{Catalog, Peer};
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
 use crate::store::{Activity, Store};
@@ -54,6 +54,11 @@ pub enum Message {
     Reload {
         catalog: Arc<Catalog>,
         reply: oneshot::Sender<()>,
+    },
+    /// What a peer with `models: "*"` has.
+    PeerModels {
+        peer: Arc<Peer>,
+        models: Vec<String>,
     },
     /// Refuse what waits and start nothing more; what runs goes on.
     RefuseNew,

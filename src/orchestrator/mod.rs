@@ -15,6 +15,7 @@ mod memory_watch;
 mod news;
 mod ollama;
 mod outage;
+mod peers;
 mod perform;
 mod publish;
 mod reconcile;
@@ -27,5 +28,6 @@ pub mod view;
 
 pub use gate::{Gate, Lease, StartKind};
 pub use handle::{Handle, RequestOptions, Waiting};
+pub use peers::discover as discover_peers;
 pub use start::{StartError, start};
 pub use view::View;

@@ -388,8 +388,7 @@ impl Owner {
             let Some(report) = ended(&mut exit).await else { return };
             if let Some(base) = elsewhere {
                 let text = format!("{model}: {base} does not answer any more");
-                let fault =
-                    Fault::new(FaultKind::RuntimeUnreachable, text).with_log(log.last(20));
+                let fault = Fault::new(FaultKind::RuntimeUnreachable, text).with_log(log.last(20));
                 inbox.send(Message::Effect(Event::InstanceDied { instance, fault }));
                 return;
             }

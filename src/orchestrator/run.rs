@@ -21,6 +21,7 @@ use super::state_writer::StateWriter;
 use super::view::{Leftover, ModelFacts};
 use crate::config::catalog::ModelSpec;
 use crate::config::diff::changes;
+use crate::config::peers::Discovered;
 use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow};
 use crate::scheduler::Scheduler;
 use crate::scheduler::action::{Answer, Refusal};
@@ -59,6 +60,8 @@ pub(super) struct Owner {
     pub outages: BTreeMap<&'static str, String>,
     pub leftovers: BTreeMap<InstanceId, Leftover>,
     pub foreign: watch::Receiver<Vec<Foreign>>,
+    /// Models of peers that no file names.
+    pub peers: Discovered,
     pub shutdown: Option<(CancellationToken, oneshot::Sender<()>)>,
     /// Sent once the view is published: who is told of a change can read it.
     pub replies: Vec<Reply>,
@@ -196,7 +199,17 @@ impl Owner {
             }
             Message::WhoLives(answer) => self.who_lives(answer),
             Message::DockerHealth(health) => self.docker_health(health),
+            Message::PeerModels { peer, models } => {
+                if self.peers.learn(peer, models) {
+                    let (reply, _) = oneshot::channel();
+                    self.receive(Message::Reload {
+                        catalog: self.shared.catalog.load_full(),
+                        reply,
+                    });
+                }
+            }
             Message::Reload { catalog, reply } => {
+                let catalog = self.peers.merged(catalog);
                 let before = self.shared.catalog.swap(Arc::clone(&catalog));
                 let changes = changes(&before, &catalog).to_string();
                 self.shared.logs.keep_only(&catalog);

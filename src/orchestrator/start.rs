@@ -24,6 +24,7 @@ use super::state_dir::{LastIds, StateDir, StateError};
 use super::state_writer::StateWriter;
 use super::view::{ModelFacts, View};
 use crate::config::catalog::{Catalog, OnExit, StopSpec};
+use crate::config::peers::Discovered;
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::external::ExternalRuntime;
@@ -143,6 +144,7 @@ pub async fn start(
         outages: BTreeMap::new(),
         leftovers: BTreeMap::new(),
         foreign,
+        peers: Discovered::default(),
         shutdown: None,
         replies: Vec::new(),
     };

@@ -41,7 +41,8 @@ impl Servers {
         servers.retain(|_, server| server.strong_count() > 0);
         let known = servers.get(&key).and_then(Weak::upgrade).filter(|server| server.is_there());
         let server = known.unwrap_or_else(|| {
-            let server = Arc::new(Server { failed: AtomicU32::new(0), gone: watch::channel(None).0 });
+            let server =
+                Arc::new(Server { failed: AtomicU32::new(0), gone: watch::channel(None).0 });
             servers.insert(key, Arc::downgrade(&server));
             let look = look(Arc::downgrade(&server), endpoint.clone(), path.map(str::to_owned));
             tokio::spawn(look);
