@@ -151,12 +151,15 @@ async fn requests_that_fail_open_the_circuit_too() {
 #[tokio::test]
 async fn failover_asks_the_peer_when_the_own_model_cannot_be_had_in_time() {
     let far = far(&engine("ada", "")).await;
-    let models = "  broken: { engine: openai, vram: 1GiB, process: { cmd: 'false' } }\n".to_owned()
-        + &engine("slow", "--load 90s")
-        + &engine("own", "");
+    let models =
+        "  broken: { engine: openai, vram: 1GiB, process: { cmd: 'false' }, port: 19999 }\n"
+            .to_owned()
+            + &engine("slow", "--load 90s")
+            + &engine("dies", "--crash-on-request 1")
+            + &engine("own", "");
     let settings = peer(&far, ", models: [ada]")
         + "\nroutes:\n  smart: { failover: [broken, far/ada] }\n  patient: { failover: [slow, \
-           far/ada], within: 300ms }\n  home: { failover: [own, far/ada] }\n  lost: { failover: \
+           far/ada], within: 300ms }\n  shaky: { failover: [dies, far/ada] }\n  home: { failover: [own, far/ada] }\n  lost: { failover: \
            [broken, far/gone] }\n";
     let settings = settings.replace("models: [ada]", "models: [ada, gone]");
     let near = near(&settings, &models).await;
@@ -166,13 +169,16 @@ async fn failover_asks_the_peer_when_the_own_model_cannot_be_had_in_time() {
     }
     says(&near, "patient", false, "ada").await;
     assert_eq!(answered_by(&near).await, "far/ada");
+    // Started, and gone before it answered: twice, as one retry is its own.
+    says(&near, "shaky", true, "ada").await;
+    assert_eq!(answered_by(&near).await, "far/ada");
     says(&near, "home", false, "own").await;
     assert_eq!(answered_by(&near).await, "own");
     // The last one's answer is the answer, and every request is told of once.
     let lost = ask(&near, "lost", false).await;
     assert_eq!(lost.status, 404, "{lost:?}");
     let rows = near.server.talk.get("/api/metrics").await.expect("rows");
-    assert_eq!(rows.as_array().expect("rows").len(), 6);
+    assert_eq!(rows.as_array().expect("rows").len(), 7);
     let row = &listed(&near).await;
     let row = row.iter().find(|row| row["id"] == "smart").expect("the route");
     assert_eq!(row["meta"]["route"], "failover");
