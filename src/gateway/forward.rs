@@ -209,6 +209,8 @@ pub fn passed_headers(headers: HeaderMap, request_id: &HeaderValue) -> HeaderMap
 /// Headers of the answer as the client gets them. Whom browsers may tell is ours to say.
 pub fn response_headers(headers: &mut HeaderMap) {
     strip_hop_by_hop(headers);
+    // Another Wharf's word for its model: ours follows.
+    headers.remove("x-wharf-model");
     let cors: Vec<HeaderName> = headers
         .keys()
         .filter(|name| name.as_str().starts_with("access-control-"))
@@ -251,6 +253,7 @@ mod tests {
             ("host", "wharf"),
             ("content-length", "5"),
             ("x-wharf-start", "never"),
+            ("x-wharf-hops", "1"),
             ("content-type", "application/json"),
             ("traceparent", "00-1-2-01"),
         ] {
@@ -260,5 +263,13 @@ mod tests {
         let mut names: Vec<&str> = headers.keys().map(|name| name.as_str()).collect();
         names.sort_unstable();
         assert_eq!(names, ["content-type", "traceparent", "x-request-id"]);
+    }
+    #[test]
+    fn the_name_that_a_peer_has_for_its_model_is_not_told() {
+        let mut headers = HeaderMap::new();
+        headers.insert("x-wharf-model", HeaderValue::from_static("ada"));
+        headers.insert("content-type", HeaderValue::from_static("application/json"));
+        response_headers(&mut headers);
+        assert_eq!(headers.keys().map(|name| name.as_str()).collect::<Vec<_>>(), ["content-type"]);
     }
 }

@@ -67,12 +67,11 @@ pub async fn start(
     let epoch = Instant::now();
     let holders = Holders::new(&state.installation);
     let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
-    let (process, external) = (ProcessRuntime::default(), ExternalRuntime::default());
     let effects = Effects {
         runtimes: Runtimes {
-            process,
+            process: ProcessRuntime::default(),
             docker: docker.clone(),
-            external,
+            external: ExternalRuntime::default(),
             ollama: OllamaRuntime::default(),
         },
         gpus: gpus.clone(),
