@@ -206,6 +206,8 @@ async fn two_that_lead_to_each_other_end_the_circle() {
     let here = near("", &engine("own", "")).await;
     let there = near("", &engine("own", "")).await;
     for (world, other) in [(&here, &there), (&there, &here)] {
+        // It may be up before it heeds the signal: by then it does.
+        says(world, "own", false, "own").await;
         let file = world.dir.path().join("models.yaml");
         let text = std::fs::read_to_string(&file).expect("its file");
         let url = &other.server.talk.gateway;
