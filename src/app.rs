@@ -53,6 +53,7 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
     tracing::info!(gateway = %settings.gateway, orchestrator = %settings.orchestrator, "serving");
 
     let sampling = tokio::spawn(performance::sample(handle.clone()));
+    let discovering = tokio::spawn(orchestrator::discover_peers(handle.clone()));
     let hangups = tokio::spawn(reload_on_sighup(handle.clone()));
     let signal_name = tokio::select! {
         name = wait_for_stop(&mut signals) => name,
@@ -62,6 +63,7 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
     tracing::info!("{signal_name}: draining, at most {} s; once more to hurry", drain.as_secs());
     hangups.abort();
     sampling.abort();
+    discovering.abort();
     // Whoever waits in the queue hears it now, not when the drain is over and connections are cut.
     handle.refuse_new();
     stop.cancel();

@@ -436,14 +436,13 @@ async fn api_events_begin_with_everything_and_go_on_live() {
 async fn models_of_peers_are_rows_with_their_peer() {
     let (puppet, _leases) = world();
     let mut catalog = Catalog::clone(&puppet.handle.catalog());
-    let at = ExternalSpec { url: "http://gpu2.lan".to_owned(), ca: None, api_key: None };
-    let peer = Peer { name: "gpu2".to_owned(), at, models: vec!["big".to_owned()] };
-    catalog.peers.insert("gpu2".to_owned(), Arc::new(peer));
+    let spec = ModelSpec { peer: Some("gpu2".to_owned()), ..ModelSpec::plain("gpu2/big") };
+    catalog.models.insert(spec.name.clone(), Arc::new(spec));
     puppet.handle.catalog_for_tests(catalog);
     let (_, mut tail) = Tail::open(&gateway(&puppet), request(Method::GET, "/api/events")).await;
     let first = messages(tail.until("inflight").await);
     let row = first[2].1.as_array().expect("rows").last().expect("a row").clone();
-    assert_eq!((&row["id"], &row["peerID"]), (&json!("big"), &json!("gpu2")));
+    assert_eq!((&row["id"], &row["peerID"]), (&json!("gpu2/big"), &json!("gpu2")));
 }
 
 /// A reader that reads nothing costs one ring for all, and is told what it missed.

@@ -29,7 +29,7 @@ fn row(at: &Snapshot<'_>, entry: &Entry) -> Value {
     json!({
         "id": entry.id,
         "request_id": who.request_id.to_str().unwrap_or_default(),
-        "model": who.model,
+        "model": entry.model().as_str(),
         "requested": who.requested,
         "key": who.key,
         "path": who.path,

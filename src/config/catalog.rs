@@ -277,6 +277,9 @@ pub struct ModelSpec {
     /// Came by registration, not from models.yaml.
     #[serde(default)]
     pub registered: bool,
+    /// One of another server's models: that peer's name. `upstream_name` is its name there.
+    #[serde(default)]
+    pub peer: Option<String>,
     /// Where this entry stands in models.yaml (1-based), for messages.
     pub line: u32,
 }

@@ -106,6 +106,7 @@ impl ModelSpec {
             answer_timeout: None,
             http: None,
             registered: false,
+            peer: None,
             line: 1,
         }
     }

@@ -1,10 +1,11 @@
 //! What a reload changes, in words: models by name, settings by key.
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::catalog::{Catalog, GpuSettings, Settings};
+use super::catalog::{Catalog, GpuSettings, ModelSpec, Peer, Settings};
 
 /// Names listed of each kind; the rest are counted.
 const NAMES_MAX: usize = 10;
@@ -26,6 +27,16 @@ pub fn changes(old: &Catalog, new: &Catalog) -> Changes {
         let names = here.models.keys().filter(|name| !there.models.contains_key(*name));
         names.map(ToString::to_string).collect::<Vec<_>>()
     };
+    // A file does not name what its peers were found to have: that stays.
+    let stays = |name: &String| {
+        let spec = old.resolve(name).filter(|spec| old.is_discovered(spec));
+        let peer = spec.and_then(|spec| new.peers.get(spec.peer.as_ref()?));
+        let names_some = |peer: &Peer| {
+            let of_peer = |spec: &Arc<ModelSpec>| spec.peer.as_ref() == Some(&peer.name);
+            new.models.values().any(|spec| of_peer(spec) && new.is_discovered(spec))
+        };
+        peer.is_some_and(|peer| peer.is_open() && !names_some(peer))
+    };
     let both = || new.models.values().filter_map(|spec| Some((old.model(&spec.name)?, spec)));
     let edited = |runs_on: bool| {
         let edited =
@@ -34,7 +45,7 @@ pub fn changes(old: &Catalog, new: &Catalog) -> Changes {
     };
     Changes {
         added: missing_in(old, new),
-        removed: missing_in(new, old),
+        removed: missing_in(new, old).into_iter().filter(|name| !stays(name)).collect(),
         changed: edited(false),
         adjusted: edited(true),
         settings: settings(&old.settings, &new.settings),

@@ -21,6 +21,7 @@ mod models;
 mod overlay;
 mod overrides;
 pub mod patch;
+pub mod peers;
 mod problem;
 mod routing;
 mod rules;
@@ -291,7 +292,9 @@ fn read(
     overrides.extend(overrides::ollama(&read.models, env, sink));
     top.take("macros");
     top.finish(sink, UNREAD);
-    let models = read.models.into_iter().map(|m| (m.spec.name.clone(), m.spec)).collect();
+    let models = read.models.into_iter().map(|m| (m.spec.name.clone(), m.spec));
+    let of_peers = routing.peers.values().flat_map(|peer| peer.listed_specs());
+    let models = models.chain(of_peers).collect();
     let routing::Routing { groups, routes, peers, registrable, .. } = routing;
     let settings = settings.settings;
     let mut catalog = Catalog { models, aliases, groups, routes, peers, registrable, settings };

@@ -273,6 +273,7 @@ impl Reader<'_> {
             answer_timeout: fields.answer_timeout,
             http: fields.http.map(Arc::new),
             registered: false,
+            peer: None,
             line: spot.place.line,
         })
     }
@@ -400,9 +401,19 @@ const VERBS: [&str; 8] =
     ["load", "unload", "pin", "sleep", "wake", "health", "extend-ttl", "register"];
 
 pub(super) fn check_name(name: &str, what: &str, spot: &Spot, sink: &mut Sink) {
+    let Some((message, expected)) = unfit(name, what) else { return };
+    let problem = sink.error(spot, message, expected);
+    let last = name.rsplit('/').next().unwrap_or_default();
+    if VERBS.contains(&last) {
+        problem.help(format!("`POST /models/{name}` could not be told from a control call"));
+    }
+}
+
+/// What is wrong with a name, and what is expected.
+pub(super) fn unfit(name: &str, what: &str) -> Option<(String, String)> {
     let last = name.rsplit('/').next().unwrap_or_default();
     let unfit = |c: char| c.is_control() || c.is_whitespace() || "?#%\\\"'<>`{}|^".contains(c);
-    let (message, expected) = if name.is_empty() {
+    Some(if name.is_empty() {
         (format!("this {what} has an empty name"), "expected a name such as `mistral`".to_owned())
     } else if let Some(c) = name.chars().find(|c| unfit(*c)) {
         let shown = c.escape_debug();
@@ -417,10 +428,6 @@ pub(super) fn check_name(name: &str, what: &str, spot: &Spot, sink: &mut Sink) {
     } else if name.len() > 200 {
         (format!("this {what}'s name is longer than 200 bytes"), "expected less".to_owned())
     } else {
-        return;
-    };
-    let problem = sink.error(spot, message, expected);
-    if VERBS.contains(&last) {
-        problem.help(format!("`POST /models/{name}` could not be told from a control call"));
-    }
+        return None;
+    })
 }

@@ -58,6 +58,7 @@ pub(super) fn read(
             prefix_name(&key.text, "peer", &at.key_spot(), sink);
             claim(&mut taken, &key.text, "peer", &at.key_spot(), sink);
             if let Some(peer) = peer(&key.text, &at, sink) {
+                listed(&peer, &at, sink);
                 routing.peers.insert(key.text.clone(), Arc::new(peer));
             }
         }
@@ -181,6 +182,13 @@ fn peer(name: &str, at: &At<'_>, sink: &mut Sink) -> Option<Peer> {
         ],
     );
     Some(Peer { name: name.to_owned(), at: ExternalSpec { url: url?, ca, api_key }, models })
+}
+
+/// The names of models that a peer lists become names of models here.
+fn listed(peer: &Peer, at: &At<'_>, sink: &mut Sink) {
+    for model in peer.listed() {
+        check_name(&format!("{}/{model}", peer.name), "peer's model", &at.key_spot(), sink);
+    }
 }
 
 /// What a route may lead to.

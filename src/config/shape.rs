@@ -55,6 +55,7 @@ impl ModelSpec {
             unlisted: _,
             metadata: _,
             registered: _,
+            peer: _,
             size_gb: _,
             line: _,
             // Policy: who is served when, and who leaves when and how.

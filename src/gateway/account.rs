@@ -154,6 +154,17 @@ impl Account {
         &self.cancel
     }
 
+    /// The next model of a route is asked instead.
+    pub fn moved(&mut self, model: ModelName) {
+        if let Some(record) = &mut self.record {
+            (record.start, record.sent) = (None, None);
+            if let Some(ticket) = &record.ticket {
+                ticket.moved(model.clone());
+            }
+        }
+        self.model = model;
+    }
+
     pub fn granted(&mut self, start: StartKind, waited: Duration) {
         let Some(record) = &mut self.record else { return };
         record.start = Some(start);

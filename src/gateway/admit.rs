@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, StatusCode};
 
+use super::choose::may_see;
 use super::nearest::nearest;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::Reject;
@@ -13,6 +14,8 @@ use crate::config::catalog::{ApiKey, Asked, Catalog, ModelSpec, Scope, StartRule
 use crate::units::Priority;
 
 const NAMES_SHOWN_MAX: usize = 12;
+/// How often a request may be passed on from one Wharf to the next: a loop ends here.
+const HOPS_MAX: u32 = 3;
 
 /// The model behind a name, an alias or `group/model`. Names that the key may not use are not disclosed.
 pub fn model<'c>(
@@ -24,24 +27,46 @@ pub fn model<'c>(
         return Err(unknown(catalog, requested, key));
     };
     if !auth::may_use(key, spec.name.as_str(), requested) {
-        let name = key.map_or("", |key| key.name.as_str());
-        let message = format!(
-            "API key \"{name}\" may not use model \"{requested}\"; its patterns are under \
-             auth.keys in models.yaml"
-        );
-        return Err(Reject::new(StatusCode::FORBIDDEN, "model_not_allowed", message).param("model"));
+        return Err(not_allowed(requested, key));
     }
     Ok(spec)
 }
 
+pub fn not_allowed(requested: &str, key: Option<&ApiKey>) -> Reject {
+    let name = key.map_or("", |key| key.name.as_str());
+    let message = format!(
+        "API key \"{name}\" may not use model \"{requested}\"; its patterns are under auth.keys in \
+         models.yaml"
+    );
+    Reject::new(StatusCode::FORBIDDEN, "model_not_allowed", message).param("model")
+}
+
+/// The peer before the slash, if it may have any model and has not told one yet.
+fn silent_peer<'c>(catalog: &'c Catalog, requested: &str) -> Option<&'c str> {
+    let peer = catalog.peers.get(requested.split_once('/')?.0).filter(|peer| peer.is_open())?;
+    let is_its = |spec: &Arc<ModelSpec>| {
+        spec.peer.as_ref() == Some(&peer.name) && catalog.is_discovered(spec)
+    };
+    (!catalog.models.values().any(is_its)).then_some(peer.name.as_str())
+}
+
 fn unknown(catalog: &Catalog, requested: &str, key: Option<&ApiKey>) -> Reject {
+    if let Some(peer) = silent_peer(catalog, requested)
+        && auth::may_use(key, requested, requested)
+    {
+        let message = format!(
+            "the peer \"{peer}\" has not told its models yet: it does not answer, or has none"
+        );
+        return Reject::new(StatusCode::SERVICE_UNAVAILABLE, "peer_unavailable", message);
+    }
     let names = catalog.models.values().map(|spec| (spec.name.as_str(), &spec.name));
     let aliases = catalog.aliases.iter().map(|(alias, model)| (alias.as_str(), model));
-    let usable: Vec<&str> = names
+    let usable = names
         .chain(aliases)
         .filter(|(name, model)| auth::may_use(key, model.as_str(), name))
-        .map(|(name, _)| name)
-        .collect();
+        .map(|(name, _)| name);
+    let routes = catalog.routes.iter().filter(|(name, route)| may_see(catalog, name, route, key));
+    let usable: Vec<&str> = usable.chain(routes.map(|(name, _)| name.as_str())).collect();
     let shown: String = requested.chars().take(NAME_SHOWN_MAX).collect();
     let near = nearest(requested, usable.iter().copied());
     let hint = if !near.is_empty() {
@@ -68,6 +93,8 @@ pub struct Wishes {
     never_start: bool,
     max_wait: Option<Duration>,
     priority: Option<Priority>,
+    /// How many Wharfs it came through.
+    pub hops: u32,
 }
 
 impl Wishes {
@@ -91,7 +118,7 @@ impl Wishes {
             Some("high") => Some(Priority::High),
             Some(_) => return Err(bad("X-Wharf-Priority", "`low`, `normal` or `high`")),
         };
-        Ok(Wishes { never_start, max_wait, priority })
+        Ok(Wishes { never_start, max_wait, priority, hops: hops(headers)? })
     }
 
     /// The priority that counts: within the key's bounds, else not above the model's own.
@@ -126,6 +153,19 @@ fn is_unbound(key: Option<&ApiKey>) -> bool {
 /// Whether `max_wait` may be shorter than the configured one: its operator said so.
 pub fn may_hurry(key: Option<&ApiKey>) -> bool {
     is_unbound(key) || key.is_some_and(|key| key.max_wait.is_some())
+}
+
+fn hops(headers: &HeaderMap) -> Result<u32, Reject> {
+    let Some(value) = text(headers, "x-wharf-hops")? else { return Ok(0) };
+    let hops = value.parse().map_err(|_| bad("X-Wharf-Hops", "a number"))?;
+    if hops > HOPS_MAX {
+        let message = format!(
+            "this request came through {hops} Wharfs already (at most {HOPS_MAX}): peers lead to \
+             each other in a circle; look at `peers` and `routes` there and here"
+        );
+        return Err(Reject::new(StatusCode::LOOP_DETECTED, "too_many_hops", message).hopeless());
+    }
+    Ok(hops)
 }
 
 fn text(headers: &HeaderMap, name: &'static str) -> Result<Option<String>, Reject> {
@@ -192,7 +232,7 @@ mod tests {
             ..ApiKey::default()
         };
         let asked =
-            Wishes { max_wait: seconds(5), priority: Some(Priority::High), never_start: false };
+            Wishes { max_wait: seconds(5), priority: Some(Priority::High), ..Wishes::default() };
         let spec = ModelSpec { priority: Priority::High, ..ModelSpec::plain("ada") };
         assert_eq!(asked.max_wait(Some(&app)), seconds(60));
         assert_eq!(asked.priority(&spec, Some(&app)), Priority::Normal);
@@ -224,6 +264,14 @@ mod tests {
             assert_eq!(reject.problem().status, 400);
             assert!(reject.problem().message.contains(shown));
         }
+    }
+
+    #[test]
+    fn a_request_that_goes_round_in_circles_is_refused() {
+        assert_eq!(wishes("x-wharf-hops", "3").unwrap().hops, 3);
+        let reject = wishes("x-wharf-hops", "4").unwrap_err();
+        assert_eq!((reject.code(), reject.problem().status.as_u16()), ("too_many_hops", 508));
+        assert_eq!(wishes("x-wharf-hops", "many").unwrap_err().code(), "header_invalid");
     }
 
     #[test]

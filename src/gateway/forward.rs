@@ -29,7 +29,7 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 
 /// What an engine must not see: credentials for Wharf, and what hyper or Wharf sets anew.
 /// Accept-Encoding, because a compressed answer could not be read in passing.
-const NOT_FORWARDED: [HeaderName; 11] = [
+const NOT_FORWARDED: [HeaderName; 12] = [
     header::AUTHORIZATION,
     HeaderName::from_static("x-api-key"),
     HeaderName::from_static("api-key"),
@@ -41,7 +41,10 @@ const NOT_FORWARDED: [HeaderName; 11] = [
     HeaderName::from_static("x-wharf-start"),
     HeaderName::from_static("x-wharf-max-wait"),
     HeaderName::from_static("x-wharf-priority"),
+    HOPS,
 ];
+/// Told to servers elsewhere, which may be Wharfs that lead back to this one.
+const HOPS: HeaderName = HeaderName::from_static("x-wharf-hops");
 
 const CONNECT_MAX: Duration = Duration::from_millis(200);
 
@@ -52,6 +55,8 @@ pub struct Outgoing {
     pub path_and_query: String,
     pub headers: HeaderMap,
     pub body: Bytes,
+    /// How many Wharfs it came through.
+    pub hops: u32,
 }
 
 /// Why no response head arrived.
@@ -79,15 +84,29 @@ pub async fn send(
         uri.parse().map_err(|error| Failure::Broken(format!("URL {uri}: {error}")))?;
     *request.method_mut() = outgoing.method.clone();
     *request.headers_mut() = outgoing.headers.clone();
+    if gate.endpoint.circuit.is_some() {
+        request.headers_mut().insert(HOPS, HeaderValue::from(outgoing.hops + 1));
+    }
     if let Some(key) = &gate.endpoint.api_key {
         request.headers_mut().insert(header::AUTHORIZATION, key.bearer());
     }
     tokio::select! {
         answer = timeout(silence_max, gate.client.request(request)) => match answer {
-            Ok(Ok(response)) => Ok(response),
+            Ok(Ok(response)) => {
+                if let Some(circuit) = &gate.endpoint.circuit {
+                    circuit.answered();
+                }
+                Ok(response)
+            }
             // The engine is stopped by cancelling first: its closing connections are no accident.
             Ok(Err(_)) if lease.cut().is_cancelled() => Err(Failure::Cancelled),
-            Ok(Err(error)) => Err(judge(&error, authority(&gate.endpoint.base).0)),
+            Ok(Err(error)) => {
+                let failure = judge(&error, authority(&gate.endpoint.base).0);
+                if let (Some(circuit), Failure::Lost(why)) = (&gate.endpoint.circuit, &failure) {
+                    circuit.failed(why);
+                }
+                Err(failure)
+            }
             Err(_) => Err(Failure::Silent(silence_max)),
         },
         () = lease.cut().cancelled() => Err(Failure::Cancelled),
@@ -190,6 +209,8 @@ pub fn passed_headers(headers: HeaderMap, request_id: &HeaderValue) -> HeaderMap
 /// Headers of the answer as the client gets them. Whom browsers may tell is ours to say.
 pub fn response_headers(headers: &mut HeaderMap) {
     strip_hop_by_hop(headers);
+    // Another Wharf's word for its model: ours follows.
+    headers.remove("x-wharf-model");
     let cors: Vec<HeaderName> = headers
         .keys()
         .filter(|name| name.as_str().starts_with("access-control-"))
@@ -232,6 +253,7 @@ mod tests {
             ("host", "wharf"),
             ("content-length", "5"),
             ("x-wharf-start", "never"),
+            ("x-wharf-hops", "1"),
             ("content-type", "application/json"),
             ("traceparent", "00-1-2-01"),
         ] {
@@ -241,5 +263,13 @@ mod tests {
         let mut names: Vec<&str> = headers.keys().map(|name| name.as_str()).collect();
         names.sort_unstable();
         assert_eq!(names, ["content-type", "traceparent", "x-request-id"]);
+    }
+    #[test]
+    fn the_name_that_a_peer_has_for_its_model_is_not_told() {
+        let mut headers = HeaderMap::new();
+        headers.insert("x-wharf-model", HeaderValue::from_static("ada"));
+        headers.insert("content-type", HeaderValue::from_static("application/json"));
+        response_headers(&mut headers);
+        assert_eq!(headers.keys().map(|name| name.as_str()).collect::<Vec<_>>(), ["content-type"]);
     }
 }

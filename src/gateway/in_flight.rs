@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use arc_swap::ArcSwap;
 use http::HeaderValue;
 use tokio_util::sync::CancellationToken;
 
@@ -50,12 +51,18 @@ pub struct Entry {
     /// Counts up from 1 in this process.
     pub id: u64,
     pub who: Who,
+    /// The model that is asked now: of a route, not always the first.
+    model: ArcSwap<ModelName>,
     forwarded: AtomicBool,
     bytes: AtomicU64,
     cancel: CancellationToken,
 }
 
 impl Entry {
+    pub fn model(&self) -> Arc<ModelName> {
+        self.model.load_full()
+    }
+
     /// `queued` until a lease is held, then `forwarded`.
     pub fn stage(&self) -> &'static str {
         if self.forwarded.load(Ordering::Relaxed) { "forwarded" } else { "queued" }
@@ -72,6 +79,7 @@ impl InFlight {
         let id = self.0.last.fetch_add(1, Ordering::Relaxed) + 1;
         let entry = Arc::new(Entry {
             id,
+            model: ArcSwap::from_pointee(who.model.clone()),
             who,
             forwarded: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
@@ -114,6 +122,12 @@ pub struct Ticket {
 impl Ticket {
     pub fn forwarded(&self) {
         self.entry.forwarded.store(true, Ordering::Relaxed);
+    }
+
+    /// Another model is asked.
+    pub fn moved(&self, model: ModelName) {
+        self.entry.model.store(Arc::new(model));
+        self.entry.forwarded.store(false, Ordering::Relaxed);
     }
 
     pub fn sent(&self, bytes: usize) {

@@ -3,29 +3,27 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Body;
 use axum::extract::{ConnectInfo, Request};
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, HeaderValue, StatusCode, header, request, response};
+use http::{HeaderValue, StatusCode, request};
 use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::account::{Account, Arrival};
 use super::admit::{self, Wishes};
+use super::answer::Answer;
+use super::choose::{Chosen, Others, choose};
 use super::door::Bound;
+use super::fit::{self, Fitted};
 use super::forward::{self, Failure, Outgoing};
 use super::receive::{self, Held};
 use super::reject::{Reject, Viewer};
-use super::relay::{Relay, Source};
-use super::routes::{Api, BodyKind, Inference};
+use super::routes::{Api, Inference};
 use super::timing::{Timing, swap_share};
 use super::underway::{self, Following, Queue};
-use super::usage::Meter;
-use super::{Gateway, auth, filter, multipart, parse, wait};
-use crate::config::catalog::{
-    ApiKey, Catalog, EngineKind, ModelSpec, Scope, WaitingSettings, WaitingStyle,
-};
+use super::{Gateway, auth, wait};
+use crate::config::catalog::{ApiKey, Catalog, ModelSpec, Scope, WaitingSettings, WaitingStyle};
 use crate::orchestrator::{Gate, Lease, RequestOptions};
 use crate::scheduler::action::Refusal;
 use crate::units::{RequestId, Time};
@@ -114,34 +112,17 @@ impl Admitted<'_> {
         let Admitted { gateway, inference, catalog, head, key, wishes, arrived } = self;
         arrival.received(&head.headers, &received.bytes);
         let bound = head.extensions.get::<Bound>();
-        let mut asked = match (inference.body, bound) {
-            (BodyKind::Json, Some(_)) => parse::parse_any(&received.bytes)?,
-            (BodyKind::Json, None) => parse::parse(&received.bytes)?,
-            (BodyKind::Form, _) => multipart::parse(&received.bytes, &head.headers)?,
-        };
-        let wanted = bound.map_or(&*asked.model, |bound| bound.0.as_str());
-        arrival.asked(wanted);
-        let spec = Arc::clone(admit::model(catalog, wanted, key)?);
-        let company = catalog.asked(wanted).and_then(|asked| asked.group).map(str::to_owned);
-        let mut body = received.bytes.clone();
-        let filtered;
-        if inference.body == BodyKind::Json && !spec.filters.is_empty() {
-            body = filter::apply(body, &spec.filters)?;
-            filtered = body.clone();
-            asked = match bound {
-                Some(_) => parse::parse_any(&filtered)?,
-                None => parse::parse(&filtered)?,
-            };
-        }
-        let stream = asked.stream;
-        let mut edits = Vec::new();
-        edits.extend(asked.rename(spec.served_name()));
-        let usage =
-            (stream && may_inject(inference, &spec)).then(|| asked.include_usage(&body)).flatten();
-        let remove_usage = usage.is_some();
-        edits.extend(usage);
-        let body = parse::apply(body.clone(), edits);
-
+        let asked = fit::read(inference, &received.bytes, &head.headers, bound.is_some())?;
+        let wanted = bound.map_or(&*asked.model, |bound| bound.0.as_str()).to_owned();
+        arrival.asked(&wanted);
+        let Chosen { spec, rest, within } = choose(&gateway.handle, catalog, &wanted, key)?;
+        let company = catalog.asked(&wanted).and_then(|asked| asked.group).map(str::to_owned);
+        let Fitted { body, stream, remove_usage } =
+            fit::fit(inference, &received.bytes, asked, &spec)?;
+        let others = (!rest.is_empty()).then(|| {
+            let (body, key) = (received.bytes.clone(), key.cloned());
+            Box::new(Others { rest, within, inference, body, wishes, key, failed: Vec::new() })
+        });
         let (is_work, queue) =
             underway::work_of(&gateway.watched, &spec, &head.method, inference.upstream);
         let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
@@ -150,6 +131,7 @@ impl Admitted<'_> {
             path_and_query: format!("{}{query}", inference.upstream),
             headers: forward::request_headers(head.headers, id),
             body,
+            hops: wishes.hops,
         };
         let peer = head.extensions.get::<ConnectInfo<std::net::SocketAddr>>().map(|peer| peer.0);
         let waiting = spec.waiting.unwrap_or(catalog.settings.waiting);
@@ -157,14 +139,7 @@ impl Admitted<'_> {
             account: arrival.admitted(spec.name.clone()),
             gateway: Arc::clone(gateway),
             api: inference.api,
-            options: RequestOptions {
-                model: spec.name.clone(),
-                priority: wishes.priority(&spec, key),
-                max_wait: wishes.max_wait(key),
-                may_hurry: admit::may_hurry(key),
-                never_start: wishes.never_start(key),
-                retry_of: None,
-            },
+            options: options(&spec, &wishes, key),
             waiting: (stream && waiting.style != WaitingStyle::Off).then_some(waiting),
             queue_timeout: catalog.settings.queue.timeout,
             spec,
@@ -177,24 +152,27 @@ impl Admitted<'_> {
             is_visit: !is_work,
             queue,
             following: None,
+            others,
         })
     }
 }
 
-/// llama.cpp tells its figures in every stream by itself.
-fn may_inject(inference: &Inference, spec: &ModelSpec) -> bool {
-    spec.include_usage
-        && matches!(inference.api, Api::Chat | Api::Completions)
-        && spec.engine != EngineKind::Llamacpp
-        // Whoever configures that field means it.
-        && !spec.filters.touch("stream_options")
+fn options(spec: &ModelSpec, wishes: &Wishes, key: Option<&ApiKey>) -> RequestOptions {
+    RequestOptions {
+        model: spec.name.clone(),
+        priority: wishes.priority(spec, key),
+        max_wait: wishes.max_wait(key),
+        may_hurry: admit::may_hurry(key),
+        never_start: wishes.never_start(key),
+        retry_of: None,
+    }
 }
 
 /// Where a request is, for those who tell its client.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Stage {
     Admitted,
-    Waiting(RequestId),
+    Waiting(RequestId, Arc<ModelSpec>),
     Forwarded,
 }
 
@@ -221,6 +199,8 @@ pub struct Job {
     /// `engine: http`: where the server says what of its work is under way.
     queue: Option<Queue>,
     following: Option<Following>,
+    /// Of a route: who is asked if this model cannot serve.
+    others: Option<Box<Others>>,
 }
 
 /// A request that is passed on as it came, by a path that names its model.
@@ -245,14 +225,7 @@ impl Job {
             account: passing.account,
             gateway: Arc::clone(gateway),
             api: Api::Other,
-            options: RequestOptions {
-                model: spec.name.clone(),
-                priority: wishes.priority(&spec, key),
-                max_wait: wishes.max_wait(key),
-                may_hurry: admit::may_hurry(key),
-                never_start: wishes.never_start(key),
-                retry_of: None,
-            },
+            options: options(&spec, &wishes, key),
             waiting: None,
             queue_timeout: catalog.settings.queue.timeout,
             spec,
@@ -265,16 +238,26 @@ impl Job {
             is_visit: passing.is_visit,
             queue: passing.queue,
             following: None,
+            others: None,
         }
     }
 
     /// To the head of the upstream answer. Dropping the future frees everything.
     pub async fn run(mut self, stage: watch::Sender<Stage>) -> Result<Answer, Reject> {
         let cancelled = self.account.cancelled().clone();
-        let forwarded = tokio::select! {
-            biased;
-            forwarded = self.forwarded(&stage) => forwarded,
-            () = cancelled.cancelled() => Err(Reject::cancelled(&self.spec.name)),
+        let forwarded = loop {
+            let forwarded = tokio::select! {
+                biased;
+                forwarded = self.forwarded(&stage) => forwarded,
+                () = cancelled.cancelled() => Err(Reject::cancelled(&self.spec.name)),
+            };
+            match forwarded {
+                Err(reject) => match self.move_on(reject) {
+                    Ok(()) => {}
+                    Err(reject) => break Err(reject),
+                },
+                answered => break answered,
+            }
         };
         match forwarded {
             Ok((response, lease, timing)) => {
@@ -309,6 +292,40 @@ impl Job {
                 Err(reject)
             }
         }
+    }
+
+    /// Nothing was answered yet: the next model of the route is asked, if there is one.
+    fn move_on(&mut self, reject: Reject) -> Result<(), Reject> {
+        let Some(others) = &mut self.others else { return Err(reject) };
+        if matches!(reject.code(), "cancelled" | "shutting_down") {
+            return Err(reject);
+        }
+        let Some(next) = others.rest.pop_front() else { return Err(others.told(reject)) };
+        tracing::info!(model = %self.spec.name, next = %next.name, "{}", reject.problem().message);
+        others.failed.push(format!("{}: {}", self.spec.name, reject.code()));
+        let asked = fit::read(others.inference, &others.body, &self.outgoing.headers, false)?;
+        let fitted = fit::fit(others.inference, &others.body, asked, &next)?;
+        (self.outgoing.body, self.remove_usage) = (fitted.body, fitted.remove_usage);
+        self.options = options(&next, &others.wishes, others.key.as_ref());
+        let (watched, path) = (&self.gateway.watched, others.inference.upstream);
+        let (is_work, queue) = underway::work_of(watched, &next, &self.outgoing.method, path);
+        (self.is_visit, self.queue, self.following) = (!is_work, queue, None);
+        self.account.moved(next.name.clone());
+        self.spec = next;
+        Ok(())
+    }
+
+    /// The model that will answer, if that is certain.
+    pub fn sole_model(&self) -> Option<String> {
+        self.others.is_none().then(|| self.spec.name.to_string())
+    }
+
+    /// While somebody else can be asked, no longer than the route allows.
+    fn patience(&self) -> (Duration, Option<Duration>) {
+        let within = self.others.as_ref().filter(|others| !others.rest.is_empty());
+        let within = within.map(|others| others.within);
+        let whole = self.queue_timeout + WAIT_BACKSTOP;
+        (within.map_or(whole, |within| within.min(whole)), within)
     }
 
     async fn forwarded(
@@ -366,13 +383,17 @@ impl Job {
         }
         let mut waiting = handle.request(self.options.clone());
         self.call_company();
-        stage.send_replace(Stage::Waiting(waiting.id));
-        let refusal = match timeout(self.queue_timeout + WAIT_BACKSTOP, waiting.decision()).await {
+        stage.send_replace(Stage::Waiting(waiting.id, Arc::clone(&self.spec)));
+        let (patience, within) = self.patience();
+        let refusal = match timeout(patience, waiting.decision()).await {
             Ok(Ok(lease)) => return Ok(lease),
             Ok(Err(refusal)) => refusal,
             Err(_) => Refusal::QueueTimeout {
                 waited_ms: handle.now().since(self.arrived).as_millis().try_into().unwrap_or(0),
-                waiting_for: "the orchestrator gave no answer".into(),
+                waiting_for: match within {
+                    Some(_) => "its turn did not come within the time of the route".into(),
+                    None => "the orchestrator gave no answer".into(),
+                },
             },
         };
         Err(self.refused(&refusal))
@@ -463,75 +484,4 @@ impl Job {
         };
         Timing { queue: waited - swap, swap, upstream: Duration::ZERO }
     }
-}
-
-/// The head of an upstream answer, its body still to come.
-pub struct Answer {
-    pub head: response::Parts,
-    pub body: Incoming,
-    pub lease: Lease,
-    pub timing: Timing,
-    pub account: Account,
-    remove_usage: bool,
-    first_within: Option<Duration>,
-    limits: super::Limits,
-}
-
-impl Answer {
-    pub fn is_event_stream(&self) -> bool {
-        is(&self.head.headers, header::CONTENT_TYPE, "text/event-stream")
-    }
-
-    /// As a whole response: the usual way.
-    pub fn into_response(self) -> Response {
-        let mut headers = self.head.headers.clone();
-        forward::response_headers(&mut headers);
-        if self.is_event_stream() {
-            // An event may be taken out, and proxies before us must not collect any.
-            headers.remove(header::CONTENT_LENGTH);
-            headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-        }
-        headers.extend(named(self.account.model().as_str()));
-        headers.extend(self.timing.header().map(|value| (Timing::HEADER, value)));
-        let status = self.head.status;
-        let mut response = Response::new(Body::new(self.into_relay(None)));
-        *response.status_mut() = status;
-        *response.headers_mut() = headers;
-        response
-    }
-
-    pub fn into_relay(mut self, epilogue: Option<bytes::Bytes>) -> Relay {
-        let plain = !self.head.headers.contains_key(header::CONTENT_ENCODING);
-        let events = plain && self.is_event_stream();
-        self.account.answered(self.head.status, &self.head.headers, self.is_event_stream());
-        let meter = match (plain, events) {
-            (false, _) => Meter::Blind,
-            (true, true) => Meter::events(self.remove_usage),
-            (true, false) => Meter::json(),
-        };
-        let source = Source {
-            status: self.head.status,
-            body: self.body,
-            lease: self.lease,
-            account: self.account,
-            meter,
-            events,
-            epilogue,
-            first_within: self.first_within,
-        };
-        Relay::new(source, &self.limits)
-    }
-}
-
-/// `X-Wharf-Model`, where the name can be a header value.
-pub fn named(model: &str) -> Option<(http::HeaderName, HeaderValue)> {
-    let value = HeaderValue::from_bytes(model.as_bytes()).ok()?;
-    Some((http::HeaderName::from_static("x-wharf-model"), value))
-}
-
-fn is(headers: &HeaderMap, name: http::HeaderName, start: &str) -> bool {
-    headers
-        .get(name)
-        .and_then(|value| value.to_str().ok()?.get(..start.len()))
-        .is_some_and(|value| value.eq_ignore_ascii_case(start))
 }

@@ -2,6 +2,8 @@
 //! [`admit`] it → [`infer`] takes a lease, and [`wait`]s if there is none → [`forward`] →
 //! [`relay`] the answer. Whatever goes wrong becomes HTTP in [`reject`].
 //!
+//! A name may lead to several models: [`choose`] says which one is asked, and who is asked next.
+//!
 //! [`pass`] is the other way in: the path names the model ([`path`]), the body goes on as it came,
 //! and the connection may become a [`websocket`]. Of `engine: http`, work may outlast its request:
 //! [`underway`] holds a lease for it.
@@ -10,12 +12,15 @@
 
 mod account;
 pub mod admit;
+mod answer;
 pub mod auth;
 pub mod browser;
 mod captures;
+pub mod choose;
 mod door;
 mod figures;
 mod filter;
+mod fit;
 mod forward;
 mod in_flight;
 mod infer;

@@ -41,11 +41,14 @@ impl Notes {
         Notes { style, handle, spec, api, every, last: None }
     }
 
-    pub fn next(&mut self, stage: Stage, now: Instant) -> Option<Bytes> {
+    pub fn next(&mut self, stage: &Stage, now: Instant) -> Option<Bytes> {
         let view = self.handle.view();
+        if let Stage::Waiting(_, spec) = stage {
+            self.spec = Arc::clone(spec);
+        }
         let phase = match stage {
             Stage::Forwarded => "forwarded".to_owned(),
-            Stage::Admitted | Stage::Waiting(_) => phase(&view, &self.spec).unwrap_or_default(),
+            Stage::Admitted | Stage::Waiting(..) => phase(&view, &self.spec).unwrap_or_default(),
         };
         let due = self.last.as_ref().is_none_or(|(told, before)| {
             now.duration_since(*told) >= self.every || *before != phase
@@ -59,9 +62,9 @@ impl Notes {
     }
 
     /// `starting mistral, phase=load_weights 40%, place 2, about 9 s`
-    fn text(&self, view: &View, stage: Stage, phase: &str) -> String {
+    fn text(&self, view: &View, stage: &Stage, phase: &str) -> String {
         let name = &self.spec.name;
-        let Stage::Waiting(request) = stage else {
+        let Stage::Waiting(request, _) = stage else {
             return format!("{name} is ready, its answer is awaited");
         };
         let model = view.model(name);
@@ -74,7 +77,7 @@ impl Notes {
             let percent = percent.map_or(String::new(), |part| format!(" {:.0}%", part * 100.0));
             format!("starting {name}, phase={phase}{percent}")
         };
-        if let Some(place) = view.place(name, request) {
+        if let Some(place) = view.place(name, *request) {
             text.push_str(&format!(", place {place}"));
         }
         if let Some(ready_in) = model.and_then(|model| model.ready_in).filter(|t| !t.is_zero()) {

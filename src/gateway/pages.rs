@@ -10,10 +10,11 @@ use http::{HeaderMap, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::choose::{choose, may_see};
 use super::reject::Reject;
 use super::{Gateway, admit, auth};
 use crate::api::{self, PathText, QueryText};
-use crate::config::catalog::{ModelSpec, Scope};
+use crate::config::catalog::{ModelSpec, Route, Scope};
 use crate::orchestrator::{Handle, View};
 use crate::units::Time;
 
@@ -43,6 +44,8 @@ pub async fn models(
             }
         }
     }
+    let routes = catalog.routes.iter().filter(|(name, route)| may_see(&catalog, name, route, key));
+    rows.extend(routes.map(|(name, route)| route_row(name, route, &gateway.handle)));
     Ok(Json(json!({ "object": "list", "data": rows })).into_response())
 }
 
@@ -53,9 +56,24 @@ pub async fn model(
 ) -> Result<Response, Reject> {
     let catalog = gateway.handle.catalog();
     let key = auth::authorize(&catalog.settings, &headers, Scope::Inference)?;
+    if let Some(route) = catalog.routes.get(&id).filter(|_| catalog.resolve(&id).is_none()) {
+        choose(&gateway.handle, &catalog, &id, key)?;
+        return Ok(Json(route_row(&id, route, &gateway.handle)).into_response());
+    }
     let spec = admit::model(&catalog, &id, key)?;
     let row = row(&id, spec, &gateway.handle, &gateway.handle.view());
     Ok(Json(row).into_response())
+}
+
+/// A name that leads to one of several models.
+fn route_row(id: &str, route: &Route, handle: &Handle) -> Value {
+    json!({
+        "id": id,
+        "object": "model",
+        "created": created(handle),
+        "owned_by": "wharf",
+        "meta": { "route": route.kind, "models": route.models },
+    })
 }
 
 /// One row of `/v1/models`: what OpenAI clients read, and ours in `meta`.
@@ -72,6 +90,7 @@ fn row(id: &str, spec: &ModelSpec, handle: &Handle, view: &View) -> Value {
             "type": spec.model_type,
             "tags": spec.tags,
             "engine": spec.engine,
+            "peer": spec.peer,
             "aliases": spec.aliases,
             "name": spec.display_name,
             "description": spec.description,

@@ -13,8 +13,10 @@ use tokio::sync::watch;
 
 use super::account::Arrival;
 use super::admit::{self, Wishes};
+use super::answer::Answer;
+use super::choose::choose;
 use super::forward::{self, Outgoing};
-use super::infer::{Answer, Job, Passing, Stage};
+use super::infer::{Job, Passing, Stage};
 use super::path::{self, Target};
 use super::receive::{self, Received};
 use super::reject::Reject;
@@ -178,7 +180,7 @@ impl Arriving<'_> {
         match names {
             Names::InPath => {
                 let Some((_, name, rest)) =
-                    path::split_name(raw, |name| self.catalog.resolve(name).map(|_| ()))
+                    path::split_name(raw, |name| self.is_known(name).then_some(()))
                 else {
                     let first = path::decoded(raw.split('/').next().unwrap_or(raw));
                     let first = first.unwrap_or_else(|| raw.to_owned());
@@ -186,7 +188,8 @@ impl Arriving<'_> {
                         .err()
                         .unwrap_or_else(|| nameless("the path")));
                 };
-                let spec = Arc::clone(admit::model(self.catalog, &name, self.key)?);
+                // Of a route the one that is asked first: what is passed on is not sent twice.
+                let spec = choose(&self.gateway.handle, self.catalog, &name, self.key)?.spec;
                 let base = path[..path.len() - rest.len()].to_owned();
                 Ok(Way { spec, rest: rest.to_owned(), base })
             }
@@ -205,6 +208,10 @@ impl Arriving<'_> {
                 Ok(Way { spec, rest: raw.to_owned(), base: String::new() })
             }
         }
+    }
+
+    fn is_known(&self, name: &str) -> bool {
+        self.catalog.resolve(name).is_some() || self.catalog.routes.contains_key(name)
     }
 
     /// The model that is ComfyUI: by llama-swap's name for it, by name or alias, or by its tag.
@@ -269,6 +276,7 @@ impl Arriving<'_> {
                 path_and_query: format!("{}{query}", target.sent),
                 headers,
                 body: body.bytes,
+                hops: wishes.hops,
             },
             held: body.held,
             peer,

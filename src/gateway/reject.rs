@@ -130,7 +130,9 @@ impl Reject {
         self
     }
 
-    fn hopeless(mut self) -> Reject {
+    /// To send it again would end alike.
+    #[must_use]
+    pub fn hopeless(mut self) -> Reject {
         self.0.hopeless = true;
         self
     }

@@ -197,6 +197,7 @@ async fn look(lease: &Lease, path: &str) -> Result<bool, String> {
         path_and_query: path.to_owned(),
         headers: HeaderMap::new(),
         body: Bytes::new(),
+        hops: 0,
     };
     let answer = forward::send(lease, &question, LOOK_MAX).await;
     let answer = answer.map_err(|failure| format!("{failure:?}"))?;

@@ -15,7 +15,8 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval, interval, sleep, timeout};
 
-use super::infer::{Answer, Job, Stage, named};
+use super::answer::{Answer, named};
+use super::infer::{Job, Stage};
 use super::notes::Notes;
 use super::reject::Reject;
 use super::relay::Relay;
@@ -37,7 +38,7 @@ pub async fn respond(job: Job) -> Response {
     let handle = job.gateway.handle.clone();
     let keep_alive = job.gateway.limits.keep_alive;
     let notes = Notes::new(handle, Arc::clone(&job.spec), job.api, waiting.style, keep_alive);
-    let model = job.spec.name.clone();
+    let model = job.sole_model();
     let mut work: Work = Box::pin(job.run(tell));
     tokio::select! {
         biased;
@@ -50,7 +51,7 @@ pub async fn respond(job: Job) -> Response {
                 look: interval(LOOK_EVERY),
                 relay: None,
             };
-            event_stream(opened, model.as_str())
+            event_stream(opened, model.as_deref())
         }
     }
 }
@@ -65,19 +66,20 @@ fn direct(answer: Result<Answer, Reject>) -> Response {
 /// Once a request is with its engine, the engine's own head is worth waiting for.
 async fn held_long_enough(after: Duration, mut stage: watch::Receiver<Stage>) {
     sleep(after).await;
-    let waits = stage.wait_for(|stage| matches!(stage, Stage::Waiting(_))).await.is_ok();
+    let waits = stage.wait_for(|stage| matches!(stage, Stage::Waiting(..))).await.is_ok();
     if !waits {
         std::future::pending::<()>().await;
     }
 }
 
-fn event_stream(opened: Opened, model: &str) -> Response {
+/// `model`: where it is known already who will answer.
+fn event_stream(opened: Opened, model: Option<&str>) -> Response {
     let mut response = Response::new(Body::from_stream(stream::unfold(opened, step)));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    headers.extend(named(model));
+    headers.extend(model.and_then(named));
     response
 }
 
@@ -109,8 +111,8 @@ async fn step(mut opened: Opened) -> Option<(Result<Bytes, axum::BoxError>, Open
                 }
             }
             _ = opened.look.tick() => {
-                let stage = *opened.stage.borrow();
-                if let Some(line) = opened.notes.next(stage, Instant::now()) {
+                let stage = opened.stage.borrow().clone();
+                if let Some(line) = opened.notes.next(&stage, Instant::now()) {
                     return Some((Ok(line), opened));
                 }
             }

@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::infer::{Answer, named};
+use super::answer::{Answer, named};
 use super::reject::Reject;
 use super::{Limits, forward};
 

@@ -343,7 +343,7 @@ fn gone(spec: &ModelSpec) -> Fault {
     Fault::new(FaultKind::Exited, format!("{}: its engine is gone", spec.name))
 }
 
-/// Resolves when the engine ended. `None`: nobody watches it (external), its end is never seen.
+/// Resolves when the engine ended. `None`: nobody watches it any more, its end is never seen.
 pub async fn ended(
     exit: &mut tokio::sync::watch::Receiver<Option<crate::runtime::ExitReport>>,
 ) -> Option<crate::runtime::ExitReport> {
@@ -354,38 +354,10 @@ pub async fn ended(
 mod tests {
     use super::*;
     use crate::config;
-    use crate::runtime::LaunchKey;
     use crate::runtime::docker::DockerRuntime;
     use crate::runtime::external::ExternalRuntime;
     use crate::runtime::ollama::OllamaRuntime;
     use crate::runtime::process::ProcessRuntime;
-
-    #[tokio::test]
-    async fn nobody_waits_for_the_end_of_what_runs_elsewhere() {
-        let yaml = "models: { a: { engine: openai, external: { url: 'http://127.0.0.1:9' } } }";
-        let catalog = config::parse(yaml, "models.yaml", &|_| None).unwrap().catalog;
-        let launch = LaunchSpec {
-            identity: crate::runtime::Identity {
-                installation: "here".into(),
-                instance: InstanceId(4),
-                model: crate::units::ModelName::new("a"),
-                spec_hash: String::new(),
-                gpus: Vec::new(),
-                port: 0,
-            },
-            model: Arc::clone(catalog.models.values().next().unwrap()),
-            gpus: Vec::new(),
-            port: 0,
-            container_port: 0,
-            args: Vec::new(),
-            env: Default::default(),
-            log_dir: Default::default(),
-            api_key: LaunchKey::None,
-        };
-        let mut running = ExternalRuntime.start(&launch).await.unwrap();
-        let ended = tokio::time::timeout(Duration::from_secs(60), ended(&mut running.exit)).await;
-        assert_eq!(ended, Ok(None));
-    }
 
     #[tokio::test]
     async fn an_effect_that_panics_ends_as_an_internal_fault_of_its_swap() {
@@ -397,7 +369,7 @@ mod tests {
             runtimes: Runtimes {
                 process: ProcessRuntime::default(),
                 docker: DockerRuntime::new(None),
-                external: ExternalRuntime,
+                external: ExternalRuntime::default(),
                 ollama: OllamaRuntime::default(),
             },
             gpus: Gpus::open(&catalog.settings.gpu, dir.path()).await.unwrap(),

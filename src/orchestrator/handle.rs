@@ -17,7 +17,7 @@ use super::leftovers::LeftoverNews;
 use super::outage::OutageNews;
 use super::reconcile::InDocker;
 use super::view::{Health, View};
-use crate::config::catalog::Catalog;
+use crate::config::catalog::{Catalog, Peer};
 use crate::reload::Reloads;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, Request};
@@ -67,6 +67,11 @@ pub enum Message {
     Reload {
         catalog: Arc<Catalog>,
         reply: oneshot::Sender<()>,
+    },
+    /// What a peer with `models: "*"` has.
+    PeerModels {
+        peer: Arc<Peer>,
+        models: Vec<String>,
     },
     /// Refuse what waits and start nothing more; what runs goes on.
     RefuseNew,

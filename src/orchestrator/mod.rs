@@ -18,6 +18,7 @@ mod memory_watch;
 mod news;
 mod ollama;
 mod outage;
+mod peers;
 mod perform;
 pub mod preload;
 mod publish;
@@ -34,6 +35,7 @@ mod vouch;
 
 pub use gate::{Gate, Lease, StartKind};
 pub use handle::{Handle, RequestOptions, Waiting};
+pub use peers::discover as discover_peers;
 pub use start::{StartError, start};
 pub use upstream::UpstreamClient;
 pub use view::View;

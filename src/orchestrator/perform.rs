@@ -10,7 +10,7 @@ use super::launch::Launcher;
 use super::run::{Live, Owner, Reply};
 use crate::config::catalog::ModelSpec;
 use crate::engine;
-use crate::runtime::{LaunchSpec, Running};
+use crate::runtime::{LaunchSpec, Running, RuntimeHandle};
 use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
 use crate::store::Figures;
@@ -377,8 +377,16 @@ impl Owner {
     pub(super) fn watch_exit(&self, instance: InstanceId, running: &Running) {
         let (mut exit, inbox) = (running.exit.clone(), self.effects.inbox.clone());
         let (log, model) = (running.log.clone(), running.identity.model.clone());
+        let elsewhere =
+            (running.handle == RuntimeHandle::External).then(|| running.endpoint.base.clone());
         tokio::spawn(async move {
             let Some(report) = ended(&mut exit).await else { return };
+            if let Some(base) = elsewhere {
+                let text = format!("{model}: {base} does not answer any more");
+                let fault = Fault::new(FaultKind::RuntimeUnreachable, text).with_log(log.last(20));
+                inbox.send(Message::Effect(Event::InstanceDied { instance, fault }));
+                return;
+            }
             let kind = if report.oom_killed { FaultKind::OutOfMemory } else { FaultKind::Exited };
             let fault =
                 Fault::new(kind, format!("{model}: the engine {report} while it was ready"))

@@ -23,6 +23,7 @@ use super::state_writer::StateWriter;
 use super::view::{Leftover, ModelFacts};
 use crate::config::catalog::ModelSpec;
 use crate::config::diff::changes;
+use crate::config::peers::Discovered;
 use crate::runtime::{Foreign, LaunchSpec, Progress, ProgressNow};
 use crate::scheduler::Scheduler;
 use crate::scheduler::action::{Answer, Refusal};
@@ -62,6 +63,8 @@ pub(super) struct Owner {
     pub leftovers: BTreeMap<InstanceId, Leftover>,
     pub preload: PreloadLog,
     pub foreign: watch::Receiver<Vec<Foreign>>,
+    /// Models of peers that no file names.
+    pub peers: Discovered,
     pub shutdown: Option<(CancellationToken, oneshot::Sender<()>)>,
     /// Sent once the view is published: who is told of a change can read it.
     pub replies: Vec<Reply>,
@@ -205,7 +208,17 @@ impl Owner {
             Message::DockerHealth(health) => self.docker_health(health),
             Message::Adapter { adapter, on } => self.switch_adapter(&adapter, on),
             Message::AdaptersChanged => {}
+            Message::PeerModels { peer, models } => {
+                if self.peers.learn(peer, models) {
+                    let (reply, _) = oneshot::channel();
+                    self.receive(Message::Reload {
+                        catalog: self.shared.catalog.load_full(),
+                        reply,
+                    });
+                }
+            }
             Message::Reload { catalog, reply } => {
+                let catalog = self.peers.merged(catalog);
                 let before = self.shared.catalog.swap(Arc::clone(&catalog));
                 let changes = changes(&before, &catalog).to_string();
                 self.shared.logs.keep_only(&catalog);

@@ -27,6 +27,7 @@ use super::state_dir::{LastIds, StateDir, StateError};
 use super::state_writer::StateWriter;
 use super::view::{ModelFacts, View};
 use crate::config::catalog::{Catalog, OnExit, StopSpec};
+use crate::config::peers::Discovered;
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::external::ExternalRuntime;
@@ -141,6 +142,7 @@ pub async fn start(
         leftovers: BTreeMap::new(),
         preload: PreloadLog::default(),
         foreign,
+        peers: Discovered::default(),
         shutdown: None,
         replies: Vec::new(),
     };
@@ -158,7 +160,7 @@ fn runtimes(docker: &DockerRuntime) -> Runtimes {
     Runtimes {
         process: ProcessRuntime::default(),
         docker: docker.clone(),
-        external: ExternalRuntime,
+        external: ExternalRuntime::default(),
         ollama: OllamaRuntime::default(),
     }
 }

@@ -4,6 +4,7 @@
 //! A runtime decides nothing. It does what it is told about one instance and reports what
 //! happened. Every instance carries an [`Identity`] by which it is found again after a crash.
 
+mod circuit;
 pub mod docker;
 pub mod external;
 mod key;
@@ -27,6 +28,7 @@ use crate::config::catalog::{ModelSpec, RuntimeSpec, StopSpec};
 use crate::scheduler::event::Fault;
 use crate::units::{GpuId, InstanceId, ModelName};
 
+pub use circuit::Circuit;
 pub use key::{EngineKey, LaunchKey};
 pub use log::LogTail;
 pub use tls::{Tls, trouble as tls_trouble};
@@ -111,11 +113,13 @@ pub struct Endpoint {
     pub api_key: Option<EngineKey>,
     /// For `https://`.
     pub tls: Option<Tls>,
+    /// Of servers elsewhere: told whether requests reach them.
+    pub circuit: Option<Circuit>,
 }
 
 impl Endpoint {
     pub fn new(base: impl Into<String>, api_key: Option<EngineKey>) -> Endpoint {
-        Endpoint { base: base.into(), api_key, tls: None }
+        Endpoint { base: base.into(), api_key, tls: None, circuit: None }
     }
 }
 
@@ -251,7 +255,10 @@ impl Runtimes {
         match &running.handle {
             RuntimeHandle::Process { .. } => self.process.stop(running, stop).await,
             RuntimeHandle::Docker { .. } => self.docker.stop(running, stop).await,
-            RuntimeHandle::External => Ok(()),
+            RuntimeHandle::External => {
+                self.external.stop(running);
+                Ok(())
+            }
             RuntimeHandle::Ollama { model } => self.ollama.stop(running, model).await,
         }
     }

@@ -17,6 +17,8 @@ const CLASS_HEAD_START: Duration = Duration::from_secs(30);
 /// First back-off after a failed start; doubles up to the largest.
 const BACKOFF_FIRST: Duration = Duration::from_secs(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(600);
+/// Of what runs elsewhere: to look whether it is back costs nothing.
+const BACKOFF_ELSEWHERE_MAX: Duration = Duration::from_secs(20);
 /// How long a runtime that stopped answering is waited for: a restart of Docker takes seconds.
 pub(super) const RUNTIME_WAIT: Duration = Duration::from_secs(10);
 
@@ -290,10 +292,12 @@ impl Scheduler {
         fault: Fault,
         eviction_cost: Duration,
     ) {
+        let elsewhere = self.catalog.model(model).is_some_and(|spec| spec.is_external());
+        let longest = if elsewhere { BACKOFF_ELSEWHERE_MAX } else { BACKOFF_MAX };
         let Some(state) = self.models.get_mut(model) else { return };
         let doubled = BACKOFF_FIRST * 2_u32.saturating_pow(state.failures.min(6));
         state.failures = state.failures.saturating_add(1);
-        let retry_at = self.now + doubled.min(BACKOFF_MAX).max(eviction_cost * 10);
+        let retry_at = self.now + doubled.min(longest).max(eviction_cost * 10);
         let refusal = refusal_of(swap, &fault, retry_at);
         state.failure = Some(Failure { fault, retry_at, refusal: refusal.clone() });
         state.since = self.now;

@@ -32,7 +32,9 @@ pub fn state(residency: &ResidencyView) -> &'static str {
 
 /// Data of its `modelStatus` events: models by name, then those of peers.
 pub fn model_status(at: &Snapshot<'_>) -> Value {
-    let models = at.catalog.models.values().map(|spec| {
+    let (of_peers, own): (Vec<_>, Vec<_>) =
+        at.catalog.models.values().partition(|spec| spec.peer.is_some());
+    let models = own.into_iter().map(|spec| {
         let mut row = json!({
             "id": spec.name,
             "name": spec.display_name.as_deref().unwrap_or_default(),
@@ -47,24 +49,24 @@ pub fn model_status(at: &Snapshot<'_>) -> Value {
         }
         row
     });
-    let peers = at.catalog.peers.values().flat_map(|peer| {
-        peer.models.iter().map(|model| {
-            json!({
-                "id": model,
-                "name": "",
-                "description": "",
-                "state": "",
-                "unlisted": false,
-                "peerID": peer.name,
-            })
+    // By the names that requests may carry here.
+    let peers = of_peers.into_iter().map(|spec| {
+        json!({
+            "id": spec.name,
+            "name": "",
+            "description": "",
+            "state": "",
+            "unlisted": spec.unlisted,
+            "peerID": spec.peer,
         })
     });
     models.chain(peers).collect()
 }
 
-/// `GET /running`: every model that is not stopped.
+/// `GET /running`: every model that is not stopped; those of peers run elsewhere.
 pub fn running(at: &Snapshot<'_>) -> Value {
-    let rows = at.catalog.models.values().filter_map(|spec| {
+    let own = at.catalog.models.values().filter(|spec| spec.peer.is_none());
+    let rows = own.filter_map(|spec| {
         let state = state(at.residency(&spec.name));
         (state != "stopped").then(|| {
             let facts = at.view.models.get(&spec.name);
