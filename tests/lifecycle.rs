@@ -145,8 +145,13 @@ async fn an_open_window_and_a_warm_up_are_loaded_before_anybody_asks() {
     assert_eq!(status["models"]["eve"]["state"], "stopped");
     let kept = row(&world, "ada").await;
     assert_eq!((&kept["kept"], &kept["state"]), (&json!(true), &json!("HOT")), "no ttl runs");
-    let (status, refused) = post(&world, "/models/ada/extend-ttl", json!({})).await;
-    assert_eq!(status, 409, "{refused}");
+    for (model, why) in [("ada", "is kept by its schedule"), ("bob", "no ttl")] {
+        let path = format!("/models/{model}/extend-ttl");
+        let (status, stays) = post(&world, &path, json!({ "minutes": 30 })).await;
+        assert_eq!((status, &stays["status"]), (200, &json!("success")), "{stays}");
+        assert_eq!(stays["ttl_remaining_minutes"], 0.0, "{stays}");
+        assert!(stays["message"].as_str().unwrap().contains(why), "{stays}");
+    }
     assert!(world.log().contains("preload: 2 of 2 ready"), "{}", world.log());
     world.stop().await;
 }
