@@ -18,6 +18,7 @@ fn is(status: &Value, model: &str, state: &str) -> bool {
     status["models"][model]["state"] == state
 }
 
+// contract: RULE group/model is a name
 // contract: POST /v1/chat/completions
 #[tokio::test]
 async fn a_chat_with_a_profiles_model_makes_the_whole_profile_ready() {
@@ -56,6 +57,7 @@ async fn with_adapters() -> World {
     serve(&gpu("24GiB", "50ms"), &adapters(""), &[]).await
 }
 
+// contract: RULE adapters are models of their own
 #[tokio::test]
 async fn adapters_share_their_bases_engine_and_one_that_fails_harms_nobody() {
     let mut world = with_adapters().await;
@@ -86,6 +88,7 @@ async fn adapters_share_their_bases_engine_and_one_that_fails_harms_nobody() {
     world.stop().await;
 }
 
+// contract: CONFIG reload by SIGHUP
 #[tokio::test]
 async fn a_reload_adds_and_removes_adapters_while_a_stream_of_the_base_runs() {
     let world = with_adapters().await;

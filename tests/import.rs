@@ -149,6 +149,7 @@ async fn imported_models_on_one_port_serve_one_after_the_other() {
     every_model_answers(&imported, &["a", "b", "a"]).await;
 }
 
+// contract: CLI import
 /// The command: what it writes, where, and its exit codes.
 #[test]
 fn the_command_writes_reports_and_never_overwrites_unasked() {

@@ -16,6 +16,7 @@ fn is_up_to_date(file: &str, made: &str) {
     assert!(committed == made, "{file} is out of date: WHARF_UPDATE=1 cargo test --test schema");
 }
 
+// contract: CONFIG every key
 #[test]
 fn the_schema_and_the_page_in_docs_are_up_to_date() {
     is_up_to_date("docs/wharf.schema.json", &schema::json_schema());

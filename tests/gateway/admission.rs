@@ -59,6 +59,7 @@ async fn unknown_models_are_404_with_the_nearest_names() {
     assert!(error(&world, unknown(&"x".repeat(100_000))).await.2.len() < 1000);
 }
 
+// contract: RULE errors have one shape, unknown paths are JSON 404
 #[tokio::test]
 async fn unknown_paths_and_methods_are_json() {
     let world = World::new().await;
@@ -146,6 +147,7 @@ fn keys(catalog: &mut Catalog) {
     ];
 }
 
+// contract: RULE a key has scopes and models
 #[tokio::test]
 async fn keys_decide_who_may_ask_for_what() {
     let mut world = World::with(keys, Limits::default()).await;
@@ -271,6 +273,7 @@ fn judged(
     }
 }
 
+// contract: RULE foreign hosts and origins are refused
 #[test]
 fn only_our_own_host_names_are_answered() {
     for (host, expected) in [
@@ -296,6 +299,7 @@ fn only_our_own_host_names_are_answered() {
     assert_eq!(judged(any, "GET", "/", &[("host", "evil.example")]), "host_not_allowed");
 }
 
+// contract: RULE foreign hosts and origins are refused
 #[test]
 fn foreign_pages_change_nothing() {
     let host = ("host", "127.0.0.1:8080");

@@ -70,6 +70,8 @@ async fn raw(world: &World, method: &str, path: &str) -> (u16, String) {
     (status, answer)
 }
 
+// contract: RULE names with slashes and colons work in every path
+// contract: RULE the longest configured name wins
 // contract: any /upstream/{model}/{path…}
 #[tokio::test]
 async fn a_request_goes_on_as_it_came_under_every_spelling_of_the_name() {
@@ -181,6 +183,7 @@ async fn a_model_that_is_not_ready_is_waited_for_unless_never_is_asked() {
     assert_eq!(reply.await.unwrap().status(), 200);
 }
 
+// contract: RULE /upstream is an allow-list per engine
 #[tokio::test]
 async fn paths_outside_of_an_engines_list_are_refused_however_they_are_spelt() {
     let mut world = every_engine(Vec::new()).await;
@@ -251,6 +254,7 @@ async fn paths_outside_of_an_engines_list_are_refused_however_they_are_spelt() {
     assert!(world.engine.has_none(), "nothing reached an engine");
 }
 
+// contract: RULE development endpoints want an admin key
 #[tokio::test]
 async fn development_paths_take_an_admin_key_and_what_wharf_owns_takes_none() {
     let key = |name: &str, scopes: &[Scope]| ApiKey {
@@ -375,6 +379,7 @@ async fn redirects_stay_below_the_models_path() {
     }
 }
 
+// contract: RULE foreign hosts and origins are refused
 #[tokio::test]
 async fn foreign_pages_may_use_none_of_the_ways_to_an_engine() {
     let mut world = every_engine(Vec::new()).await;
