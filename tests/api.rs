@@ -247,7 +247,7 @@ async fn after_its_ttl_a_model_cools_for_as_long_as_it_may_be_rescued() {
     let api = api(&puppet);
     let mut catalog = Catalog::clone(&puppet.handle.catalog());
     let mistral = Arc::make_mut(catalog.models.get_mut(MISTRAL).expect("configured"));
-    (mistral.ttl, mistral.grace) = (Some(Duration::ZERO), Duration::from_secs(120));
+    (mistral.ttl, mistral.grace) = (Some(Duration::from_micros(1)), Duration::from_secs(120));
     puppet.handle.catalog_for_tests(catalog);
     let state = async || read(&api, "/models/mistral").await.1["state"].clone();
     assert_eq!(state().await, "HOT", "requests are in flight");
@@ -555,6 +555,21 @@ async fn bad_requests_get_json_that_names_the_mistake() {
     assert_eq!(post(&api, "/ensure_model", &large).await.0, StatusCode::PAYLOAD_TOO_LARGE);
     let (status, _) = read(&api, "/models/%FF%FE").await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
+}
+
+// contract: RULE control bodies are JSON whatever their content type
+#[tokio::test]
+async fn a_body_is_json_whatever_its_content_type_says() {
+    let (puppet, _leases) = world();
+    let api = api(&puppet);
+    for kind in [None, Some("application/x-www-form-urlencoded"), Some("text/plain")] {
+        let mut sent = request(Method::POST, "/ensure_model", r#"{"model":"tiny","wait":false}"#);
+        sent.headers_mut().remove("content-type");
+        if let Some(kind) = kind {
+            sent.headers_mut().insert("content-type", kind.parse().expect("a value"));
+        }
+        assert_eq!(send(&api, sent).await.0, StatusCode::ACCEPTED, "{kind:?}");
+    }
 }
 
 // contract: RULE both listeners may have one address

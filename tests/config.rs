@@ -339,6 +339,34 @@ fn two_models_share_a_port_only_when_one_runs_at_a_time() {
     assert_eq!(models(&format!("swap: {{ mode: single-active }}\n{two}")).len(), 2);
 }
 
+// contract: RULE a name that ends in a verb of the API is an error
+#[test]
+fn a_name_that_could_be_taken_for_a_call_is_refused() {
+    for verb in ["load", "unload", "extend-ttl", "pin", "sleep", "wake", "health"] {
+        let text = format!("models: {{ \"org/{verb}\": {{ {VLLM} }} }}\n");
+        let said = problem(&text);
+        assert!(said.contains(&format!("ends in `{verb}`, a verb of the API")), "{said}");
+        assert_eq!(models(&text.replace("org/", "org-")).len(), 1, "{verb}");
+    }
+}
+
+// contract: CONFIG unknown keys, every error with its place
+#[test]
+fn every_error_is_told_at_once_with_its_place_and_the_nearest_name() {
+    let text =
+        "swap: { max_wiat: 30s }\nmodels:\n  m:\n    engine: vlm\n    docker: { image: \"a:1\" }\n";
+    let errors = parse_with(text, &[]).expect_err("refused");
+    let problems: Vec<_> = errors
+        .problems()
+        .iter()
+        .map(|problem| (problem.place.line, problem.place.column, problem.path.as_str()))
+        .collect();
+    assert_eq!(problems, [(1, 9, "swap.max_wiat"), (4, 13, "models.m.engine")]);
+    let shown = errors.to_string();
+    assert!(shown.contains("max_wait") && shown.contains("vllm"), "{shown}");
+    assert!(shown.contains("models.yaml:1:9") && shown.contains("models.yaml:4:13"), "{shown}");
+}
+
 #[test]
 fn a_container_belongs_to_one_model() {
     let two =

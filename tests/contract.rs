@@ -163,7 +163,10 @@ fn the_ways_to_write_one_row_mean_the_same() {
     assert_eq!(normal("ports 8051–8099: `GET /health`"), normal("ports 8051–8099"));
     assert_eq!(normal("GET /api/performance?after=RFC3339"), "GET /api/performance");
     let planned = row("| `CLI replay` | later: wharf replay |").expect("a row");
-    assert_eq!((planned.text.as_str(), planned.later.as_deref()), ("CLI replay", Some("later: wharf replay")));
+    assert_eq!(
+        (planned.text.as_str(), planned.later.as_deref()),
+        ("CLI replay", Some("later: wharf replay"))
+    );
     assert!(row("| `GET /later: x` | both | Wharf |").expect("a row").later.is_none());
     assert!(row("|---|---|").is_none());
     let test = ["// contract: X", "/// Why.", "#[tokio::test]", "async fn it_works() {"];

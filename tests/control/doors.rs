@@ -52,6 +52,10 @@ async fn each_model_has_a_port_of_its_own() {
     assert_eq!((&health["status"], &health["requests_served"]), (&json!("ready"), &json!(6)));
     let (status, answer) = call(Method::GET, &url(1, "/v1/models"), "").await.unwrap();
     assert_eq!(status, 404, "{answer}");
+    let adapter = r#"{"lora_name":"x","lora_path":"/x"}"#;
+    let (status, answer) =
+        call(Method::POST, &url(1, "/v1/load_lora_adapter"), adapter).await.unwrap();
+    assert_eq!(status, 404, "{answer}");
 
     // Whoever has a port keeps it; the next free one goes to who comes.
     let yaml = world.yaml();
