@@ -230,6 +230,30 @@ async fn document(document: &str, lines: &[Line]) -> Vec<String> {
     wrongs
 }
 
+// contract: GET /health
+// contract: GET /status
+// contract: GET /metrics
+// contract: POST /ensure_model
+// contract: GET /models
+// contract: GET /models/{name}
+// contract: POST /models/{name}/load
+// contract: POST /models/{name}/unload
+// contract: GET /metrics/{name}
+// contract: POST /models/register
+// contract: DELETE /models/{id}
+// contract: POST /models/{id}/extend-ttl
+// contract: GET /models/{id}/health
+// contract: GET /config
+// contract: PATCH /config
+// contract: ports 8051–8099
+// contract: GET /logs
+// contract: GET /log
+// contract: GET /logs/stream
+// contract: GET /logs/streamSSE
+// contract: GET /running
+// contract: GET /unload
+// contract: RULE control bodies are JSON whatever their content type
+// contract: RULE group/model is a name
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_lines_of_the_older_tools_documents_work() {
     if Command::new("curl").arg("--version").output().is_err() {
