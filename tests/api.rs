@@ -257,6 +257,7 @@ async fn after_its_ttl_a_model_cools_for_as_long_as_it_may_be_rescued() {
     assert_eq!(read(&api, "/models/mistral").await.1["ttl_remaining_minutes"], 0.0);
 }
 
+// contract: RULE names with slashes and colons work in every path
 // contract: GET /models/{name}
 #[tokio::test]
 async fn names_with_slashes_and_colons_work_in_paths() {
@@ -520,6 +521,7 @@ async fn the_queue_says_what_is_waited_for() {
     assert!(row["oldest_seconds"].is_number());
 }
 
+// contract: RULE errors have one shape, unknown paths are JSON 404
 #[tokio::test]
 async fn bad_requests_get_json_that_names_the_mistake() {
     let (puppet, _leases) = world();
@@ -556,6 +558,22 @@ async fn bad_requests_get_json_that_names_the_mistake() {
     assert_eq!(status, StatusCode::BAD_REQUEST);
 }
 
+// contract: RULE control bodies are JSON whatever their content type
+#[tokio::test]
+async fn a_body_is_json_whatever_its_content_type_says() {
+    let (puppet, _leases) = world();
+    let api = api(&puppet);
+    for kind in [None, Some("application/x-www-form-urlencoded"), Some("text/plain")] {
+        let mut sent = request(Method::POST, "/ensure_model", r#"{"model":"tiny","wait":false}"#);
+        sent.headers_mut().remove("content-type");
+        if let Some(kind) = kind {
+            sent.headers_mut().insert("content-type", kind.parse().expect("a value"));
+        }
+        assert_eq!(send(&api, sent).await.0, StatusCode::ACCEPTED, "{kind:?}");
+    }
+}
+
+// contract: RULE both listeners may have one address
 #[tokio::test]
 async fn one_address_can_serve_gateway_and_control() {
     let (puppet, _leases) = world();
@@ -595,6 +613,7 @@ fn keyed(mut request: Request<Body>, name: &str) -> Request<Body> {
     request
 }
 
+// contract: RULE a key has scopes and models
 #[tokio::test]
 async fn keys_open_what_their_scopes_say() {
     let (api, _puppet) = with_keys(view());
@@ -619,6 +638,7 @@ async fn keys_open_what_their_scopes_say() {
     assert_eq!(status(Some("boss"), post, "/ensure_model").await, 202);
 }
 
+// contract: RULE foreign hosts and origins are refused
 #[tokio::test]
 async fn browsers_from_elsewhere_change_nothing() {
     let (puppet, _leases) = world();

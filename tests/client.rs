@@ -73,6 +73,7 @@ fn no(_event: &Event) -> Answer {
     })
 }
 
+// contract: CLI exit codes, --url and WHARF_URL
 // contract: CLI status
 // contract: CLI ensure
 // contract: CLI load
@@ -117,6 +118,7 @@ async fn answers(url: &str, path: &str) -> Value {
     Client::new(&connection).expect("a URL").get(path).await.expect("an answer")
 }
 
+// contract: CLI exit codes, --url and WHARF_URL
 #[tokio::test]
 async fn the_address_comes_from_the_configuration_where_none_is_given() {
     let (url, _leases) = serve(yes).await;

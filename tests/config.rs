@@ -105,6 +105,7 @@ fn what_is_not_said_has_the_documented_default() {
     insta::assert_json_snapshot!(loaded.catalog);
 }
 
+// contract: CONFIG every key
 #[test]
 fn everything_of_the_contract_is_understood() {
     let text = std::fs::read_to_string("tests/config/everything.yaml").expect("fixture");
@@ -129,6 +130,7 @@ fn everything_of_the_contract_is_understood() {
     assert_eq!(warnings, [] as [&str; 0]);
 }
 
+// contract: CONFIG templates
 #[test]
 fn templates_take_the_models_name_and_are_overridden_key_by_key() {
     let specs = models(
@@ -147,6 +149,7 @@ fn templates_take_the_models_name_and_are_overridden_key_by_key() {
     assert_eq!(docker(&specs[1]).env.len(), 2, "{:?}", docker(&specs[1]).env);
 }
 
+// contract: CONFIG ${env.NAME} and macros
 #[test]
 fn macros_reach_commands_and_leave_the_port_for_the_start() {
     let spec = model(
@@ -217,6 +220,7 @@ fn the_grace_of_vllm_is_that_of_its_own_shutdown() {
     assert_eq!(grace(&format!("swap: {{ shutdown_timeout: 20s }}\n{llama}")), 20);
 }
 
+// contract: CONFIG environment variables of the swapper
 #[test]
 fn the_swappers_variables_outrank_the_file() {
     let text = format!("swap: {{ mode: multi-active, start_timeout: 10m }}\n{}", one("gpus: 1"));
@@ -293,6 +297,7 @@ fn models_on_one_port_may_take_turns() {
     assert!(problem(&together).contains("same fixed port 9001"), "{}", problem(&together));
 }
 
+// contract: CONFIG gpu none without memory is single-active
 #[test]
 fn without_gpus_one_model_runs_at_a_time() {
     let mode = |gpu: &str| {
@@ -332,6 +337,34 @@ fn two_models_share_a_port_only_when_one_runs_at_a_time() {
     let two = "models:\n  a: &a { engine: llamacpp, process: { cmd: x }, port: 9001 }\n  b: *a\n";
     assert!(problem(two).contains("same fixed port 9001"));
     assert_eq!(models(&format!("swap: {{ mode: single-active }}\n{two}")).len(), 2);
+}
+
+// contract: RULE a name that ends in a verb of the API is an error
+#[test]
+fn a_name_that_could_be_taken_for_a_call_is_refused() {
+    for verb in ["load", "unload", "extend-ttl", "pin", "sleep", "wake", "health"] {
+        let text = format!("models: {{ \"org/{verb}\": {{ {VLLM} }} }}\n");
+        let said = problem(&text);
+        assert!(said.contains(&format!("ends in `{verb}`, a verb of the API")), "{said}");
+        assert_eq!(models(&text.replace("org/", "org-")).len(), 1, "{verb}");
+    }
+}
+
+// contract: CONFIG unknown keys, every error with its place
+#[test]
+fn every_error_is_told_at_once_with_its_place_and_the_nearest_name() {
+    let text =
+        "swap: { max_wiat: 30s }\nmodels:\n  m:\n    engine: vlm\n    docker: { image: \"a:1\" }\n";
+    let errors = parse_with(text, &[]).expect_err("refused");
+    let problems: Vec<_> = errors
+        .problems()
+        .iter()
+        .map(|problem| (problem.place.line, problem.place.column, problem.path.as_str()))
+        .collect();
+    assert_eq!(problems, [(1, 9, "swap.max_wiat"), (4, 13, "models.m.engine")]);
+    let shown = errors.to_string();
+    assert!(shown.contains("max_wait") && shown.contains("vllm"), "{shown}");
+    assert!(shown.contains("models.yaml:1:9") && shown.contains("models.yaml:4:13"), "{shown}");
 }
 
 #[test]

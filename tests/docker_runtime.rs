@@ -72,6 +72,7 @@ async fn lifecycle(yard: &Yard) {
     yard.runtime.stop(&running, &spec.model.stop).await.expect("stopping twice is fine");
 }
 
+// contract: CONFIG processes and containers get their GPUs
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_created_follows_the_spec() {
     let Some(yard) = Yard::open("spec").await else { return };

@@ -62,6 +62,7 @@ impl Drop for Process {
     }
 }
 
+// contract: CONFIG processes and containers get their GPUs
 #[tokio::test]
 async fn memory_and_holders_are_read() {
     let child = Process::new();
@@ -202,6 +203,7 @@ async fn a_driver_that_hangs_is_given_up_and_may_come_back() {
     until(&gpus, "an answer", Result::is_ok).await.expect("a sample");
 }
 
+// contract: CONFIG MIG devices are refused
 #[tokio::test]
 async fn what_cannot_be_opened_is_named_with_its_fix() {
     for (state, words) in [

@@ -18,6 +18,7 @@ fn is(status: &Value, model: &str, state: &str) -> bool {
     status["models"][model]["state"] == state
 }
 
+// contract: RULE group/model is a name
 // contract: POST /v1/chat/completions
 #[tokio::test]
 async fn a_chat_with_a_profiles_model_makes_the_whole_profile_ready() {
@@ -56,6 +57,7 @@ async fn with_adapters() -> World {
     serve(&gpu("24GiB", "50ms"), &adapters(""), &[]).await
 }
 
+// contract: RULE adapters are models of their own
 #[tokio::test]
 async fn adapters_share_their_bases_engine_and_one_that_fails_harms_nobody() {
     let mut world = with_adapters().await;
@@ -86,6 +88,60 @@ async fn adapters_share_their_bases_engine_and_one_that_fails_harms_nobody() {
     world.stop().await;
 }
 
+// contract: RULE adapters are models of their own
+#[tokio::test]
+async fn an_adapter_has_keys_and_metrics_of_its_own() {
+    let key = |name: &str, model: &str| {
+        format!(
+            "{{ name: {name}, key: key-of-{name}-0123456, models: [{model}], scopes: [inference, read] }}"
+        )
+    };
+    let keys = [key("analyst", "sql"), key("writer", "base"), key("all", "'*'")].join(", ");
+    let settings = gpu("24GiB", "50ms") + &format!("\nauth: {{ keys: [{keys}] }}");
+    let world = serve(&settings, &adapters(""), &[]).await;
+    let talk = &world.server.talk;
+    let chat = async |key: &str, model: &str| {
+        let key = format!("Bearer key-of-{key}-0123456");
+        talk.chat(model, false, &[("authorization", &key)]).await.unwrap()
+    };
+    for (key, model, other) in [("analyst", "sql", "base"), ("writer", "base", "sql")] {
+        for _ in 0..2 {
+            let answer = chat(key, model).await;
+            assert!(answer.is_from(model), "{key}: {answer:?}\n{}", world.log());
+        }
+        // The adapter's name, its source's and the base's are no way to the other one.
+        for name in [other, "broken"] {
+            let refused = chat(key, name).await;
+            assert_eq!(refused.status, 403, "{key} {name}: {refused:?}");
+        }
+        assert_eq!(chat(key, "org/sql").await.status, 404);
+    }
+    assert!(chat("all", "sql").await.is_from("sql"));
+    let output = tokio::process::Command::new("curl")
+        .args(["-sS", "-H", "Authorization: Bearer key-of-all-0123456"])
+        .arg(format!("{}/metrics", talk.orchestrator))
+        .output()
+        .await;
+    let Ok(output) = output else {
+        support::skip("metrics of adapters: curl is not installed");
+        return world.stop().await;
+    };
+    let text = String::from_utf8(output.stdout).unwrap();
+    for series in [
+        "orchestrator_requests_total{model=\"sql\",outcome=\"ok\"} 3",
+        "orchestrator_requests_total{model=\"base\",outcome=\"ok\"} 2",
+        "orchestrator_current_model{model=\"sql\"} 1",
+        "orchestrator_current_model{model=\"base\"} 1",
+        "orchestrator_current_model{model=\"broken\"} 0",
+        "swapper_model_requests_total{model=\"sql\"} 3",
+    ] {
+        assert!(text.contains(&format!("{series}\n")), "no {series} in\n{text}");
+    }
+    assert!(!text.contains("org/sql"), "{text}");
+    world.stop().await;
+}
+
+// contract: CONFIG reload by SIGHUP
 #[tokio::test]
 async fn a_reload_adds_and_removes_adapters_while_a_stream_of_the_base_runs() {
     let world = with_adapters().await;

@@ -21,6 +21,7 @@ fn commands() -> Vec<String> {
     names.filter(|name| *name != "help").map(str::to_owned).collect()
 }
 
+// contract: CLI --help with an example, --json
 #[test]
 fn every_command_shows_an_example_and_those_that_print_data_take_json() {
     let commands = commands();

@@ -68,6 +68,7 @@ imports! {
     compose: ["docker-compose.yml"];
 }
 
+// contract: CONFIG the four formats are imported
 #[test]
 fn the_order_of_the_pools_files_does_not_matter() {
     let one = import(&["model_pool_config.json", "model_pool_registry.json"]);
@@ -139,6 +140,7 @@ async fn every_model_answers(imported: &Imported, names: &[&str]) {
     server.stop().await.unwrap();
 }
 
+// contract: CONFIG the four formats are imported
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_imported_llama_swap_with_a_profile_serves_every_model() {
     let imported = import(&["llama-swap-profiles.yaml"]);
@@ -151,6 +153,8 @@ async fn imported_models_on_one_port_serve_one_after_the_other() {
     every_model_answers(&imported, &["a", "b", "a"]).await;
 }
 
+// contract: CONFIG the four formats are imported
+// contract: CLI import
 /// The command: what it writes, where, and its exit codes.
 #[test]
 fn the_command_writes_reports_and_never_overwrites_unasked() {

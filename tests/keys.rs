@@ -158,6 +158,7 @@ async fn ask(base: &str, line: &str, key: &str, body: &Value) -> (u16, Value) {
     (status, serde_json::from_str(body).unwrap_or_else(|_| panic!("{answer}")))
 }
 
+// contract: RULE log lines are for read and admin
 #[tokio::test]
 async fn what_an_engine_writes_of_secrets_is_shown_to_nobody_and_its_log_to_few() {
     // Fails to start, saying too much.

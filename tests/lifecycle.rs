@@ -110,6 +110,7 @@ async fn a_pin_by_hand_keeps_others_out_and_its_end_lets_them_in() {
 }
 
 // contract: POST /plan
+// contract: CLI plan
 #[tokio::test]
 async fn a_plan_names_who_would_leave_and_changes_nothing() {
     let models = standin("ada", "14GiB", "--load 50ms") + &standin("bob", "14GiB", "--load 50ms");
@@ -120,6 +121,20 @@ async fn a_plan_names_who_would_leave_and_changes_nothing() {
     assert_eq!((&plan["verdict"], &plan["fits"]), (&json!("begins"), &json!(true)), "{plan}");
     assert_eq!(plan["evicts"][0]["model"], "ada");
     assert_eq!(plan["gpus"], json!([0]));
+    let command = async |args: &[&str]| {
+        let mut command = tokio::process::Command::new(support::EXE);
+        command.arg("plan").args(args).env("WHARF_URL", &world.server.talk.orchestrator);
+        let output = command.output().await.unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (code, told) = command(&["bob"]).await;
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.starts_with("bob would be loaded at once"), "{told}");
+    assert!(told.contains("leaves: ada ("), "{told}");
+    let (code, told) = command(&["bob", "--json"]).await;
+    let told: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!((code, &told["evicts"][0]["model"]), (Some(0), &json!("ada")), "{told}");
+    assert_eq!(command(&["bobb"]).await.0, Some(4), "unknown");
     let (_, ready) = post(&world, "/plan", json!({ "model": "ada" })).await;
     assert_eq!((&ready["verdict"], &ready["evicts"]), (&json!("ready"), &json!([])), "{ready}");
     let (status, unknown) = post(&world, "/plan", json!({ "model": "bobb" })).await;
@@ -145,8 +160,13 @@ async fn an_open_window_and_a_warm_up_are_loaded_before_anybody_asks() {
     assert_eq!(status["models"]["eve"]["state"], "stopped");
     let kept = row(&world, "ada").await;
     assert_eq!((&kept["kept"], &kept["state"]), (&json!(true), &json!("HOT")), "no ttl runs");
-    let (status, refused) = post(&world, "/models/ada/extend-ttl", json!({})).await;
-    assert_eq!(status, 409, "{refused}");
+    for (model, why) in [("ada", "is kept by its schedule"), ("bob", "no ttl")] {
+        let path = format!("/models/{model}/extend-ttl");
+        let (status, stays) = post(&world, &path, json!({ "minutes": 30 })).await;
+        assert_eq!((status, &stays["status"]), (200, &json!("success")), "{stays}");
+        assert_eq!(stays["ttl_remaining_minutes"], 0.0, "{stays}");
+        assert!(stays["message"].as_str().unwrap().contains(why), "{stays}");
+    }
     assert!(world.log().contains("preload: 2 of 2 ready"), "{}", world.log());
     world.stop().await;
 }

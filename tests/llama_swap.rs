@@ -477,6 +477,7 @@ async fn streams_end_when_wharf_goes() {
     }
 }
 
+// contract: RULE llama-swap's control paths are on the gateway too
 /// Path by path: which listener answers. 404 and 405 are what it does not serve.
 #[tokio::test]
 async fn llama_swaps_control_paths_are_on_both_ports_and_the_others_on_one() {

@@ -221,6 +221,7 @@ fn every_configured_model_has_its_series_from_the_start() {
     assert!(!Metrics::new().render(&puppet.handle).is_empty(), "also after the owner ended");
 }
 
+// contract: RULE metric labels are configured names
 #[test]
 fn a_model_that_left_the_configuration_leaves_no_series() {
     let (puppet, _leases) = world();

@@ -3,70 +3,11 @@
 
 mod support;
 
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use serde_json::{Value, json};
-use support::{EXE, World, serve};
-use wharf::cli::demo::talk::Talk;
-
-struct Ollama {
-    child: Child,
-    talk: Talk,
-    url: String,
-}
-
-impl Ollama {
-    async fn start(flags: &[&str]) -> Ollama {
-        let free = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = free.local_addr().expect("its address").port();
-        drop(free);
-        let child = Command::new(EXE)
-            .args(["engine", "--style", "ollama", "--port", &port.to_string()])
-            .args(flags)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("a stand-in");
-        let ollama =
-            Ollama { child, talk: Talk::new(port, port), url: format!("http://127.0.0.1:{port}") };
-        ollama.until("it answers", |_| true).await;
-        ollama
-    }
-
-    async fn ps(&self) -> Option<Value> {
-        Some(self.talk.get("/api/ps").await.ok()?["models"].clone())
-    }
-
-    async fn loaded(&self) -> Vec<String> {
-        let rows = self.ps().await.expect("/api/ps");
-        let names = rows.as_array().expect("rows").iter().map(|row| row["name"].as_str());
-        names.map(|name| name.expect("a name").to_owned()).collect()
-    }
-
-    async fn until(&self, what: &str, wanted: impl Fn(&Value) -> bool) {
-        let began = Instant::now();
-        loop {
-            let ps = self.ps().await;
-            if ps.as_ref().is_some_and(&wanted) {
-                return;
-            }
-            assert!(began.elapsed() < Duration::from_secs(60), "{what} never came true: {ps:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    async fn post(&self, path: &str, body: Value) -> (u16, Value) {
-        self.talk.call(http::Method::POST, path, body).await.expect("an answer")
-    }
-}
-
-impl Drop for Ollama {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use serde_json::json;
+use support::ollama::Ollama;
+use support::{World, serve};
 
 fn model(name: &str, known_as: &str, ollama: &Ollama, more: &str) -> String {
     format!(

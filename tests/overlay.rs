@@ -31,6 +31,7 @@ fn strict(file: &str, overlay: &Overlay) -> Result<Loaded, ConfigErrors> {
     parse_over(file, "models.yaml", overlay, &|name| (name == "SECRET").then(|| "s3cret".into()))
 }
 
+// contract: RULE flags, environment, patch, file, registered
 #[test]
 fn patches_outrank_the_file_and_the_environment_outranks_patches() {
     let patches = [

@@ -104,6 +104,7 @@ async fn send(stream: &mut TcpStream, first: u8, payload: &[u8]) {
     stream.write_all(&bytes).await.unwrap();
 }
 
+// contract: any /comfyui/{path…}
 #[tokio::test]
 async fn looking_at_a_page_starts_nothing_and_work_does() {
     let world = serve(&settings(""), &painter(""), &[]).await;

@@ -16,12 +16,30 @@ fn is_up_to_date(file: &str, made: &str) {
     assert!(committed == made, "{file} is out of date: WHARF_UPDATE=1 cargo test --test schema");
 }
 
+// contract: CONFIG every key
 #[test]
 fn the_schema_and_the_page_in_docs_are_up_to_date() {
     is_up_to_date("docs/wharf.schema.json", &schema::json_schema());
     is_up_to_date("docs/configuration.md", &schema::markdown());
     let example = include_str!("../models.yaml");
     assert!(example.starts_with("# yaml-language-server: $schema=docs/wharf.schema.json\n"));
+}
+
+// contract: CLI schema
+#[test]
+fn the_command_prints_the_schema_or_its_page() {
+    let run = |args: &[&str]| {
+        let output = std::process::Command::new(support::EXE).arg("schema").args(args).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let printed: serde_json::Value = serde_json::from_str(&run(&[])).unwrap();
+    assert_eq!(printed["$schema"], "https://json-schema.org/draft/2020-12/schema");
+    for key in ["models", "templates", "groups", "auth", "captures", "announce"] {
+        assert!(printed["properties"][key]["description"].is_string(), "{key}");
+    }
+    assert!(run(&["--format", "markdown"]).contains("| `swap.max_wait` |"));
 }
 
 /// Files that `wharf check` takes are valid; files with unknown keys or wrong values are not.

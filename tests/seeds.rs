@@ -1,9 +1,8 @@
-//! The curl lines of the four older tools' documents, run with curl against one Wharf that is
-//! configured as theirs were: each answer has the documented fields.
+//! The curl lines of the four older tools' documents, run with curl against a Wharf that is
+//! configured as each of them was: each answer has the documented fields.
 //!
 //! tests/seeds/*.txt hold the lines as they are printed there: `$` a line, `>` fields of its JSON
-//! (`a.b`, `a[].b`: of the first entry), `~` text in it, `@ stream` it does not end, `? part` it
-//! waits for [`PENDING`], `!` it asks another program.
+//! (`a.b`, `a[].b`: of the first entry), `~` text in it, `@ stream` it does not end.
 
 mod support;
 
@@ -11,23 +10,32 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
-use support::{gpu, serve, standin};
-
-/// THE SWITCH: parts that are not there yet. Remove an entry, and its lines are run.
-const PENDING: [(&str, &str); 5] = [
-    ("front-doors", "one listener per model"),
-    ("extend-ttl", "TTLs are not extended by hand yet"),
-    ("register", "models are not registered yet"),
-    ("config", "GET and PATCH /config"),
-    ("profiles", "groups as profile/model"),
-];
+use support::ollama::Ollama;
+use support::{World, free_ports, gpu, serve, standin};
 
 const DOCUMENTS: [&str; 4] =
     ["dynamic-model-orchestrator", "swapper-service", "model-pool-manager", "llama-swap"];
 
-/// Which model the pool manager's own ports lead to.
-const POOL_PORTS: [(&str, &str); 3] =
-    [("8051", "qwen2.5-coder:7b"), ("8052", "llama3.1:8b"), ("8053", "deepseek-coder-v2:16b")];
+/// Front doors, from the document's 8051 on.
+const DOORS: u16 = 8;
+
+/// What the documents' Ollama has.
+const OLLAMAS: [&str; 14] = [
+    "--name",
+    "deepseek-r1:70b",
+    "--name",
+    "qwen2.5-coder:32b",
+    "--name",
+    "qwen2.5-coder:7b",
+    "--name",
+    "llama3.1:8b",
+    "--name",
+    "deepseek-coder-v2:16b",
+    "--name",
+    "codellama:13b",
+    "--name",
+    "starcoder2:3b",
+];
 
 #[derive(Debug, Default)]
 struct Line {
@@ -35,7 +43,6 @@ struct Line {
     fields: Vec<String>,
     texts: Vec<String>,
     is_stream: bool,
-    waits_for: Option<String>,
 }
 
 fn lines(document: &str) -> Vec<Line> {
@@ -50,41 +57,89 @@ fn lines(document: &str) -> Vec<Line> {
             ("> ", Some(line)) => line.fields.extend(rest.split(' ').map(str::to_owned)),
             ("~ ", Some(line)) => line.texts.push(rest.to_owned()),
             ("@ ", Some(line)) => line.is_stream = rest == "stream",
-            ("? ", Some(line)) => line.waits_for = Some(rest.to_owned()),
-            ("! ", _) => println!("{document}: not Wharf's: {rest}"),
             _ => assert!(row.is_empty() || row.starts_with('#'), "{document}: {row}"),
         }
     }
     lines
 }
 
-/// The documents' models, equivalent to their configurations.
-fn models() -> String {
-    let with = |name: &str, more: &str| standin(name, "2GiB", "--load 50ms") + more;
-    let plain = ["mistral", "llava", "coder", "qwen"].map(|name| with(name, ""));
-    let pool = "    ttl: 15m\n    type: code\n    tags: [code, python]\n";
-    [
-        plain.concat(),
-        with("llama", "    aliases: [gpt-4o-mini, gpt-3.5-turbo]\n    ttl: 60s\n"),
-        with("deepseek-r1-70b", "    size_gb: 42\n    priority: high\n    type: llm\n"),
-        with("qwen2.5-coder:7b", "    warmup: true\n    type: code\n    tags: [code, fast]\n"),
-        with("llama3.1:8b", "    warmup: true\n"),
-        with("deepseek-coder-v2:16b", pool),
-        with("codellama:13b", pool),
-    ]
-    .concat()
+/// A document's configuration, in Wharf's words.
+fn configuration(document: &str, ollama: &Ollama, doors: u16) -> (String, String) {
+    let ollama = |name: &str, known_as: &str, more: &str| {
+        format!(
+            "  {name}: {{ engine: ollama, upstream_name: \"{known_as}\", external: {{ url: \"{}\" \
+             }}{more} }}\n",
+            ollama.url
+        )
+    };
+    let engine = |name: &str, style: &str, more: &str| {
+        let styled = standin(name, "20GiB", &format!("--style {style} --load 50ms"));
+        styled.replace("engine: openai", &format!("engine: {style}")) + more
+    };
+    let blind = "gpu: { provider: none }\nswap: { mode: single-active }";
+    match document {
+        "dynamic-model-orchestrator" => {
+            let models = ["mistral", "llava", "coder"].map(|name| engine(name, "vllm", ""));
+            (gpu("24GiB", "10ms"), models.concat())
+        }
+        "swapper-service" => {
+            let models = ollama(
+                "deepseek-r1-70b",
+                "deepseek-r1:70b",
+                ", type: llm, size_gb: 42, priority: high",
+            ) + &ollama("qwen2.5-coder-32b", "qwen2.5-coder:32b", ", type: code");
+            (blind.to_owned(), models)
+        }
+        "model-pool-manager" => {
+            let code = ", warmup: true, priority: high, name: Qwen 2.5 Coder 7B, type: code, \
+                        tags: [code, python, fast]";
+            let models = [
+                ollama("qwen2.5-coder:7b", "qwen2.5-coder:7b", code),
+                ollama("llama3.1:8b", "llama3.1:8b", ", warmup: true"),
+                ollama("deepseek-coder-v2:16b", "deepseek-coder-v2:16b", ""),
+                ollama("codellama:13b", "codellama:13b", ""),
+            ];
+            let template = ollama("small", "${model}", "");
+            let settings = format!(
+                "gpu: {{ provider: none, memory: [32GiB] }}\n\
+                 swap: {{ max_concurrent_models: 5, shutdown_timeout: 30s }}\n\
+                 ports: {doors}-{}\ncheck_interval: 30s\n\
+                 defaults: {{ ttl: 15m, grace: 2m, vram: 4GiB, ttl_bounds: {{ min: 5m, max: 60m }} }}\n\
+                 registration: {{ templates: [small] }}\ntemplates:\n{template}",
+                doors + DOORS - 1
+            );
+            (settings, models.concat())
+        }
+        "llama-swap" => {
+            let aliases = "    aliases: [gpt-4o-mini, gpt-3.5-turbo]\n    ttl: 60s\n";
+            let models = engine("llama", "llamacpp", aliases) + &engine("qwen", "llamacpp", "");
+            let settings = gpu("48GiB", "10ms")
+                + "\ngroups: { coding: { models: [qwen, llama], together: true } }\n\
+                   captures: { enabled: true }";
+            (settings, models)
+        }
+        _ => panic!("no configuration for {document}"),
+    }
 }
 
 /// The documents' addresses → those of this test.
-fn rewritten(command: &str, world: &support::World, ports: &[(&str, String)]) -> String {
+async fn rewritten(command: &str, world: &World, ollama: &Ollama, doors: u16) -> String {
     let talk = &world.server.talk;
     let mut command = command.replace("http://host/", &format!("{}/", talk.gateway));
     command = command.replace("http://localhost:8080", &talk.gateway);
+    command = command.replace("http://localhost:11434", &ollama.url);
     for orchestrator in ["8888", "8890", "8050"] {
         command = command.replace(&format!("http://localhost:{orchestrator}"), &talk.orchestrator);
     }
-    for (port, endpoint) in ports {
-        command = command.replace(&format!("http://localhost:{port}"), endpoint);
+    // Two ports are assigned, the third is allocated: a client reads of it in `endpoint`.
+    for (at, documented) in ["http://localhost:8051", "http://localhost:8052"].iter().enumerate() {
+        let door = usize::from(doors) + at;
+        command = command.replace(documented, &format!("http://127.0.0.1:{door}"));
+    }
+    if command.contains("http://localhost:8053") {
+        let row = talk.get("/models/deepseek-coder-v2:16b").await.expect("its row");
+        let endpoint = row["endpoint"].as_str().expect("an endpoint");
+        command = command.replace("http://localhost:8053", endpoint);
     }
     assert!(!command.contains("localhost"), "no address for {command}");
     command
@@ -142,64 +197,76 @@ fn wrong(line: &Line, output: &Output) -> Option<String> {
     (!missing.is_empty()).then(|| format!("no {missing:?} in {text}"))
 }
 
+async fn document(document: &str, lines: &[Line]) -> Vec<String> {
+    let doors = free_ports(DOORS);
+    let ollama = Ollama::start(&OLLAMAS).await;
+    let (settings, models) = configuration(document, &ollama, doors);
+    let world = serve(&settings, &models, &[]).await;
+    if document == "model-pool-manager" {
+        let ready = |status: &Value, model: &str| status["models"][model]["state"] == "ready";
+        world
+            .until("the warm-up models are ready", |status| {
+                ready(status, "qwen2.5-coder:7b") && ready(status, "llama3.1:8b")
+            })
+            .await;
+    }
+    let mut wrongs = Vec::new();
+    for line in lines {
+        let command = rewritten(&line.command, &world, &ollama, doors).await;
+        let (shown, is_stream) = (command.clone(), line.is_stream);
+        let output = tokio::task::spawn_blocking(move || run(&command, is_stream));
+        match wrong(line, &output.await.expect("bash ran")) {
+            None => println!("ok     {document}: {}", line.command),
+            Some(why) => {
+                println!("WRONG  {document}: {}", line.command);
+                wrongs.push(format!("{document}: {}\n    as {shown}\n    {why}", line.command));
+            }
+        }
+    }
+    if !wrongs.is_empty() {
+        wrongs.push(world.log());
+    }
+    world.stop().await;
+    wrongs
+}
+
+// contract: GET /health
+// contract: GET /status
+// contract: GET /metrics
+// contract: POST /ensure_model
+// contract: GET /models
+// contract: GET /models/{name}
+// contract: POST /models/{name}/load
+// contract: POST /models/{name}/unload
+// contract: GET /metrics/{name}
+// contract: POST /models/register
+// contract: DELETE /models/{id}
+// contract: POST /models/{id}/extend-ttl
+// contract: GET /models/{id}/health
+// contract: GET /config
+// contract: PATCH /config
+// contract: ports 8051–8099
+// contract: GET /logs
+// contract: GET /log
+// contract: GET /logs/stream
+// contract: GET /logs/streamSSE
+// contract: GET /running
+// contract: GET /unload
+// contract: RULE control bodies are JSON whatever their content type
+// contract: RULE group/model is a name
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_lines_of_the_older_tools_documents_work() {
     if Command::new("curl").arg("--version").output().is_err() {
         support::skip("the documents' curl lines: curl is not installed");
         return;
     }
-    let world = serve(&gpu("24GiB", "10ms"), &models(), &[]).await;
-    world
-        .until("the warm-up models are ready", |status| {
-            ["qwen2.5-coder:7b", "llama3.1:8b"]
-                .iter()
-                .all(|model| status["models"][model]["state"] == "ready")
-        })
-        .await;
-    let (mut ran, mut wrongs, mut pending) = (0, Vec::new(), Vec::new());
-    for document in DOCUMENTS {
-        for line in lines(document) {
-            let waits_for = line
-                .waits_for
-                .as_deref()
-                .and_then(|part| PENDING.iter().find(|(pending, _)| *pending == part));
-            if let Some((part, why)) = waits_for {
-                pending.push(format!("{document}: {} ({part}: {why})", line.command));
-                continue;
-            }
-            // Front doors come and go with the configuration: asked anew for each line.
-            let rows = world.server.talk.get("/models").await.expect("/models");
-            let ports = POOL_PORTS.map(|(port, model)| {
-                let rows = rows["models"].as_array().expect("rows");
-                let row = rows.iter().find(|row| row["model_id"] == model).expect("configured");
-                (port, row["endpoint"].as_str().expect("an endpoint").to_owned())
-            });
-            let command = rewritten(&line.command, &world, &ports);
-            let is_stream = line.is_stream;
-            let shown = command.clone();
-            let output = tokio::task::spawn_blocking(move || run(&command, is_stream));
-            ran += 1;
-            match wrong(&line, &output.await.expect("bash ran")) {
-                None => println!("ok       {document}: {}", line.command),
-                Some(why) => {
-                    wrongs.push(format!("{document}: {}\n    as {shown}\n    {why}", line.command))
-                }
-            }
-        }
+    let (mut ran, mut wrongs) = (0, Vec::new());
+    for name in DOCUMENTS {
+        let lines = lines(name);
+        assert!(lines.len() > 5, "{name}: {} lines", lines.len());
+        ran += lines.len();
+        wrongs.extend(document(name, &lines).await);
     }
-    for line in &pending {
-        println!("PENDING  {line}");
-    }
-    println!("{ran} lines ran, {} pending, {} wrong", pending.len(), wrongs.len());
-    assert!(wrongs.is_empty(), "\n{}\n{}", wrongs.join("\n"), world.log());
-    world.stop().await;
-}
-
-#[test]
-fn every_pending_part_is_waited_for() {
-    let lines: Vec<Line> = DOCUMENTS.iter().flat_map(|document| lines(document)).collect();
-    for (part, _) in PENDING {
-        let waits = |line: &Line| line.waits_for.as_deref() == Some(part);
-        assert!(lines.iter().any(waits), "{part}: no line waits for it any more");
-    }
+    println!("{ran} lines of {} documents ran", DOCUMENTS.len());
+    assert!(wrongs.is_empty(), "\n{}", wrongs.join("\n"));
 }

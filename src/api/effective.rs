@@ -79,8 +79,7 @@ fn pool(at: &Snapshot<'_>, in_force: &InForce) -> Value {
         "default_ttl_minutes": minutes("ttl").unwrap_or(json!(0)),
         "min_ttl_minutes": minutes("ttl_bounds.min"),
         "max_ttl_minutes": minutes("ttl_bounds.max"),
-        // Models leave when their time is up: there is no check that could be late.
-        "check_interval_seconds": 0,
+        "check_interval_seconds": number(settings.check_interval.as_secs_f64()),
         "warmup_models": warmups.collect::<Vec<_>>(),
         "port_range": { "start": start, "end": end },
         "max_concurrent_models": settings.swap.max_concurrent_models,

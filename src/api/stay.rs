@@ -36,6 +36,7 @@ pub async fn extend_ttl(api: &Api, spec: &ModelSpec, body: ExtendBody) -> Result
     let name = &spec.name;
     let (until, left, bounded) = match api.handle.extend_ttl(name.clone(), by).await {
         Answer::Extended { until, left, bounded } => (until, left, bounded),
+        Answer::WithoutTtl { why } => return Ok(Json(without_ttl(spec, why)).into_response()),
         Answer::Declined { why } => return Err(declined(name, why)),
         Answer::Refused(refusal) => return Err(refused(&refusal, name, api)),
         answer => return Err(unexpected("extend-ttl", &answer)),
@@ -53,6 +54,20 @@ pub async fn extend_ttl(api: &Api, spec: &ModelSpec, body: ExtendBody) -> Result
         "bounded": bounded,
     })));
     Ok(Json(body).into_response())
+}
+
+/// The pool manager's users extend models that never leave, too: that is a success, and 0 minutes
+/// are its word for "no ttl".
+fn without_ttl(spec: &ModelSpec, why: String) -> serde_json::Value {
+    let mut body = render::object(render::done(&spec.name, why));
+    body.extend(render::object(json!({
+        "model_id": spec.name,
+        "ttl_remaining_minutes": 0.0,
+        "ttl_until": null,
+        "grace_seconds": seconds(spec.grace),
+        "bounded": false,
+    })));
+    body.into()
 }
 
 fn minutes(asked: f64) -> Result<Duration, Reject> {

@@ -1,7 +1,7 @@
 //! Front doors (`ports`): which model has which port, and the listeners there.
 //!
-//! Warm-up models come first, then the others by name, registered ones last; whoever has a port
-//! keeps it as long as Wharf runs.
+//! Warm-up models come first, then the others, each in the order of models.yaml; registered ones
+//! last. Whoever has a port keeps it as long as Wharf runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -120,7 +120,9 @@ impl FrontDoors {
 
 fn in_order(catalog: &Catalog) -> Vec<&Arc<ModelSpec>> {
     let mut models: Vec<_> = catalog.models.values().collect();
-    // By name already; the sort is stable.
-    models.sort_by_key(|spec| (spec.registered, !spec.warmup));
+    // Registered ones are by name; the sort is stable.
+    models.sort_by_key(|spec| {
+        (spec.registered, !spec.warmup, (!spec.registered).then_some(spec.line))
+    });
     models
 }

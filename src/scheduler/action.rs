@@ -129,6 +129,10 @@ pub enum Answer {
         left: Duration,
         bounded: bool,
     },
+    /// No ttl runs, so there is none to extend: the model stays in any case. Why, in words.
+    WithoutTtl {
+        why: String,
+    },
     /// `shut_out`: models that had a place before this pin and can have none beside it.
     Pinned {
         pinned: bool,

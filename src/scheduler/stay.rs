@@ -108,7 +108,7 @@ impl Scheduler {
             return declined(format!("{}: there is no ttl to extend", self.not_loaded(model)));
         };
         if let Some(why) = self.no_ttl(instance) {
-            return declined(format!("{model} {why}"));
+            return Err(Answer::WithoutTtl { why: format!("{model} {why}") });
         }
         let (Some(ends), Some(ttl)) = (self.ttl_ends(instance), spec.ttl) else {
             return declined(format!("{model} has no ttl"));

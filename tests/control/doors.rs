@@ -7,8 +7,8 @@ use super::{call, free_ports, until};
 const CHAT: &str = r#"{"messages":[{"role":"user","content":"who are you?"}],"max_tokens":8"#;
 
 fn models() -> String {
-    standin("ada", "4GiB", "--load 50ms")
-        + &standin("bob", "4GiB", "--load 50ms")
+    standin("bob", "4GiB", "--load 50ms")
+        + &standin("ada", "4GiB", "--load 50ms")
         + &standin("cyd", "4GiB", "--load 50ms").replace("    vram", "    warmup: true\n    vram")
 }
 
@@ -23,34 +23,38 @@ async fn each_model_has_a_port_of_its_own() {
     let first = free_ports(6);
     let settings = gpu("24GiB", "50ms") + &format!("\nports: {first}-{}\n", first + 5);
     let world = serve(&settings, &models(), &[]).await;
-    // Warm-up models first, then by name.
+    // Warm-up models first, then in the order of the file.
     let port = |n: u16| first + n;
     let doors = world.config().await["front_doors"].clone();
-    assert_eq!(doors, json!({ "ada": port(1), "bob": port(2), "cyd": port(0) }), "{}", world.log());
+    assert_eq!(doors, json!({ "ada": port(2), "bob": port(1), "cyd": port(0) }), "{}", world.log());
     let row = world.server.talk.get("/models/bob").await.unwrap();
-    assert_eq!(row["port"], port(2));
-    assert_eq!(row["endpoint"], format!("http://127.0.0.1:{}", port(2)));
+    assert_eq!(row["port"], port(1));
+    assert_eq!(row["endpoint"], format!("http://127.0.0.1:{}", port(1)));
     assert_eq!(world.server.talk.get("/health").await.unwrap()["available_ports"], 3);
 
     let url = |n: u16, path: &str| format!("http://127.0.0.1:{}{path}", port(n));
-    let (status, health) = call(Method::GET, &url(2, "/health"), "").await.unwrap();
-    assert_eq!((status, &health["model"], &health["port"]), (200, &json!("bob"), &json!(port(2))));
+    let (status, health) = call(Method::GET, &url(1, "/health"), "").await.unwrap();
+    assert_eq!((status, &health["model"], &health["port"]), (200, &json!("bob"), &json!(port(1))));
     assert_eq!((&health["status"], &health["requests_served"]), (&json!("stopped"), &json!(0)));
     // Whatever the body says, and if it says nothing: bob.
     for model in ["", r#","model":"bob""#, r#","model":"ada""#, r#","model":null"#, r#","model":7"#]
     {
         let body = format!("{CHAT}{model}}}");
         let (status, answer) =
-            call(Method::POST, &url(2, "/v1/chat/completions"), &body).await.unwrap();
+            call(Method::POST, &url(1, "/v1/chat/completions"), &body).await.unwrap();
         assert_eq!(status, 200, "{model}: {answer:#}");
         assert!(text(&answer).starts_with("bob-1"), "{model}: {answer:#}");
     }
     let (status, answer) =
-        call(Method::POST, &url(2, "/v1/completions"), r#"{"prompt":"x"}"#).await.unwrap();
+        call(Method::POST, &url(1, "/v1/completions"), r#"{"prompt":"x"}"#).await.unwrap();
     assert!(status == 200 && text(&answer).starts_with("bob-1"), "{status} {answer:#}");
-    let (_, health) = call(Method::GET, &url(2, "/health"), "").await.unwrap();
+    let (_, health) = call(Method::GET, &url(1, "/health"), "").await.unwrap();
     assert_eq!((&health["status"], &health["requests_served"]), (&json!("ready"), &json!(6)));
-    let (status, answer) = call(Method::GET, &url(2, "/v1/models"), "").await.unwrap();
+    let (status, answer) = call(Method::GET, &url(1, "/v1/models"), "").await.unwrap();
+    assert_eq!(status, 404, "{answer}");
+    let adapter = r#"{"lora_name":"x","lora_path":"/x"}"#;
+    let (status, answer) =
+        call(Method::POST, &url(1, "/v1/load_lora_adapter"), adapter).await.unwrap();
     assert_eq!(status, 404, "{answer}");
 
     // Whoever has a port keeps it; the next free one goes to who comes.
@@ -59,9 +63,9 @@ async fn each_model_has_a_port_of_its_own() {
     let (status, answer) = world.post("/config/reload", Value::Null).await;
     assert_eq!(status, 200, "{answer:#}");
     let doors = world.config().await["front_doors"].clone();
-    assert_eq!(doors, json!({ "abe": port(3), "bob": port(2), "cyd": port(0), "zoe": port(4) }));
+    assert_eq!(doors, json!({ "abe": port(4), "bob": port(1), "cyd": port(0), "zoe": port(3) }));
     until("ada's door closes", async || {
-        tokio::net::TcpStream::connect(("127.0.0.1", port(1))).await.is_err().then_some(())
+        tokio::net::TcpStream::connect(("127.0.0.1", port(2))).await.is_err().then_some(())
     })
     .await;
     world.write(&yaml.replace(&format!("ports: {first}-{}", first + 5), ""));

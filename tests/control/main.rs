@@ -19,6 +19,7 @@ use hyper::{Method, Request};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
+use support::{free_port, free_ports};
 
 /// Status and JSON of one call, also to an address that is none of the usual two.
 pub async fn call(method: Method, url: &str, body: &str) -> Result<(u16, Value), String> {
@@ -46,26 +47,6 @@ pub async fn until<T>(what: &str, mut wanted: impl AsyncFnMut() -> Option<T>) ->
         }
         assert!(began.elapsed() < Duration::from_secs(60), "never came true: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// A port that nobody has at the moment, below those of outgoing connections.
-pub fn free_port() -> u16 {
-    free_ports(1)
-}
-
-/// The first of `count` neighbouring ports that nobody has.
-pub fn free_ports(count: u16) -> u16 {
-    use std::sync::atomic::{AtomicU16, Ordering};
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    loop {
-        let step = NEXT.fetch_add(count, Ordering::Relaxed);
-        let offset = (std::process::id() as u16).wrapping_mul(61).wrapping_add(step) % 9000;
-        let first = 10_000 + offset;
-        let free = |port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
-        if (first..first + count).all(free) {
-            return first;
-        }
     }
 }
 

@@ -52,6 +52,24 @@ async fn the_configuration_in_force_has_the_pools_keys_and_no_secrets() {
     world.stop().await;
 }
 
+// contract: RULE flags, environment, patch, file, registered
+#[tokio::test]
+async fn a_flag_outranks_the_file_and_is_shown_as_what_it_is() {
+    let gateway = format!("127.0.0.1:{}", super::free_port());
+    let env = [("WHARF_GATEWAY", gateway.as_str())];
+    let world = serve(&settings(), &standin("ada", "4GiB", ""), &env).await;
+    assert_ne!(world.server.talk.gateway, format!("http://{gateway}"), "the file says another");
+    let config = world.config().await;
+    assert_eq!(config["listen"]["gateway"], gateway.as_str(), "{config:#}");
+    let shown = config["overrides"].as_array().unwrap();
+    let flag = shown.iter().find(|row| row["key"] == "listen.gateway").expect("shown");
+    assert_eq!(flag["origin"], "flag", "{config:#}");
+    let (status, _) =
+        super::call(Method::GET, &format!("http://{gateway}/health"), "").await.unwrap();
+    assert_eq!(status, 200);
+    world.stop().await;
+}
+
 // contract: PATCH /config
 #[tokio::test]
 async fn a_patch_is_in_force_at_once_outlives_a_kill_and_can_be_taken_back() {

@@ -110,6 +110,7 @@ async fn a_registration_that_does_not_fit_the_file_any_more_is_left_out_and_told
     world.stop().await;
 }
 
+// contract: RULE a registration brings nothing that could be run
 #[tokio::test]
 async fn nothing_that_could_be_run_can_be_registered() {
     let world = world().await;

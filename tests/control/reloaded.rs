@@ -83,6 +83,7 @@ async fn no_stream_of_an_untouched_model_breaks_however_often_the_file_changes()
     world.stop().await;
 }
 
+// contract: CONFIG a bad file changes nothing
 #[tokio::test]
 async fn a_bad_file_changes_nothing_and_the_answer_says_where_every_error_is() {
     let world = loaded(&three()).await;
@@ -207,6 +208,7 @@ async fn keys_limits_and_hosts_change_in_place() {
     world.stop().await;
 }
 
+// contract: CONFIG reload when the file changes
 #[tokio::test]
 async fn a_watched_file_is_read_again_when_an_editor_replaces_it() {
     let settings = gpu("24GiB", "50ms") + "\nreload: { watch: true }";

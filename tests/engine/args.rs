@@ -193,3 +193,21 @@ fn a_fixed_port_is_the_declared_one() {
     spec.port = Some(9000);
     assert_eq!(contradictions(&spec), Vec::new());
 }
+
+#[test]
+fn a_base_of_adapters_is_told_to_take_them_and_no_other_model_is() {
+    let mut spec = model(EngineKind::Vllm, docker(IMAGE, "--model org/coder"));
+    let derived = derive(&spec, 18051, 1, None, None);
+    assert!(!derived.args.contains(&"--enable-lora".to_owned()));
+    assert!(!derived.env.contains_key("VLLM_ALLOW_RUNTIME_LORA_UPDATING"));
+    spec.lora = true;
+    let derived = derive(&spec, 18051, 1, None, None);
+    assert_eq!(derived.args.iter().filter(|arg| *arg == "--enable-lora").count(), 1);
+    assert_eq!(derived.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"], "1");
+    // Said by the user: not said again.
+    let mut spec = model(EngineKind::Vllm, docker(IMAGE, "--model org/coder --enable-lora"));
+    spec.lora = true;
+    let derived = derive(&spec, 18051, 1, None, None);
+    assert!(!derived.args.contains(&"--enable-lora".to_owned()), "{:?}", derived.args);
+    assert_eq!(derived.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"], "1");
+}

@@ -9,12 +9,12 @@ use http::{HeaderMap, Request};
 use http_body_util::Full;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use wharf::config::catalog::{ApiKey, Catalog, GpuRequest, Scope};
+use wharf::config::catalog::{ApiKey, Catalog, GpuRequest, Group, Scope};
 use wharf::gateway::{Limits, browser};
 use wharf::orchestrator::View;
 use wharf::orchestrator::view::Health;
 use wharf::scheduler::action::Refusal;
-use wharf::units;
+use wharf::units::{self, ModelName};
 
 use crate::support::{World, settings, timely};
 
@@ -59,6 +59,7 @@ async fn unknown_models_are_404_with_the_nearest_names() {
     assert!(error(&world, unknown(&"x".repeat(100_000))).await.2.len() < 1000);
 }
 
+// contract: RULE errors have one shape, unknown paths are JSON 404
 #[tokio::test]
 async fn unknown_paths_and_methods_are_json() {
     let world = World::new().await;
@@ -146,6 +147,7 @@ fn keys(catalog: &mut Catalog) {
     ];
 }
 
+// contract: RULE a key has scopes and models
 #[tokio::test]
 async fn keys_decide_who_may_ask_for_what() {
     let mut world = World::with(keys, Limits::default()).await;
@@ -191,6 +193,92 @@ async fn keys_decide_who_may_ask_for_what() {
             .unwrap();
         assert_eq!(world.send(request).await.status(), status, "{path} {key}");
     }
+}
+
+/// `group/model` is one more name of the model: a key may use it by the model's own name, or by the
+/// name that was asked for. What comes along with the group is loaded, not served to that key.
+// contract: RULE group/model is a name
+// contract: RULE a key has scopes and models
+#[tokio::test]
+async fn a_groups_name_for_a_model_opens_what_the_key_may_use_and_no_more() {
+    let world = World::with(
+        |catalog| {
+            keys(catalog);
+            let key = |name: &str, models: &str| ApiKey {
+                name: name.into(),
+                key: format!("sk-{name}").into(),
+                models: vec![models.into()],
+                scopes: vec![Scope::Inference],
+                ..ApiKey::default()
+            };
+            catalog.settings.auth.keys.extend([
+                key("own", "org/qwen:7b"),
+                key("profile", "coding/*"),
+                key("member", "coding/mistral"),
+            ]);
+            let models = ["org/qwen:7b", "mistral"].map(ModelName::new).into();
+            catalog.groups.insert("coding".into(), group(models));
+        },
+        Limits::default(),
+    )
+    .await;
+    let mut world = world;
+    let ask = |world: &World, key: &str, model: &str| {
+        let mut request = world.post(CHAT, format!("{{\"model\":\"{model}\",\"messages\":[]}}"));
+        request.headers_mut().insert("authorization", format!("Bearer sk-{key}").parse().unwrap());
+        request
+    };
+    for (key, model) in [
+        ("own", "coding/org/qwen:7b"),
+        ("own", "org/qwen:7b"),
+        ("profile", "coding/org/qwen:7b"),
+        ("profile", "coding/mistral"),
+        ("member", "coding/mistral"),
+        ("all", "coding/mistral"),
+    ] {
+        let reply = world.spawn(ask(&world, key, model));
+        let arrived = world.arrived().await;
+        assert!(model.ends_with(arrived.request.model.as_str()), "{key} {model}");
+        arrived.refuse(Refusal::Unloaded);
+        assert_eq!(reply.await.unwrap().status(), 503, "{key} {model}");
+        let with_company = world.messages.try_recv().is_ok();
+        assert_eq!(with_company, model.starts_with("coding/"), "{key} {model}");
+    }
+    for (key, model, status) in [
+        ("own", "coding/mistral", 403),
+        ("qwen", "coding/mistral", 403),
+        ("profile", "mistral", 403),
+        ("profile", "org/qwen:7b", 403),
+        ("member", "mistral", 403),
+        ("member", "coding/org/qwen:7b", 403),
+        ("reader", "coding/mistral", 403),
+        ("all", "coding/nobody", 404),
+        ("all", "writing/mistral", 404),
+    ] {
+        let reply = world.send(ask(&world, key, model)).await;
+        assert_eq!(reply.status().as_u16(), status, "{key} {model}");
+    }
+    assert!(world.messages.try_recv().is_err(), "a refused request moves nothing");
+}
+
+fn group(models: Vec<ModelName>) -> Group {
+    Group { models, together: true, exclusive: false, persistent: false }
+}
+
+/// Names that nobody configured leave no series behind.
+// contract: RULE metric labels are configured names
+#[tokio::test]
+async fn a_client_cannot_make_series() {
+    let world = World::new().await;
+    for name in ["invented-1", "coding/invented-2", "org/invented-3"] {
+        let body = format!("{{\"model\":\"{name}\",\"messages\":[]}}");
+        assert_eq!(world.send(world.post(CHAT, body)).await.status(), 404, "{name}");
+        let path = format!("/upstream/{name}/v1/models");
+        assert_eq!(world.get(&path).await.status(), 404, "{name}");
+    }
+    let text = world.get("/metrics").await.text().await;
+    assert!(text.contains("model=\"mistral\""), "{text}");
+    assert!(!text.contains("invented"), "{text}");
 }
 
 // contract: GET /v1/models
@@ -271,6 +359,7 @@ fn judged(
     }
 }
 
+// contract: RULE foreign hosts and origins are refused
 #[test]
 fn only_our_own_host_names_are_answered() {
     for (host, expected) in [
@@ -296,6 +385,7 @@ fn only_our_own_host_names_are_answered() {
     assert_eq!(judged(any, "GET", "/", &[("host", "evil.example")]), "host_not_allowed");
 }
 
+// contract: RULE foreign hosts and origins are refused
 #[test]
 fn foreign_pages_change_nothing() {
     let host = ("host", "127.0.0.1:8080");

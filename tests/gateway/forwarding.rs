@@ -278,6 +278,7 @@ async fn never_start_asks_the_owner_without_touching_an_idle_model() {
     assert!(after.last_used > before.last_used && after.granted == 1);
 }
 
+// contract: RULE a form's model may follow its file
 #[tokio::test]
 async fn a_form_is_forwarded_as_it_came_with_the_name_the_engine_knows() {
     let mut world = World::new().await;

@@ -85,6 +85,7 @@ async fn a_key_that_says_nothing_has_the_limits_of_all() {
     }
 }
 
+// contract: RULE a key bounds start, wait and priority
 #[tokio::test]
 async fn a_key_bounds_start_wait_and_priority() {
     let mut world = World::with(keys, Limits::default()).await;

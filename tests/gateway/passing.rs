@@ -70,6 +70,8 @@ async fn raw(world: &World, method: &str, path: &str) -> (u16, String) {
     (status, answer)
 }
 
+// contract: RULE names with slashes and colons work in every path
+// contract: RULE the longest configured name wins
 // contract: any /upstream/{model}/{path…}
 #[tokio::test]
 async fn a_request_goes_on_as_it_came_under_every_spelling_of_the_name() {
@@ -181,6 +183,7 @@ async fn a_model_that_is_not_ready_is_waited_for_unless_never_is_asked() {
     assert_eq!(reply.await.unwrap().status(), 200);
 }
 
+// contract: RULE /upstream is an allow-list per engine
 #[tokio::test]
 async fn paths_outside_of_an_engines_list_are_refused_however_they_are_spelt() {
     let mut world = every_engine(Vec::new()).await;
@@ -251,6 +254,7 @@ async fn paths_outside_of_an_engines_list_are_refused_however_they_are_spelt() {
     assert!(world.engine.has_none(), "nothing reached an engine");
 }
 
+// contract: RULE development endpoints want an admin key
 #[tokio::test]
 async fn development_paths_take_an_admin_key_and_what_wharf_owns_takes_none() {
     let key = |name: &str, scopes: &[Scope]| ApiKey {
@@ -298,6 +302,54 @@ async fn development_paths_take_an_admin_key_and_what_wharf_owns_takes_none() {
         assert!(!exchange.head.contains("-key-0123456789"), "{}", exchange.head);
         exchange.answer_json("{}").await;
         assert_eq!(reply.await.unwrap().status(), 200, "{name} {path}");
+    }
+}
+
+/// The endpoints that load and unload adapters are Wharf's alone: by no path, with no key.
+#[tokio::test]
+async fn no_client_reaches_an_engines_adapter_endpoints() {
+    let key = |name: &str, scopes: &[Scope]| ApiKey {
+        name: name.into(),
+        key: format!("{name}-key-0123456789").into(),
+        models: vec!["*".into()],
+        scopes: scopes.to_vec(),
+        ..ApiKey::default()
+    };
+    let everything = [Scope::Inference, Scope::Read, Scope::Admin];
+    let keyed = vec![key("user", &[Scope::Inference]), key("root", &everything)];
+    for (keys, callers) in [(Vec::new(), &[""][..]), (keyed, &["user", "root"])] {
+        let mut world = every_engine(keys).await;
+        for caller in callers {
+            for verb in ["load", "unload"] {
+                for (before, status) in [
+                    ("/upstream/mistral/v1/", 403),
+                    ("/upstream/gpt-4o/v1/", 403),
+                    ("/upstream/org%2Fqwen:7b//v1/", 403),
+                    ("/upstream/sql/v1/", 403),
+                    ("/upstream/llama/v1/", 403),
+                    ("/upstream/remote/v1/./", 403),
+                    ("/upstream/ollama/v1/", 403),
+                    ("/upstream/mistral/v1/x/%2e%2e/", 403),
+                    ("/v1/", 404),
+                    ("/", 404),
+                    ("/v1/chat/completions/../", 404),
+                    ("/v1/models/../", 405),
+                ] {
+                    let path = format!("{before}{verb}_lora_adapter");
+                    let mut request = ask(&world, "POST", &path);
+                    let key = format!("Bearer {caller}-key-0123456789");
+                    request.headers_mut().insert("authorization", key.parse().unwrap());
+                    *request.body_mut() =
+                        Full::from(r#"{"model":"mistral","lora_name":"x","lora_path":"/etc"}"#);
+                    let reply = world.send(request).await;
+                    assert_eq!(reply.status().as_u16(), status, "{caller} {path}");
+                }
+            }
+        }
+        let (status, answer) =
+            raw(&world, "POST", "/sdapi/v1/../load_lora_adapter?model=remote").await;
+        assert!(matches!(status, 400..=405), "{answer}");
+        assert!(world.engine.has_none(), "nothing reached an engine");
     }
 }
 
@@ -375,6 +427,7 @@ async fn redirects_stay_below_the_models_path() {
     }
 }
 
+// contract: RULE foreign hosts and origins are refused
 #[tokio::test]
 async fn foreign_pages_may_use_none_of_the_ways_to_an_engine() {
     let mut world = every_engine(Vec::new()).await;
@@ -505,6 +558,7 @@ async fn a_queue_that_is_not_empty_is_work_under_way() {
     until("the lease is cut", || gate.in_flight() == 0).await;
 }
 
+// contract: any /sdapi/v1/{path…}
 // contract: GET /v1/audio/voices
 #[tokio::test]
 async fn the_model_may_stand_in_the_query_or_in_the_body() {
@@ -517,6 +571,13 @@ async fn the_model_may_stand_in_the_query_or_in_the_body() {
     assert_eq!(exchange.body, br#"{"model":"remote","prompt":"a pier"}"#);
     exchange.answer_json("{}").await;
     reply.await.unwrap();
+    for path in ["/v1/audio/voices?model=remote", "/sdapi/v1/loras?model=remote"] {
+        let reply = world.spawn(ask(&world, "GET", path));
+        let exchange = world.engine.request().await;
+        assert!(exchange.head.starts_with(&format!("get {path} ")), "{}", exchange.head);
+        exchange.answer_json(r#"{"voices":["alloy"]}"#).await;
+        assert_eq!(reply.await.unwrap().json().await["voices"][0], "alloy", "{path}");
+    }
     for path in ["/sdapi/v1/txt2img", "/v1/audio/voices"] {
         let (status, code, _) = world.send(ask(&world, "POST", path)).await.error().await;
         assert_eq!((status, code.as_str()), (400, "model_missing"), "{path}");

@@ -61,6 +61,7 @@ async fn every_frame_leaves_before_the_next_one_comes() {
     until("the lease ended", || gate.in_flight() == 0).await;
 }
 
+// contract: RULE usage is asked for and taken out again
 #[tokio::test]
 async fn usage_is_asked_for_and_taken_out_again() {
     let mut world = World::new().await;
@@ -91,6 +92,7 @@ async fn usage_that_the_client_asked_for_reaches_it() {
     assert_eq!(reply.await.unwrap().text().await, format!("{}{USAGE}{DONE}", event("a")));
 }
 
+// contract: RULE usage is asked for and taken out again
 #[tokio::test]
 async fn streams_stay_untouched_where_usage_is_not_wanted() {
     let llamacpp = |catalog: &mut Catalog| {

@@ -67,6 +67,7 @@ fn starting(queue: Vec<RequestId>) -> View {
     view
 }
 
+// contract: RULE a refusal before the head keeps its status
 #[tokio::test]
 async fn refusals_before_the_head_keep_their_status() {
     let mut world = World::new().await;
@@ -168,6 +169,7 @@ async fn a_client_that_leaves_the_queue_is_taken_out_of_it() {
     assert!(matches!(gone, Message::RequestGone(id) if id == arrived.request.id), "{gone:?}");
 }
 
+// contract: RULE waiting as comments
 #[tokio::test]
 async fn a_waiting_stream_is_told_phase_place_and_estimate_and_then_answered() {
     let mut world = eager(WaitingStyle::Comment).await;
@@ -220,6 +222,7 @@ async fn a_waiting_stream_is_told_phase_place_and_estimate_and_then_answered() {
     until("the lease ended", || gate.in_flight() == 0).await;
 }
 
+// contract: RULE a refusal after the head is an error event
 #[tokio::test]
 async fn a_refusal_after_the_head_is_an_error_event() {
     let mut world = eager(WaitingStyle::Comment).await;
@@ -263,6 +266,7 @@ async fn leaving_a_told_stream_frees_the_place() {
     assert!(matches!(gone, Message::RequestGone(id) if id == arrived.request.id), "{gone:?}");
 }
 
+// contract: RULE waiting as chunks and as reasoning
 #[tokio::test]
 async fn other_styles_are_events_that_clients_can_read() {
     for (style, field) in
@@ -284,6 +288,7 @@ async fn other_styles_are_events_that_clients_can_read() {
     }
 }
 
+// contract: RULE waiting silently
 #[tokio::test]
 async fn off_and_whole_answers_hold_the_head_to_the_end() {
     for (style, body) in [(WaitingStyle::Off, STREAM), (WaitingStyle::Comment, WHOLE)] {

@@ -1,6 +1,8 @@
 //! A real `wharf serve` with real stand-in processes, for end-to-end tests.
 #![expect(dead_code, reason = "each test binary uses a part of this")]
 
+pub mod ollama;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
@@ -15,6 +17,26 @@ fn engine_ports() -> (u16, u16) {
     static NEXT: AtomicU16 = AtomicU16::new(20_000);
     let first = NEXT.fetch_add(40, Ordering::Relaxed);
     (first, first + 39)
+}
+
+/// A port that nobody has at the moment, below those of outgoing connections.
+pub fn free_port() -> u16 {
+    free_ports(1)
+}
+
+/// The first of `count` neighbouring ports that nobody has.
+pub fn free_ports(count: u16) -> u16 {
+    use std::sync::atomic::{AtomicU16, Ordering};
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    loop {
+        let step = NEXT.fetch_add(count, Ordering::Relaxed);
+        let offset = (std::process::id() as u16).wrapping_mul(61).wrapping_add(step) % 9000;
+        let first = 10_000 + offset;
+        let free = |port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+        if (first..first + count).all(free) {
+            return first;
+        }
+    }
 }
 
 pub struct World {

@@ -99,17 +99,20 @@ fn an_extension_in_the_grace_rescues_and_bounds_are_kept() {
 }
 
 #[test]
-fn what_has_no_ttl_or_is_not_loaded_cannot_be_extended() {
+fn what_has_no_ttl_stays_in_any_case_and_what_is_not_loaded_cannot_be_extended() {
     let warm = ModelSpec { warmup: true, ..brief("warm", 2) };
     let mut sim = Sim::new(catalog(vec![brief("a", 4), spec("never", 4), warm]), &[24]);
     for model in ["never", "warm"] {
         used(&mut sim, model);
     }
-    for (model, words) in
-        [("a", "is not loaded"), ("never", "has no ttl"), ("warm", "is a warm-up model")]
-    {
+    let ask = sim.extend("a", None);
+    assert!(why(sim.answers.get(&ask)).contains("is not loaded"));
+    for (model, words) in [("never", "has no ttl"), ("warm", "is a warm-up model")] {
         let ask = sim.extend(model, None);
-        assert!(why(sim.answers.get(&ask)).contains(words), "{model}");
+        let Some(Answer::WithoutTtl { why }) = sim.answers.get(&ask) else {
+            panic!("{model}: {:?}", sim.answers.get(&ask))
+        };
+        assert!(why.contains(words), "{model}: {why}");
     }
     let ask = sim.extend("nobody", None);
     assert_eq!(sim.answers.get(&ask), Some(&Answer::Refused(Refusal::UnknownModel)));

@@ -86,6 +86,10 @@ impl Checker {
                     known.extended = until.0;
                 }
             }
+            Answer::WithoutTtl { .. } => {
+                let fine = asked.wish == Wish::Extended && self.ready(&asked.model).is_some();
+                self.require(fine, || format!("{ask}: {} is said to stay", asked.model));
+            }
             Answer::Pinned { pinned, .. } => {
                 let fine = asked.wish == Wish::Pinned(*pinned);
                 self.require(fine, || format!("{ask} is told of a pin: {pinned}"));
