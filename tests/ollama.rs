@@ -1,72 +1,15 @@
 //! Models inside a running Ollama: loaded, kept, unloaded and found again by its API. The Ollama is
 //! a stand-in, written after its public API documentation, as no real one can be had here.
 
+#[path = "support/ollama.rs"]
+mod running;
 mod support;
 
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use serde_json::{Value, json};
-use support::{EXE, World, serve};
-use wharf::cli::demo::talk::Talk;
-
-struct Ollama {
-    child: Child,
-    talk: Talk,
-    url: String,
-}
-
-impl Ollama {
-    async fn start(flags: &[&str]) -> Ollama {
-        let free = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = free.local_addr().expect("its address").port();
-        drop(free);
-        let child = Command::new(EXE)
-            .args(["engine", "--style", "ollama", "--port", &port.to_string()])
-            .args(flags)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("a stand-in");
-        let ollama =
-            Ollama { child, talk: Talk::new(port, port), url: format!("http://127.0.0.1:{port}") };
-        ollama.until("it answers", |_| true).await;
-        ollama
-    }
-
-    async fn ps(&self) -> Option<Value> {
-        Some(self.talk.get("/api/ps").await.ok()?["models"].clone())
-    }
-
-    async fn loaded(&self) -> Vec<String> {
-        let rows = self.ps().await.expect("/api/ps");
-        let names = rows.as_array().expect("rows").iter().map(|row| row["name"].as_str());
-        names.map(|name| name.expect("a name").to_owned()).collect()
-    }
-
-    async fn until(&self, what: &str, wanted: impl Fn(&Value) -> bool) {
-        let began = Instant::now();
-        loop {
-            let ps = self.ps().await;
-            if ps.as_ref().is_some_and(&wanted) {
-                return;
-            }
-            assert!(began.elapsed() < Duration::from_secs(60), "{what} never came true: {ps:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    async fn post(&self, path: &str, body: Value) -> (u16, Value) {
-        self.talk.call(http::Method::POST, path, body).await.expect("an answer")
-    }
-}
-
-impl Drop for Ollama {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use running::Ollama;
+use serde_json::json;
+use support::{World, serve};
 
 fn model(name: &str, known_as: &str, ollama: &Ollama, more: &str) -> String {
     format!(
@@ -130,7 +73,8 @@ async fn a_model_that_somebody_else_unloads_is_noticed_and_loaded_again_when_wan
     let ollama = Ollama::start(&["--name", "qwen:7b", "--name", "llama3"]).await;
     let world = two(&ollama).await;
     says(&world, "qwen", "qwen:7b-1").await;
-    ollama.post("/api/generate", json!({"model": "qwen:7b", "keep_alive": 0})).await;
+    let unload = json!({"model": "qwen:7b", "keep_alive": 0});
+    ollama.talk.call(http::Method::POST, "/api/generate", unload).await.expect("an answer");
     world.until("it is noticed", |status| status["models"]["qwen"]["state"] != "ready").await;
     says(&world, "qwen", "qwen:7b-1").await;
     world.stop().await;

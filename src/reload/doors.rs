@@ -1,7 +1,8 @@
 //! Front doors (`ports`): which model has which port, and the listeners there.
 //!
-//! Warm-up models come first, then the others by name, registered ones last; whoever has a port
-//! keeps it as long as Wharf runs.
+//! Warm-up models come first, then the others, each in the order of models.yaml, and registered ones
+//! last: what a user wrote down of ports stays true. Whoever has a port keeps it as long as Wharf
+//! runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -120,7 +121,9 @@ impl FrontDoors {
 
 fn in_order(catalog: &Catalog) -> Vec<&Arc<ModelSpec>> {
     let mut models: Vec<_> = catalog.models.values().collect();
-    // By name already; the sort is stable.
-    models.sort_by_key(|spec| (spec.registered, !spec.warmup));
+    // By name already, which decides between registered ones: they have no place in the file.
+    models.sort_by_key(|spec| {
+        (spec.registered, !spec.warmup, if spec.registered { 0 } else { spec.line })
+    });
     models
 }

@@ -23,7 +23,7 @@ async fn each_model_has_a_port_of_its_own() {
     let first = free_ports(6);
     let settings = gpu("24GiB", "50ms") + &format!("\nports: {first}-{}\n", first + 5);
     let world = serve(&settings, &models(), &[]).await;
-    // Warm-up models first, then by name.
+    // Warm-up models first, then in the order of the file.
     let port = |n: u16| first + n;
     let doors = world.config().await["front_doors"].clone();
     assert_eq!(doors, json!({ "ada": port(1), "bob": port(2), "cyd": port(0) }), "{}", world.log());
@@ -59,7 +59,7 @@ async fn each_model_has_a_port_of_its_own() {
     let (status, answer) = world.post("/config/reload", Value::Null).await;
     assert_eq!(status, 200, "{answer:#}");
     let doors = world.config().await["front_doors"].clone();
-    assert_eq!(doors, json!({ "abe": port(3), "bob": port(2), "cyd": port(0), "zoe": port(4) }));
+    assert_eq!(doors, json!({ "abe": port(4), "bob": port(2), "cyd": port(0), "zoe": port(3) }));
     until("ada's door closes", async || {
         tokio::net::TcpStream::connect(("127.0.0.1", port(1))).await.is_err().then_some(())
     })
