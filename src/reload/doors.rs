@@ -2,7 +2,7 @@
 //!
 //! Warm-up models come first, then the others, each in the order of models.yaml, and registered ones
 //! last: what a user wrote down of ports stays true. Whoever has a port keeps it as long as Wharf
-//! runs.
+//! runs, and a registered model, which has no place in the file, over restarts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -60,6 +60,14 @@ impl FrontDoors {
             }
             stays
         });
+        let kept = self.handle.store().doors();
+        for (model, port) in &kept {
+            let is_open = self.open.contains_key(model) || !catalog.models.contains_key(model);
+            if !is_open && (first..=last).contains(port) {
+                preferred.entry(model.clone()).or_insert(*port);
+            }
+        }
+        let wishes: BTreeSet<u16> = preferred.values().copied().collect();
         let mut doorless = Vec::new();
         if settings.front_doors.is_some() {
             for spec in in_order(catalog) {
@@ -67,7 +75,8 @@ impl FrontDoors {
                     continue;
                 }
                 let wish = preferred.get(&spec.name).copied();
-                let ports = wish.into_iter().chain(first..=last);
+                let others = (first..=last).filter(|port| !wishes.contains(port));
+                let ports = wish.into_iter().chain(others);
                 match self.door(spec, ports, &mut taken, catalog, listeners).await {
                     Some(door) => drop(self.open.insert(spec.name.clone(), door)),
                     None => doorless.push(spec.name.as_str()),
@@ -80,8 +89,26 @@ impl FrontDoors {
                 doorless.join(", ")
             );
         }
+        self.keep(catalog, &kept);
         let doors = self.open.iter().map(|(model, door)| (model.clone(), door.address));
         self.handle.publish_front_doors(doors.collect());
+    }
+
+    /// Keeps the ports of registered models, and none of those that are registered no more.
+    fn keep(&self, catalog: &Catalog, kept: &BTreeMap<ModelName, u16>) {
+        let store = self.handle.store();
+        for spec in catalog.models.values().filter(|spec| spec.registered) {
+            let port = self.open.get(&spec.name).map(|door| door.address.port());
+            if port.is_some() && kept.get(&spec.name) != port.as_ref() {
+                store.put_door(&spec.name, port);
+            }
+        }
+        let registered = store.registered();
+        for model in kept.keys() {
+            if !registered.iter().any(|one| one.model_id == model.as_str()) {
+                store.put_door(model, None);
+            }
+        }
     }
 
     /// The first of `ports` that is free.
