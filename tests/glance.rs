@@ -139,7 +139,7 @@ async fn the_doctor_finds_what_is_wrong_and_names_the_fix() {
     let sick = format!(
         "listen: {{ gateway: 127.0.0.1:{port}, orchestrator: 127.0.0.1:{nobody} }}\n\
          gpu: {{ provider: nvml }}\nstore: notes.txt\ndocker: {{ host: unix:///nonexistent/docker.sock }}\n\
-         models:\n  lost: {{ engine: openai, process: {{ cmd: no-such-program --port ${{PORT}} }} }}\n\
+         models:\n  lost: {{ engine: openai, process: {{ cmd: \"no-such-program --port ${{PORT}}\" }} }}\n\
          \x20 boxed: {{ engine: vllm, docker: {{ image: vllm/vllm-openai, args: [--model, x] }} }}\n\
          \x20 qwen: {{ engine: ollama, upstream_name: qwen:7b, external: {{ url: {} }} }}\n\
          \x20 mine: {{ engine: ollama, upstream_name: mine:1b, pull: never, external: {{ url: {} }} }}\n\
@@ -147,8 +147,11 @@ async fn the_doctor_finds_what_is_wrong_and_names_the_fix() {
         ollama.url, ollama.url
     );
     write(&sick);
-    std::fs::write(dir.path().join("notes.txt"), "no database, and longer than one page: ".repeat(40))
-        .unwrap();
+    std::fs::write(
+        dir.path().join("notes.txt"),
+        "no database, and longer than one page: ".repeat(40),
+    )
+    .unwrap();
     // No NVML, wherever this runs.
     let env = [("WHARF_NVML_LIBRARY", "/nonexistent/libnvidia-ml.so")];
     let (code, report) = doctor(dir.path(), &env);
@@ -159,7 +162,11 @@ async fn the_doctor_finds_what_is_wrong_and_names_the_fix() {
         assert!(status == "fail" && named.contains(fix), "{name}: {status} {named:?}");
     };
     assert_eq!(check(&report, "configuration", "5 models").0, "ok");
-    failed("listeners", &format!("{port} is taken by pid {}", std::process::id()), "listen.gateway");
+    failed(
+        "listeners",
+        &format!("{port} is taken by pid {}", std::process::id()),
+        "listen.gateway",
+    );
     assert_eq!(check(&report, "listeners", &format!("{nobody} is free")).0, "ok");
     failed("programs", "no-such-program (lost)", "process.cmd");
     failed("docker", "/nonexistent/docker.sock", "");
@@ -169,6 +176,7 @@ async fn the_doctor_finds_what_is_wrong_and_names_the_fix() {
     failed("external", &format!("127.0.0.1:{nobody}"), "away");
     assert_eq!(check(&report, "wharf", "none runs").0, "ok");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing was made");
+    assert!(ollama.loaded().await.is_empty(), "nothing was loaded");
 
     write("models: { a: { engin: vllm } }\n");
     let (code, report) = doctor(dir.path(), &env);

@@ -123,7 +123,9 @@ async fn the_example_of_llama_swap_serves_with_the_real_llama_server() {
     let (Ok(server), Ok(gguf)) =
         (std::env::var("WHARF_TEST_LLAMA"), std::env::var("WHARF_TEST_GGUF"))
     else {
-        return support::skip("llama-swap's example: WHARF_TEST_LLAMA or WHARF_TEST_GGUF is not set");
+        return support::skip(
+            "llama-swap's example: WHARF_TEST_LLAMA or WHARF_TEST_GGUF is not set",
+        );
     };
     let bin = tempfile::tempdir().unwrap();
     let script = format!(

@@ -81,7 +81,10 @@ async fn listed(world: &World) -> BTreeSet<String> {
 /// What a swap was, without what goes on with time.
 fn essence(swap: &Value) -> Value {
     let keys = ["id", "model", "began", "result", "seconds", "phases", "evicted", "cause"];
-    keys.iter().map(|key| ((*key).to_owned(), swap[*key].clone())).collect::<serde_json::Map<_, _>>().into()
+    keys.iter()
+        .map(|key| ((*key).to_owned(), swap[*key].clone()))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 /// All that ended, the oldest first.
@@ -216,7 +219,8 @@ async fn killed_twice_in_the_middle_of_everything_all_that_was_acknowledged_is_t
     for round in 1..=2 {
         says(&world, "cyd").await;
         let extended =
-            call(&world, Method::POST, "/models/cyd/extend-ttl", json!({ "minutes": 30 }), 200).await;
+            call(&world, Method::POST, "/models/cyd/extend-ttl", json!({ "minutes": 30 }), 200)
+                .await;
         assert!(extended["ttl_remaining_minutes"].as_f64().unwrap() > 30.0, "{extended:#}");
         let leaves = leaves_at(&world, "cyd").await;
         let pid = world.engine_pids();

@@ -85,7 +85,8 @@ fn speeds(activity: &Value) -> BTreeMap<String, (u64, f64)> {
     let mut newest: BTreeMap<String, (u64, f64)> = BTreeMap::new();
     for row in activity.as_array().into_iter().flatten() {
         let speed = row["tokens"]["tokens_per_second"].as_f64().filter(|speed| *speed > 0.0);
-        let (Some(name), Some(id), Some(speed)) = (row["model"].as_str(), row["id"].as_u64(), speed)
+        let (Some(name), Some(id), Some(speed)) =
+            (row["model"].as_str(), row["id"].as_u64(), speed)
         else {
             continue;
         };
@@ -152,8 +153,7 @@ pub fn picture(base: &str, seen: &Value) -> String {
         seen[key].as_array().into_iter().flatten().map(line).collect()
     };
     let rows: Vec<Vec<String>> = models.iter().map(row).collect();
-    let head =
-        ["MODEL", "STATE", "GPUS", "IN FLIGHT", "WAITING", "TOKENS/S", "TTL LEFT", "NOTE"];
+    let head = ["MODEL", "STATE", "GPUS", "IN FLIGHT", "WAITING", "TOKENS/S", "TTL LEFT", "NOTE"];
     let mut bars = list("gpus", status::gpu);
     bars.extend(status::ram(&seen["host_memory"]));
     for block in [list("swaps", status::swap).join("\n"), bars.join("\n"), table(&head, &rows)] {
@@ -288,10 +288,9 @@ mod tests {
 
     #[test]
     fn the_speed_is_that_of_the_newest_answer_that_told_one() {
-        let row = |id: u64, model: &str, speed: f64| {
-            json!({ "id": id, "model": model, "tokens": { "tokens_per_second": speed } })
-        };
-        let rows = json!([row(3, "a", 30.0), row(2, "a", 20.0), row(4, "a", -1.0), row(1, "b", -1.0)]);
+        let row = |id: u64, model: &str, speed: f64| json!({ "id": id, "model": model, "tokens": { "tokens_per_second": speed } });
+        let rows =
+            json!([row(3, "a", 30.0), row(2, "a", 20.0), row(4, "a", -1.0), row(1, "b", -1.0)]);
         let speeds = speeds(&rows);
         assert_eq!(speeds.get("a"), Some(&(3, 30.0)));
         assert_eq!(speeds.get("b"), None);
@@ -299,7 +298,8 @@ mod tests {
 
     #[test]
     fn a_ttl_counts_down_to_its_end_and_not_through_the_grace() {
-        let row = json!({ "model_id": "a", "leaves_at": "2026-01-01T00:03:00Z", "grace_seconds": 60.0 });
+        let row =
+            json!({ "model_id": "a", "leaves_at": "2026-01-01T00:03:00Z", "grace_seconds": 60.0 });
         let shown = model(&row, &json!({}), time(&json!("2026-01-01T00:00:30Z")), &BTreeMap::new());
         assert_eq!(shown["ttl_left_seconds"], 90.0);
         let shown = model(&row, &json!({}), time(&json!("2026-01-01T00:02:30Z")), &BTreeMap::new());

@@ -28,14 +28,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 6] = [
-        Kind::Registered,
-        Kind::Patch,
-        Kind::TtlUntil,
-        Kind::Learned,
-        Kind::Totals,
-        Kind::Door,
-    ];
+    const ALL: [Kind; 6] =
+        [Kind::Registered, Kind::Patch, Kind::TtlUntil, Kind::Learned, Kind::Totals, Kind::Door];
 
     pub const fn as_str(self) -> &'static str {
         match self {

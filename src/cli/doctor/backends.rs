@@ -92,7 +92,11 @@ fn models_of(backend: &Backend<'_>, answer: &Answer) -> Check {
     let (url, tags) = (&backend.at.url, answer.json());
     let Some(models) = tags["models"].as_array() else {
         let told = format!("{url} answers, but not as an Ollama does: {}", answer.excerpt());
-        return Check::fail("ollama", told, "correct its address: `external.url` or OLLAMA_BASE_URL");
+        return Check::fail(
+            "ollama",
+            told,
+            "correct its address: `external.url` or OLLAMA_BASE_URL",
+        );
     };
     let has = |wanted: &str| {
         let latest = format!("{wanted}:latest");

@@ -84,7 +84,8 @@ pub(super) async fn docker(catalog: &Catalog) -> Vec<Check> {
     for spec in models {
         let RuntimeSpec::Docker(docker) = &spec.runtime else { continue };
         let Some(container) = &docker.container else { continue };
-        let fix = "make it without starting it: `docker compose create`, or `docker create --name …`";
+        let fix =
+            "make it without starting it: `docker compose create`, or `docker create --name …`";
         match runtime.find_named(container).await {
             Ok(Some(_)) => {}
             Ok(None) => {
@@ -107,7 +108,10 @@ fn gpu_runtime(daemon: &Daemon, user: &ModelSpec) -> Check {
         (false, 1..) => Check::ok(NAME, format!("GPUs by CDI ({cdi} devices)")),
         (false, 0) => Check::warn(
             NAME,
-            format!("knows neither an NVIDIA runtime nor CDI devices, and {} wants a GPU", user.name),
+            format!(
+                "knows neither an NVIDIA runtime nor CDI devices, and {} wants a GPU",
+                user.name
+            ),
             "install the NVIDIA Container Toolkit, `nvidia-ctk runtime configure --runtime=docker`, \
              restart Docker; for CPU engines say `gpus: 0`",
         ),
@@ -132,7 +136,9 @@ pub(super) async fn gpus(catalog: &Catalog) -> Check {
     let about = gpus.describe();
     if gpus.kind() != GpuKind::Nvml {
         return match wanted && settings.memory.is_empty() {
-            true => Check::warn(NAME, format!("{about}; models take turns, one at a time"), declare),
+            true => {
+                Check::warn(NAME, format!("{about}; models take turns, one at a time"), declare)
+            }
             false => Check::ok(NAME, about),
         };
     }
@@ -166,7 +172,8 @@ pub(super) fn store(settings: &Settings, running: Option<&Running>) -> Vec<Check
         let folder = if path == Path::new(MEMORY) { continue } else { folder_of(path) };
         if let Err(error) = access(&folder, AccessFlags::W_OK | AccessFlags::X_OK) {
             let told = format!("{} of {what} cannot be written: {error}", folder.display());
-            let fix = "make it writable for the user that Wharf runs as, or name another with `store:`";
+            let fix =
+                "make it writable for the user that Wharf runs as, or name another with `store:`";
             checks.push(Check::fail(NAME, told, fix));
         }
     }

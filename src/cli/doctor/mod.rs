@@ -81,12 +81,18 @@ pub async fn run(args: Args) -> ExitCode {
         say(&format!("{report:#}"));
     } else {
         checks.iter().for_each(|check| say(&line(check)));
-        say(&format!("\n{} checks: {warnings} warnings, {failures} failed", checks.len()));
+        let warnings = several(warnings, "warning");
+        say(&format!("\n{} checks: {warnings}, {failures} failed", checks.len()));
     }
     if failures == 0 { ExitCode::SUCCESS } else { ExitCode::from(SICK) }
 }
 
-/// `fail  listeners      … ` and the fix below it.
+/// `1 model`, `2 models`
+fn several(count: usize, one: &str) -> String {
+    format!("{count} {one}{}", if count == 1 { "" } else { "s" })
+}
+
+/// `FAIL  listeners      … ` and the fix below it.
 fn line(check: &Check) -> String {
     let status = match check.status {
         Status::Ok => "ok",
@@ -154,12 +160,12 @@ fn configuration(path: &Path) -> (Option<Catalog>, Vec<Check>) {
         Ok(loaded) => {
             let mut catalog = loaded.catalog;
             overlay(&mut catalog);
-            let count = catalog.models.len();
+            let count = several(catalog.models.len(), "model");
             let check = match loaded.warnings.first() {
-                None => Check::ok(NAME, format!("{file}: {count} models")),
+                None => Check::ok(NAME, format!("{file}: {count}")),
                 Some(first) => Check::warn(
                     NAME,
-                    format!("{file}: {count} models; {}", first.in_a_line()),
+                    format!("{file}: {count}; {}", first.in_a_line()),
                     format!("`wharf check --config {file}` shows every warning"),
                 ),
             };
@@ -172,11 +178,11 @@ fn configuration(path: &Path) -> (Option<Catalog>, Vec<Check>) {
         }
         Err(errors @ ConfigErrors::Invalid { .. }) => {
             let problems = errors.problems();
-            let first = problems.first().map(|problem| {
-                format!("; line {}: {}", problem.place.line, problem.in_a_line())
-            });
-            let count = problems.len();
-            let told = format!("{file} has {count} problems{}", first.unwrap_or_default());
+            let first = problems
+                .first()
+                .map(|problem| format!("; line {}: {}", problem.place.line, problem.in_a_line()));
+            let count = several(problems.len(), "problem");
+            let told = format!("{file} has {count}{}", first.unwrap_or_default());
             let fix = format!("`wharf check --config {file}` shows each at its place");
             (None, vec![Check::fail(NAME, told, fix)])
         }
@@ -278,7 +284,10 @@ mod tests {
         assert_eq!(status("listen: { gateway: 0.0.0.0:8080 }"), Status::Warn);
         assert_eq!(status("listen: { orchestrator: 0.0.0.0:8888 }"), Status::Fail);
         let keyed = "auth: { keys: [{ name: a, key: s3cret-s3cret-s3cret, scopes: [admin] }] }";
-        assert_eq!(status(&format!("listen: {{ orchestrator: 0.0.0.0:8888 }}\n{keyed}")), Status::Ok);
+        assert_eq!(
+            status(&format!("listen: {{ orchestrator: 0.0.0.0:8888 }}\n{keyed}")),
+            Status::Ok
+        );
     }
 
     #[test]

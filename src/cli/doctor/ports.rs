@@ -39,7 +39,9 @@ async fn listener(what: &str, address: SocketAddr) -> Check {
         }
         Err(error) => {
             let fix = match error.kind() {
-                ErrorKind::PermissionDenied => "ports below 1024 need privileges: choose a higher one",
+                ErrorKind::PermissionDenied => {
+                    "ports below 1024 need privileges: choose a higher one"
+                }
                 _ => "use an address of this machine, 127.0.0.1 or 0.0.0.0",
             };
             Check::fail(NAME, format!("{what} cannot listen on {address}: {error}"), fix)
