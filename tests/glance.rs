@@ -1,5 +1,7 @@
 //! `wharf top` and `wharf doctor`, as programs.
 
+#[path = "support/fake_nvml.rs"]
+mod fake_nvml;
 #[path = "support/ollama.rs"]
 mod running;
 mod support;
@@ -10,6 +12,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use fake_nvml::FakeNvml;
 use running::Ollama;
 use serde_json::Value;
 use support::{EXE, gpu, serve, standin};
@@ -20,7 +23,8 @@ fn wharf(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> (i32, String, Strin
     for name in ["WHARF_URL", "WHARF_KEY", "WHARF_CONFIG", "WHARF_STORE", "OLLAMA_BASE_URL"] {
         command.env_remove(name);
     }
-    let output = command.args(args).current_dir(dir).envs(env.iter().copied()).output().unwrap();
+    let output =
+        command.args(args).current_dir(dir).envs(env.iter().copied()).output().expect("it runs");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
 }
@@ -199,9 +203,41 @@ async fn the_doctor_is_content_with_a_healthy_wharf_and_tells_it_from_others() {
         let checks = report["checks"].as_array().unwrap().iter();
         let told: Vec<&str> = checks.filter_map(|check| check["detail"].as_str()).collect();
         let ours = |told: &&str| told.starts_with(what) && told.ends_with("Wharf answers there");
-        assert!(told.iter().any(|told| ours(told)), "{what}: {told:?}");
+        assert!(told.iter().any(ours), "{what}: {told:?}");
     }
     assert_eq!(check(&report, "gpu", "simulated").0, "ok");
     assert_eq!(check(&report, "programs", EXE).0, "ok");
     world.stop().await;
+}
+
+#[test]
+fn the_doctor_shows_driver_and_gpus() {
+    let Some(nvml) = FakeNvml::build("count 2\ndriver 550.54.15\n") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(
+        dir.path().join("models.yaml"),
+        "models: { a: { engine: openai, process: { cmd: sleep 1 } } }\n",
+    )
+    .unwrap();
+    let library = nvml.library().display().to_string();
+    let (_, report) = doctor(dir.path(), &[("WHARF_NVML_LIBRARY", &library)]);
+    let (status, _) = check(&report, "gpu", "nvml (driver ");
+    assert_eq!(status, "ok", "{report:#}");
+    check(&report, "gpu", "GPU 1 ");
+}
+
+#[test]
+fn the_doctor_asks_docker_and_misses_named_containers() {
+    let Ok(host) = std::env::var("WHARF_TEST_DOCKER") else {
+        return support::skip("wharf doctor and Docker: WHARF_TEST_DOCKER names no Docker Engine");
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let yaml =
+        "models: { a: { engine: vllm, gpus: 0, docker: { container: nobody-made-this } } }\n";
+    std::fs::write(dir.path().join("models.yaml"), yaml).unwrap();
+    let (code, report) = doctor(dir.path(), &[("DOCKER_HOST", &host)]);
+    assert_eq!(check(&report, "docker", "Docker Engine ").0, "ok");
+    let (status, fix) = check(&report, "docker", "no container nobody-made-this (a)");
+    assert!(status == "fail" && fix.contains("docker create"), "{report:#}");
+    assert_eq!((code, check(&report, "clock", "").0), (1, "ok"), "{report:#}");
 }

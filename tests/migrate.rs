@@ -34,7 +34,8 @@ fn wharf(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> (Option<i32>, Strin
     for name in FOREIGN {
         command.env_remove(name);
     }
-    let output = command.args(args).current_dir(dir).envs(env.iter().copied()).output().unwrap();
+    let output =
+        command.args(args).current_dir(dir).envs(env.iter().copied()).output().expect("it runs");
     let told = [&output.stdout[..], &output.stderr[..]].concat();
     (output.status.code(), String::from_utf8_lossy(&told).into_owned())
 }
@@ -43,20 +44,20 @@ fn wharf(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> (Option<i32>, Strin
 /// `change` is for what a user would correct in models.yaml.
 async fn migrated(files: &[&str], env: &[(&str, &str)], change: fn(String) -> String) -> World {
     let documents = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/import/documents");
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().expect("a folder");
     let mut args = vec!["import", "-o", "models.yaml"];
     for file in files {
-        std::fs::copy(documents.join(file), dir.path().join(file)).unwrap();
+        std::fs::copy(documents.join(file), dir.path().join(file)).expect("a file");
         args.push(file);
     }
     let (code, told) = wharf(dir.path(), &args, env);
     println!("$ wharf {}\n{told}exit code {code:?}", args.join(" "));
     assert!(matches!(code, Some(0 | 3)), "{told}");
-    let yaml = change(std::fs::read_to_string(dir.path().join("models.yaml")).unwrap());
+    let yaml = change(std::fs::read_to_string(dir.path().join("models.yaml")).expect("a file"));
     let (code, told) = wharf(dir.path(), &["check"], env);
     println!("$ wharf check\n{told}exit code {code:?}");
     assert_eq!(code, Some(0), "{told}\n{yaml}");
-    let ports = (free_port(0).unwrap(), free_port(0).unwrap());
+    let ports = (free_port(0).expect("a port"), free_port(0).expect("a port"));
     let (gateway, orchestrator) =
         (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
     let mut env = env.to_vec();
@@ -89,8 +90,8 @@ async fn row(world: &World, model: &str) -> Value {
 fn path_with(dir: &Path, script: &str) -> String {
     use std::os::unix::fs::PermissionsExt as _;
     let file = dir.join("llama-server");
-    std::fs::write(&file, format!("#!/bin/bash\n{script}\n")).unwrap();
-    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::write(&file, format!("#!/bin/bash\n{script}\n")).expect("a file");
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).expect("a file");
     format!("{}:{}", dir.display(), std::env::var("PATH").unwrap_or_default())
 }
 

@@ -281,9 +281,10 @@ async fn killed_twice_in_the_middle_of_everything_all_that_was_acknowledged_is_t
         says(&world, "ada").await;
         let plan = call(&world, Method::POST, "/plan", json!({ "model": "bob" }), 200).await;
         let estimate = plan["estimate_seconds"].as_f64().unwrap_or_default();
-        assert!(estimate > 0.2, "a start of bob takes 0.3 s: {plan:#}");
+        assert!((0.2..10.0).contains(&estimate), "a start of bob takes 0.3 s: {plan:#}");
         let plan = call(&world, Method::POST, "/plan", json!({ "model": "dee" }), 200).await;
-        assert!(plan["vram_bytes_per_gpu"].as_u64().is_some_and(|b| b >= 3 << 30), "{plan:#}");
+        let measured = plan["vram_bytes_per_gpu"].as_u64().unwrap_or_default();
+        assert!((3 << 30..4 << 30).contains(&measured), "nobody declared it: {plan:#}");
         println!("round {round}: bob is estimated at {estimate:.2} s");
 
         // The extension: cyd's engine was adopted, and stays as long as was promised.
