@@ -273,7 +273,7 @@ mod tests {
     use super::*;
 
     fn catalog(yaml: &str) -> Catalog {
-        let models = "models: { ada: { engine: openai, process: { cmd: x } } }\n";
+        let models = "models: { ada: { engine: openai, process: { cmd: x }, port: 9001 } }\n";
         config::parse(&format!("{yaml}\n{models}"), "models.yaml", &|_| None).unwrap().catalog
     }
 
