@@ -31,7 +31,7 @@ fn every_command_shows_an_example_and_those_that_print_data_take_json() {
         assert!(text.contains("Example"), "wharf {command} --help has no example:\n{text}");
         assert!(text.contains(&format!("wharf {command}")), "{command}");
     }
-    for command in ["check", "status", "ensure", "load", "unload", "swaps"] {
+    for command in ["check", "status", "ensure", "load", "unload", "swaps", "top", "doctor"] {
         assert!(help(&[command]).contains("--json"), "wharf {command} has no --json");
         assert!(help(&[command]).contains("Exit codes"), "wharf {command}: exit codes");
     }

@@ -3,6 +3,7 @@
 pub mod check;
 pub mod client;
 pub mod demo;
+pub mod doctor;
 pub mod engine;
 pub mod ensure;
 pub mod import;
@@ -15,6 +16,7 @@ pub mod schema;
 pub mod serve;
 pub mod status;
 pub mod swaps;
+pub mod top;
 pub mod unload;
 
 use std::path::PathBuf;
@@ -62,6 +64,10 @@ enum Command {
     Schema(schema::Args),
     /// Models, queue, swaps under way and GPUs at a glance
     Status(status::Args),
+    /// The same live: a picture every second
+    Top(top::Args),
+    /// What a person would look at first: configuration, ports, Docker, GPUs, disk, backends
+    Doctor(doctor::Args),
     /// Make a model ready, wait for it, and hold it for its caller (until its first request ends,
     /// 30 s at most); `load` does not hold
     Ensure(ensure::Args),
@@ -121,6 +127,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Import(args) => import::run(&args),
         Command::Schema(args) => schema::run(&args),
         Command::Status(args) => status::run(args).await,
+        Command::Top(args) => top::run(args).await,
+        Command::Doctor(args) => doctor::run(args).await,
         Command::Ensure(args) => ensure::run(args).await,
         Command::Load(args) => load::run(args).await,
         Command::Unload(args) => unload::run(args).await,

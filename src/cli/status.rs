@@ -104,7 +104,7 @@ fn models(status: &Value) -> String {
     table(&["MODEL", "STATE", "GPUS", "IN FLIGHT", "WAITING", "READY IN", "NOTE"], &rows)
 }
 
-fn state(model: &Value) -> String {
+pub(super) fn state(model: &Value) -> String {
     match model["phase"].as_str() {
         Some(phase) => format!("{} ({phase})", text(&model["state"])),
         None => text(&model["state"]),
@@ -112,7 +112,7 @@ fn state(model: &Value) -> String {
 }
 
 /// Why it is not ready, or what it waits for.
-fn note(model: &Value) -> String {
+pub(super) fn note(model: &Value) -> String {
     if model["state"] == "failed" {
         let retry = seconds(&model["retry_in_seconds"]);
         return format!("{}; next attempt in {retry}", text(&model["message"]));
@@ -133,7 +133,7 @@ fn leftover(left: &Value) -> String {
 }
 
 /// `s9 org/coder:7b: start for 3.2 s, load_weights 40 %, about 9.0 s left`
-fn swap(swap: &Value) -> String {
+pub(super) fn swap(swap: &Value) -> String {
     let mut line = format!(
         "swap {} {}: {} for {}",
         text(&swap["id"]),
@@ -155,14 +155,14 @@ fn swap(swap: &Value) -> String {
 }
 
 /// `GPU 0 ██████░░░░ 18.0 of 24.0 GiB used, 20.0 promised (mistral, coder)`
-fn gpu(gpu: &Value) -> String {
+pub(super) fn gpu(gpu: &Value) -> String {
     let memory = bar(gpu["used_bytes"].as_u64(), gpu["total_bytes"].as_u64());
     format!("GPU {} {memory}, {}", text(&gpu["gpu"]), promised(gpu))
 }
 
 /// `Host RAM ██████░░░░ 18.0 of 64.0 GiB used, 20.0 GiB promised (mistral, coder)`, where
 /// something of it is known or promised.
-fn ram(ram: &Value) -> Option<String> {
+pub(super) fn ram(ram: &Value) -> Option<String> {
     let total = ram["total_bytes"].as_u64();
     let available = ram["available_bytes"].as_u64();
     let used = total.zip(available).map(|(total, available)| total.saturating_sub(available));

@@ -1,7 +1,8 @@
 //! Front doors (`ports`): which model has which port, and the listeners there.
 //!
-//! Warm-up models come first, then the others, each in the order of models.yaml; registered ones
-//! last. Whoever has a port keeps it as long as Wharf runs.
+//! Warm-up models come first, then the others, each in the order of models.yaml, and registered ones
+//! last: what a user wrote down of ports stays true. Whoever has a port keeps it as long as Wharf
+//! runs, and a registered model, which has no place in the file, over restarts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -59,6 +60,14 @@ impl FrontDoors {
             }
             stays
         });
+        let kept = self.handle.store().doors();
+        for (model, port) in &kept {
+            let is_open = self.open.contains_key(model) || !catalog.models.contains_key(model);
+            if !is_open && (first..=last).contains(port) {
+                preferred.entry(model.clone()).or_insert(*port);
+            }
+        }
+        let wishes: BTreeSet<u16> = preferred.values().copied().collect();
         let mut doorless = Vec::new();
         if settings.front_doors.is_some() {
             for spec in in_order(catalog) {
@@ -66,7 +75,8 @@ impl FrontDoors {
                     continue;
                 }
                 let wish = preferred.get(&spec.name).copied();
-                let ports = wish.into_iter().chain(first..=last);
+                let others = (first..=last).filter(|port| !wishes.contains(port));
+                let ports = wish.into_iter().chain(others);
                 match self.door(spec, ports, &mut taken, catalog, listeners).await {
                     Some(door) => drop(self.open.insert(spec.name.clone(), door)),
                     None => doorless.push(spec.name.as_str()),
@@ -79,8 +89,26 @@ impl FrontDoors {
                 doorless.join(", ")
             );
         }
+        self.keep(catalog, &kept);
         let doors = self.open.iter().map(|(model, door)| (model.clone(), door.address));
         self.handle.publish_front_doors(doors.collect());
+    }
+
+    /// Keeps the ports of registered models, and none of those that are registered no more.
+    fn keep(&self, catalog: &Catalog, kept: &BTreeMap<ModelName, u16>) {
+        let store = self.handle.store();
+        for spec in catalog.models.values().filter(|spec| spec.registered) {
+            let port = self.open.get(&spec.name).map(|door| door.address.port());
+            if port.is_some() && kept.get(&spec.name) != port.as_ref() {
+                store.put_door(&spec.name, port);
+            }
+        }
+        let registered = store.registered();
+        for model in kept.keys() {
+            if !registered.iter().any(|one| one.model_id == model.as_str()) {
+                store.put_door(model, None);
+            }
+        }
     }
 
     /// The first of `ports` that is free.
@@ -120,9 +148,9 @@ impl FrontDoors {
 
 fn in_order(catalog: &Catalog) -> Vec<&Arc<ModelSpec>> {
     let mut models: Vec<_> = catalog.models.values().collect();
-    // Registered ones are by name; the sort is stable.
+    // By name already, which decides between registered ones: they have no place in the file.
     models.sort_by_key(|spec| {
-        (spec.registered, !spec.warmup, (!spec.registered).then_some(spec.line))
+        (spec.registered, !spec.warmup, if spec.registered { 0 } else { spec.line })
     });
     models
 }

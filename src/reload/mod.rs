@@ -23,7 +23,7 @@ use crate::config::{ConfigErrors, LeftOut, Overlay, Override, Problem};
 use crate::store::{Registration, StoreFault};
 use crate::units::ModelName;
 
-pub use listeners::{Bound, Listeners, Routers};
+pub use listeners::{Bound, Listeners, Routers, occupant};
 pub use owner::start;
 pub use source::{Built, Flag, Misfits, Source};
 

@@ -36,6 +36,9 @@ pub struct Options {
     /// Key that /v1 paths demand as `Authorization: Bearer KEY`; else VLLM_API_KEY or LLAMA_API_KEY
     #[arg(long)]
     pub api_key: Option<String>,
+    /// A further path that answers as /health does
+    #[arg(long, value_name = "PATH", value_parser = plain_path)]
+    pub health_path: Option<String>,
 
     #[command(flatten)]
     pub load: LoadOptions,
@@ -281,6 +284,14 @@ impl Options {
             (shutdown, _) => shutdown,
         }
     }
+}
+
+fn plain_path(text: &str) -> Result<String, String> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/-_.".contains(c);
+    if text.starts_with('/') && text.chars().all(is_plain) {
+        return Ok(text.to_owned());
+    }
+    Err("a path such as /custom-endpoint is expected".to_owned())
 }
 
 /// `9GiB`, `600MiB`, `1.5GB`, `4096`.

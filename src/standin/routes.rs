@@ -48,6 +48,9 @@ pub fn router(engine: Arc<Engine>) -> Router {
         Style::Vllm | Style::Plain => router.merge(sleep::routes()),
         Style::Ollama | Style::Http => router,
     };
+    if let Some(path) = engine.options.health_path.as_deref().filter(|path| *path != "/health") {
+        router = router.route(path, get(health));
+    }
     if adapters::are_possible(&engine.options) {
         router = router.merge(adapters::routes());
     }

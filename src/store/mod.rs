@@ -366,6 +366,35 @@ impl Store {
         self.change(|rows| rows.set((Kind::Totals, model.to_string()), body));
     }
 
+    /// Ports of the front doors of registered models.
+    pub fn doors(&self) -> BTreeMap<ModelName, u16> {
+        self.all(Kind::Door, |name, body| Some((ModelName::new(name), parsed(body)?)))
+    }
+
+    pub fn put_door(&self, model: &ModelName, port: Option<u16>) {
+        let body = port.map(|port| port.to_string());
+        self.change(|rows| rows.set((Kind::Door, model.to_string()), body));
+    }
+
+    /// What [`Store::open`] would make of the file at `path`, which is only read.
+    pub fn inspect(path: &Path) -> StoreHealth {
+        if path == Path::new(MEMORY) {
+            return Store::in_memory().health();
+        }
+        let file = path.display();
+        match disk::Disk::read_only(path) {
+            Ok(rows) => {
+                let kept = rows.kept.len();
+                StoreHealth { ok: true, detail: format!("{file} can be read, {kept} entries kept") }
+            }
+            Err(trouble) if !path.exists() => {
+                drop(trouble);
+                StoreHealth { ok: true, detail: format!("{file} is made at the first start") }
+            }
+            Err(trouble) => StoreHealth { ok: false, detail: trouble.text(path) },
+        }
+    }
+
     /// Everything that was handed over before is on disk when it answers.
     pub async fn flush(&self) -> Result<(), StoreFault> {
         let (ack, done) = oneshot::channel();

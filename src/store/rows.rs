@@ -24,11 +24,12 @@ pub enum Kind {
     TtlUntil,
     Learned,
     Totals,
+    Door,
 }
 
 impl Kind {
-    const ALL: [Kind; 5] =
-        [Kind::Registered, Kind::Patch, Kind::TtlUntil, Kind::Learned, Kind::Totals];
+    const ALL: [Kind; 6] =
+        [Kind::Registered, Kind::Patch, Kind::TtlUntil, Kind::Learned, Kind::Totals, Kind::Door];
 
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -37,6 +38,7 @@ impl Kind {
             Kind::TtlUntil => "ttl_until_unix_ms",
             Kind::Learned => "learned",
             Kind::Totals => "totals",
+            Kind::Door => "door",
         }
     }
 

@@ -32,7 +32,7 @@ impl Ollama {
         ollama
     }
 
-    async fn ps(&self) -> Option<Value> {
+    pub async fn ps(&self) -> Option<Value> {
         Some(self.talk.get("/api/ps").await.ok()?["models"].clone())
     }
 

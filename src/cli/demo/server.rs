@@ -131,7 +131,7 @@ fn spawn(exe: &Path, dir: &Path, env: &[(String, String)]) -> anyhow::Result<Chi
 }
 
 /// The usual port if nobody has it, else any.
-fn free_port(usual: u16) -> anyhow::Result<u16> {
+pub fn free_port(usual: u16) -> anyhow::Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, usual))
         .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
     Ok(listener.local_addr()?.port())

@@ -42,6 +42,8 @@ pub struct Daemon {
     pub default_runtime: String,
     pub root_dir: String,
     pub logging_driver: String,
+    /// CDI devices that it can hand out (`nvidia.com/gpu=0`), where it tells.
+    pub devices: Vec<String>,
     /// The daemon's clock, seconds since 1970; for `since` of the events stream.
     pub now: Option<u64>,
 }
@@ -123,7 +125,9 @@ impl Client {
         let info = self.within(PROMPT, docker.info()).await?;
         let mut runtimes: Vec<String> = info.runtimes.unwrap_or_default().into_keys().collect();
         runtimes.sort();
+        let devices = info.discovered_devices.unwrap_or_default();
         let daemon = Arc::new(Daemon {
+            devices: devices.into_iter().filter_map(|device| device.id).collect(),
             title: format!(
                 "Docker Engine {} (API {})",
                 version.version.unwrap_or_default(),

@@ -35,6 +35,7 @@ use crate::config::catalog::{DockerSpec, ModelSpec, RuntimeSpec, StopSpec};
 use crate::orchestrator::view::Health;
 use crate::scheduler::event::{Fault, FaultKind};
 
+pub use client::Daemon;
 pub use find::{FoundAll, NamedContainer, Silent};
 pub use weights::Weights;
 
@@ -75,6 +76,16 @@ impl DockerRuntime {
     /// `ok` flips when the daemon goes away or comes back.
     pub fn health(&self) -> watch::Receiver<Health> {
         self.watched.health()
+    }
+
+    /// `unix:///var/run/docker.sock`, for messages.
+    pub fn host(&self) -> &str {
+        self.client.host()
+    }
+
+    /// What the daemon says about itself; asked once per connection.
+    pub async fn about(&self) -> Result<Arc<Daemon>, Fault> {
+        self.client.daemon().await
     }
 
     /// Daemon reachable; image name, volumes, network and runtime valid; a named container exists
