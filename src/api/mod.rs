@@ -3,19 +3,21 @@
 //! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something;
 //! [`read`] renders its view: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
 //! and queue in [`machine`]. [`llama_swap`] and [`logs`] are that tool's control paths, [`events`]
-//! what is told of changes, [`traffic`] the gateway's requests.
+//! what is told of changes, [`traffic`] the gateway's requests; [`openapi`] describes all of it.
 
 mod change;
+pub mod endpoint;
 mod error;
 mod events;
 mod extract;
-mod guard;
+pub mod guard;
 mod health;
 mod ledger;
 mod llama_swap;
 mod logs;
 mod machine;
 mod name;
+pub mod openapi;
 mod read;
 mod render;
 mod routes;
@@ -32,7 +34,7 @@ use crate::telemetry::metrics::Metrics;
 pub use extract::{PathText, QueryText};
 pub use health::{answer as health_answer, reachable};
 pub use read::status_of as status_answer;
-pub use routes::is_control;
+pub use routes::{is_control, routes, routes_on_gateway};
 
 /// State of every handler.
 #[derive(Clone, Debug)]
