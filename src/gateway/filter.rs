@@ -63,9 +63,18 @@ fn text(raw: &RawValue) -> serde_json::Result<Cow<'_, str>> {
     serde_json::from_str::<Text>(raw.get()).map(|text| text.0)
 }
 
+/// Names and values of a JSON object, as often as they stand there.
+pub fn fields(body: &[u8]) -> Result<Vec<(Cow<'_, str>, &RawValue)>, Reject> {
+    let Entries(entries) = read(body)?;
+    Ok(entries.into_iter().map(|entry| (entry.name, entry.value)).collect())
+}
+
+fn read(body: &[u8]) -> Result<Entries<'_>, Reject> {
+    serde_json::from_slice(body).map_err(|e| invalid(format!("the body is not valid: {e}")))
+}
+
 fn edits(body: &[u8], filters: &Filters) -> Result<Vec<Edit>, Reject> {
-    let Entries(entries) =
-        serde_json::from_slice(body).map_err(|e| invalid(format!("the body is not valid: {e}")))?;
+    let Entries(entries) = read(body)?;
     let stripped = |name: &str| {
         name != "model"
             && !filters.set.contains_key(name)

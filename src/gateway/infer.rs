@@ -21,7 +21,7 @@ use super::routes::{Api, BodyKind, Inference};
 use super::timing::{Timing, swap_share};
 use super::underway::{self, Following, Queue};
 use super::usage::Meter;
-use super::{Gateway, auth, filter, multipart, parse, wait};
+use super::{Gateway, auth, filter, multipart, ollama, parse, wait};
 use crate::config::catalog::{
     ApiKey, Catalog, EngineKind, ModelSpec, Scope, WaitingSettings, WaitingStyle,
 };
@@ -118,8 +118,13 @@ impl Admitted<'_> {
         let spec = Arc::clone(admit::model(catalog, &asked.model, key)?);
         let mut body = received.bytes.clone();
         let filtered;
-        if inference.body == BodyKind::Json && !spec.filters.is_empty() {
+        let is_ollama = spec.engine == EngineKind::Ollama;
+        if inference.body == BodyKind::Json && (is_ollama || !spec.filters.is_empty()) {
             body = filter::apply(body, &spec.filters)?;
+            if is_ollama {
+                body = ollama::guarded(body, inference.upstream, spec.served_name())
+                    .map_err(|reject| reject.model(&spec.name))?;
+            }
             filtered = body.clone();
             asked = parse::parse(&filtered)?;
         }
