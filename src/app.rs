@@ -4,97 +4,72 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use tokio::net::TcpListener;
+use anyhow::bail;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::catalog::Catalog;
-use crate::config::diff::{changes, keep_what_needs_a_restart};
+use crate::gateway::Limits;
 use crate::orchestrator::Handle;
-use crate::runtime::process::ProcessRuntime;
+use crate::reload::{Bound, Built, Listeners, Routers, Source};
 use crate::store::Store;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::performance;
-use crate::{api, gateway, orchestrator};
+use crate::{announce, api, gateway, orchestrator, reload};
 
-/// How long a taken listener port is retried (a predecessor may just be leaving).
-const BIND_WITHIN: Duration = Duration::from_secs(3);
 /// Two signals closer together than this are one.
 const SAME_SIGNAL_WITHIN: Duration = Duration::from_secs(1);
 /// Between two lines about who is waited for at the end.
 const DRAIN_TOLD_EVERY: Duration = Duration::from_secs(5);
-/// Control answers are short; inference streams get `drain_timeout`.
-const CONTROL_GRACE: Duration = Duration::from_secs(2);
 
 /// Serves until SIGTERM or SIGINT. A second one hurries: requests are cut and engines told to end
 /// at once. A third ends at once; what still runs is adopted or reaped at the next start.
-/// `reload` reads the configuration again, flags applied.
-pub async fn run(
-    catalog: Catalog,
-    reload: impl Fn() -> anyhow::Result<Catalog> + Send + 'static,
-) -> anyhow::Result<()> {
-    let catalog = Arc::new(catalog);
+pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<()> {
+    let catalog = Arc::new(built.loaded.catalog.clone());
     let settings = &catalog.settings;
-    let (gateway_at, orchestrator_at) = (settings.gateway, settings.orchestrator);
-    refuse_open_control(orchestrator_at, &catalog)?;
-    // Bound before anything is started: a taken port must cost nothing.
-    let orchestrator_listener = bind("listen.orchestrator", orchestrator_at).await?;
-    let gateway_listener = match gateway_at == orchestrator_at {
-        true => None,
-        false => Some(bind("listen.gateway", gateway_at).await?),
-    };
+    refuse_open_control(settings.orchestrator, &catalog)?;
+    // Heard from here on: who stops us while we start must not leave engines behind.
+    let mut signals = stop_signals()?;
+    // Before anything is started: a taken port must cost nothing.
+    let bound = Bound::all(settings).await?;
     let metrics = Arc::new(Metrics::new());
-    let store = Store::open(&settings.store, settings.retention);
     let (handle, mut owner) =
         orchestrator::start(Arc::clone(&catalog), Arc::clone(&metrics), store.clone()).await?;
 
-    // Before the first answer: whoever has one may send a signal.
-    let mut signals = stop_signals()?;
     let (stop, hurry) = (CancellationToken::new(), CancellationToken::new());
     let traffic = gateway::Traffic::default();
-    let control = api::router_with(handle.clone(), Arc::clone(&metrics), traffic.clone());
-    let inference = gateway::router(handle.clone(), metrics, traffic);
-    let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
-    let mut serving = Vec::new();
-    let control = match gateway_listener {
-        Some(listener) => {
-            let (stop, hurry) = (stop.clone(), hurry.clone());
-            let serve = gateway::serve_until(listener, inference, stop, drain, hurry);
-            serving.push(tokio::spawn(serve));
-            control
-        }
-        // One address for both: the orchestrator's routes win, the rest is inference.
-        None => control.fallback_service(inference),
+    let inference =
+        gateway::shared(handle.clone(), Arc::clone(&metrics), Limits::default(), traffic.clone());
+    let routers = Routers {
+        control: api::router_with(handle.clone(), metrics, traffic),
+        inference: gateway::routes::router(Arc::clone(&inference)),
     };
-    serving.push(tokio::spawn(gateway::serve_until(
-        orchestrator_listener,
-        control,
-        stop.clone(),
-        CONTROL_GRACE.max(if gateway_at == orchestrator_at { drain } else { CONTROL_GRACE }),
-        hurry.clone(),
-    )));
-    tracing::info!(gateway = %gateway_at, orchestrator = %orchestrator_at, "serving");
+    let listeners = Listeners::new(routers, handle.clone(), stop.clone(), hurry.clone());
+    let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
+    let reloads =
+        reload::start(source, built, handle.clone(), inference, (listeners, bound), stop.clone())
+            .await;
+    let announcing = announce::spawn(handle.clone(), stop.clone());
+    tracing::info!(gateway = %settings.gateway, orchestrator = %settings.orchestrator, "serving");
 
     let sampling = tokio::spawn(performance::sample(handle.clone()));
-    let reloads = tokio::spawn(reload_on_sighup(reload, handle.clone(), orchestrator_at));
+    let hangups = tokio::spawn(reload_on_sighup(handle.clone()));
     let signal_name = tokio::select! {
         name = wait_for_stop(&mut signals) => name,
         // Only after a panic. The engines live on: whoever starts us again adopts them.
         _ = &mut owner => bail!("the orchestrator ended by itself: report the last log lines"),
     };
     tracing::info!("{signal_name}: draining, at most {} s; once more to hurry", drain.as_secs());
-    reloads.abort();
+    hangups.abort();
     sampling.abort();
     // Whoever waits in the queue hears it now, not when the drain is over and connections are cut.
     handle.refuse_new();
     stop.cancel();
     let progress = tokio::spawn(tell_drain(handle.clone(), Instant::now() + drain));
     let drained = async {
-        for task in serving {
-            // A panicked listener has nothing left to drain.
-            let _ = task.await;
-        }
+        // One that panicked has nothing left to drain.
+        let _ = reloads.await;
+        let _ = announcing.await;
         progress.abort();
         handle.shutdown(hurry.clone()).await;
         let _ = owner.await;
@@ -155,8 +130,8 @@ async fn next_stop() -> anyhow::Result<&'static str> {
 }
 
 /// A control API that anyone on the network can use is refused, not warned about.
-/// `listening`: where the orchestrator is, which a reload does not move.
-fn refuse_open_control(listening: SocketAddr, catalog: &Catalog) -> anyhow::Result<()> {
+/// `listening`: where the orchestrator is, or shall be.
+pub fn refuse_open_control(listening: SocketAddr, catalog: &Catalog) -> anyhow::Result<()> {
     let auth = &catalog.settings.auth;
     if !listening.ip().is_loopback() && auth.keys.is_empty() && !auth.open {
         bail!(
@@ -166,41 +141,6 @@ fn refuse_open_control(listening: SocketAddr, catalog: &Catalog) -> anyhow::Resu
         );
     }
     Ok(())
-}
-
-async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-    let until = tokio::time::Instant::now() + BIND_WITHIN;
-    let mut told = false;
-    loop {
-        match TcpListener::bind(address).await {
-            Ok(listener) => return Ok(listener),
-            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                if tokio::time::Instant::now() >= until {
-                    bail!(
-                        "{key}: {address} is taken by {}; stop it or choose another port",
-                        occupant(address.port()).await
-                    );
-                }
-                if !std::mem::replace(&mut told, true) {
-                    tracing::warn!(
-                        "{key}: {address} is taken by {}; trying again for {} s",
-                        occupant(address.port()).await,
-                        BIND_WITHIN.as_secs()
-                    );
-                }
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-            Err(error) => {
-                return Err(error).with_context(|| format!("{key}: cannot listen on {address}"));
-            }
-        }
-    }
-}
-
-async fn occupant(port: u16) -> String {
-    let listeners = ProcessRuntime::default().listeners(port).await;
-    let unseen = || "a process that this user cannot see".to_owned();
-    listeners.first().map_or_else(unseen, ToString::to_string)
 }
 
 /// SIGTERM and SIGINT, which end nothing by themselves from now on.
@@ -216,31 +156,12 @@ async fn wait_for_stop((terminate, interrupt): &mut (Signal, Signal)) -> &'stati
 }
 
 /// A bad file changes nothing and says why.
-async fn reload_on_sighup(
-    reload: impl Fn() -> anyhow::Result<Catalog> + Send + 'static,
-    handle: Handle,
-    orchestrator_at: SocketAddr,
-) {
+async fn reload_on_sighup(handle: Handle) {
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
     while hangup.recv().await.is_some() {
-        let checked = reload().and_then(|catalog| {
-            refuse_open_control(orchestrator_at, &catalog)?;
-            Ok(catalog)
-        });
-        match checked {
-            Ok(mut catalog) => {
-                let kept =
-                    keep_what_needs_a_restart(&mut catalog.settings, &handle.catalog().settings);
-                if !kept.is_empty() {
-                    tracing::warn!("{} need a restart; the rest is reloaded", kept.join(", "));
-                }
-                let changes = changes(&handle.catalog(), &catalog);
-                handle.reload(Arc::new(catalog)).await;
-                tracing::info!("configuration reloaded: {changes}");
-            }
-            Err(errors) => {
-                tracing::error!("{errors}\nthe running configuration stays in force");
-            }
+        if let Some(reloads) = handle.reloads() {
+            // Its owner told the log what came of it.
+            let _ = reloads.reload("SIGHUP").await;
         }
     }
 }

@@ -11,8 +11,10 @@ pub mod runtime;
 
 pub mod orchestrator;
 
+pub mod announce;
 pub mod api;
 pub mod gateway;
+pub mod reload;
 pub mod store;
 pub mod telemetry;
 

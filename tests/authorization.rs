@@ -76,7 +76,12 @@ impl Caller {
         let request = request.body(Full::from(body.to_owned())).unwrap();
         let asked = self.client.request(request);
         let patience = std::time::Duration::from_secs(60);
-        tokio::time::timeout(patience, asked).await.expect("an answer in time").unwrap().status().as_u16()
+        tokio::time::timeout(patience, asked)
+            .await
+            .expect("an answer in time")
+            .unwrap()
+            .status()
+            .as_u16()
     }
 }
 
@@ -141,8 +146,7 @@ async fn row(caller: &Caller, base: &str, method: &str, route: &Route) -> Vec<(S
 async fn every_route_is_for_those_keys_that_its_row_in_the_table_names() {
     let world = serve(&keys(), &models(), &[]).await;
     let talk = &world.server.talk;
-    let on_gateway =
-        [wharf::gateway::routes::routes(), wharf::api::routes_on_gateway()].concat();
+    let on_gateway = [wharf::gateway::routes::routes(), wharf::api::routes_on_gateway()].concat();
     let tables = [
         ("gateway", &talk.gateway, on_gateway),
         ("orchestrator", &talk.orchestrator, wharf::api::routes()),
@@ -157,8 +161,7 @@ async fn every_route_is_for_those_keys_that_its_row_in_the_table_names() {
             for method in methods {
                 let row = row(&caller, base, method, route).await;
                 let (path, needs) = (route.path, route.needs);
-                let shown: String =
-                    row.iter().map(|(_, status)| format!("{status:<17}")).collect();
+                let shown: String = row.iter().map(|(_, status)| format!("{status:<17}")).collect();
                 println!("{listener:13}{method:8}{path:36}{:20}{shown}", needs.as_str());
                 for (who, status) in row {
                     asked += 1;
@@ -220,7 +223,8 @@ async fn an_engines_development_paths_are_for_admins_and_for_no_one_where_there_
     }
     world.stop().await;
 
-    let world = serve("gpu: { provider: none }\nswap: { mode: multi-active }", &models(), &[]).await;
+    let world =
+        serve("gpu: { provider: none }\nswap: { mode: multi-active }", &models(), &[]).await;
     for (method, path, class) in ENGINE_PATHS {
         let url = format!("{}/upstream/ada{path}", world.server.talk.gateway);
         for key in [None, Some(ADMIN)] {

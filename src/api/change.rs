@@ -10,11 +10,12 @@ use http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{bad, internal, not_found, refused, unknown_model};
+use super::error::{bad, declined, not_found, refused, unexpected, unknown_model};
 use super::extract::{Body, PathText};
+use super::group::{self, Target};
 use super::render::{self, Snapshot, seconds};
-use super::{Api, ledger, name};
-use crate::config::catalog::{Catalog, ModelSpec};
+use super::{Api, ledger, name, stay};
+use crate::config::catalog::{Asked, Catalog, ModelSpec};
 use crate::gateway::reject::Reject;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::EnsureKind;
@@ -70,31 +71,67 @@ pub async fn ensure_model(
     let Some(wanted) = body.model.filter(|model| !model.is_empty()) else {
         return Err(bad("model", "the body must name a model: {\"model\":\"…\"}"));
     };
-    let spec = catalog.resolve(&wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
+    let target = Target::of(&catalog, &wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
     let timeout = timeout_of(body.wait.timeout.as_ref(), &catalog)?;
+    let Asked { spec, group } = match target {
+        Target::Model(asked) => asked,
+        Target::Group(name, group) => {
+            let wait = body.wait.wait != Some(false);
+            return group::ensure(&api, name, group, EnsureKind::Ensure, timeout, wait).await;
+        }
+    };
     if body.wait.wait == Some(false) {
-        return begun(&api, spec, EnsureKind::Ensure, timeout).await;
+        return begun(&api, spec, EnsureKind::Ensure, timeout, group).await;
     }
     let asked = api.handle.now();
-    let answer = ensured(&api, spec, EnsureKind::Ensure, timeout).await;
+    let answer = ensured(&api, spec, EnsureKind::Ensure, timeout, group).await;
     let ready = ready(&api, &spec.name, answer, timeout, asked).await?;
     Ok(Json(ready.json()).into_response())
 }
 
-/// `POST /models/{name}/load` and `/unload`: one route, because names may hold slashes.
+/// `POST /models/{name}/load`, `/unload` and so on: one route, because names may hold slashes.
 pub async fn verb(
     State(api): State<Api>,
     PathText(path): PathText,
     Body(body): Body<Value>,
 ) -> Result<Response, Reject> {
     let catalog = api.handle.catalog();
-    let found = name::split(&path, |name| catalog.resolve(name));
+    let found = name::split(&path, |name| Target::of(&catalog, name));
     match found {
-        Some((spec, "load")) => load(&api, spec, parse(body)?, &catalog).await,
-        Some((spec, "unload")) => unload(&api, spec, parse(body)?, &catalog).await,
-        Some((spec, verb)) => Err(not_found(
+        Some((Target::Model(asked), "load")) => {
+            load(&api, asked, EnsureKind::Load, parse(body)?, &catalog).await
+        }
+        Some((Target::Model(asked), "wake")) => {
+            load(&api, asked, EnsureKind::Wake, parse(body)?, &catalog).await
+        }
+        Some((Target::Model(Asked { spec, .. }), "sleep")) => {
+            stay::sleep(&api, spec, &catalog).await
+        }
+        Some((Target::Model(Asked { spec, .. }), "pin")) => {
+            stay::pin(&api, spec, parse(body)?).await
+        }
+        Some((Target::Model(Asked { spec, .. }), "extend-ttl")) => {
+            stay::extend_ttl(&api, spec, parse(body)?).await
+        }
+        Some((Target::Model(Asked { spec, .. }), "unload")) => {
+            unload(&api, spec, parse(body)?, &catalog).await
+        }
+        Some((Target::Group(name, group), "load")) => {
+            let body: WaitBody = parse(body)?;
+            let timeout = timeout_of(body.timeout.as_ref(), &catalog)?;
+            let wait = body.wait != Some(false);
+            group::ensure(&api, name, group, EnsureKind::Load, timeout, wait).await
+        }
+        Some((Target::Group(name, group), "unload")) => {
+            group::unload(&api, name, group, parse::<UnloadBody>(body)?.force, &catalog).await
+        }
+        Some((target, verb)) => Err(not_found(
             "not_found",
-            format!("POST /models/{}/{verb} does not exist: load and unload do", spec.name),
+            format!(
+                "POST /models/{}/{verb} does not exist: load, unload, and of one model extend-ttl, \
+                 pin, sleep and wake do",
+                target.name()
+            ),
         )),
         None => {
             let name = path.rsplit_once('/').map_or(path.as_str(), |(name, _verb)| name);
@@ -110,20 +147,22 @@ fn parse<T: serde::de::DeserializeOwned>(body: Value) -> Result<T, Reject> {
 
 async fn load(
     api: &Api,
-    spec: &ModelSpec,
+    Asked { spec, group }: Asked<'_>,
+    kind: EnsureKind,
     body: WaitBody,
     catalog: &Catalog,
 ) -> Result<Response, Reject> {
     let timeout = timeout_of(body.timeout.as_ref(), catalog)?;
     if body.wait == Some(false) {
-        return begun(api, spec, EnsureKind::Load, timeout).await;
+        return begun(api, spec, kind, timeout, group).await;
     }
     let asked = api.handle.now();
-    let answer = ensured(api, spec, EnsureKind::Load, timeout).await;
+    let answer = ensured(api, spec, kind, timeout, group).await;
     let ready = ready(api, &spec.name, answer, timeout, asked).await?;
-    let message = match ready.swapped {
-        true => format!("Model {} loaded", spec.name),
-        false => format!("Model {} is loaded already", spec.name),
+    let message = match (ready.swapped, kind) {
+        (true, EnsureKind::Wake) => format!("Model {} woken", spec.name),
+        (true, _) => format!("Model {} loaded", spec.name),
+        (false, _) => format!("Model {} is loaded already", spec.name),
     };
     let mut body = render::object(ready.json());
     body.extend(render::object(render::done(&spec.name, message)));
@@ -147,6 +186,12 @@ async fn unload(
     Ok(Json(body).into_response())
 }
 
+/// How long a drain, the end of the engine and the proof of its memory may take.
+pub(super) fn unload_limit(spec: &ModelSpec, catalog: &Catalog) -> Duration {
+    let swap = &catalog.settings.swap;
+    swap.drain_timeout + swap.vram_timeout + spec.stop.grace + UNLOAD_MARGIN
+}
+
 /// Whether it was loaded; answers when it is gone.
 pub(super) async fn unloaded(
     api: &Api,
@@ -155,24 +200,32 @@ pub(super) async fn unloaded(
     catalog: &Catalog,
 ) -> Result<bool, Reject> {
     let name = &spec.name;
-    let swap = &catalog.settings.swap;
-    let limit = swap.drain_timeout + swap.vram_timeout + spec.stop.grace + UNLOAD_MARGIN;
+    let limit = unload_limit(spec, catalog);
     let answer = tokio::time::timeout(limit, api.handle.unload(name.clone(), force)).await;
     match answer {
         Ok(Answer::Unloaded { was_loaded }) => Ok(was_loaded),
         Ok(Answer::Refused(refusal)) => Err(refused(&refusal, name, api)),
         Ok(Answer::TimedOut { swap }) => Err(not_yet(api, name, limit, swap, "unloaded")),
         Err(_) => Err(not_yet(api, name, limit, None, "unloaded")),
-        Ok(Answer::Ready { .. }) => Err(internal("unload answered as a load")),
+        Ok(answer) => Err(unexpected("unload", &answer)),
     }
 }
 
-/// The owner keeps the deadline; should it not, the caller still gets an answer.
-async fn ensured(api: &Api, spec: &ModelSpec, kind: EnsureKind, timeout: Duration) -> Answer {
+/// The owner keeps the deadline; should it not, the caller still gets an answer. `company`: the
+/// group that comes along.
+pub(super) async fn ensured(
+    api: &Api,
+    spec: &ModelSpec,
+    kind: EnsureKind,
+    timeout: Duration,
+    company: Option<&str>,
+) -> Answer {
     let answer = api.handle.ensure(spec.name.clone(), kind, timeout);
-    tokio::time::timeout(timeout + OWNER_LAG_MAX, answer)
-        .await
-        .unwrap_or(Answer::TimedOut { swap: None })
+    let answer = tokio::time::timeout(timeout + OWNER_LAG_MAX, answer);
+    // Polled second: the model is asked for before its company.
+    let called = async { company.inspect(|group| api.handle.call_company(group)) };
+    let (answer, _) = tokio::join!(biased; answer, called);
+    answer.unwrap_or(Answer::TimedOut { swap: None })
 }
 
 /// 202: the swap goes on (or begins) without the caller. What is refused at once is refused.
@@ -181,8 +234,10 @@ async fn begun(
     spec: &ModelSpec,
     kind: EnsureKind,
     timeout: Duration,
+    company: Option<&str>,
 ) -> Result<Response, Reject> {
     let mut answer = api.handle.ensure_detached(spec.name.clone(), kind, timeout);
+    company.inspect(|group| api.handle.call_company(group));
     let begins = async {
         let mut look = tokio::time::interval(BEGIN_LOOK_EVERY);
         loop {
@@ -199,7 +254,9 @@ async fn begun(
         answer = &mut answer => match answer {
             Ok(Answer::Refused(refusal)) => return Err(refused(&refusal, &spec.name, api)),
             Ok(Answer::Ready { swap, .. }) => swap,
-            Ok(Answer::TimedOut { .. } | Answer::Unloaded { .. }) => None,
+            Ok(Answer::Declined { why }) => return Err(declined(&spec.name, why)),
+            Ok(Answer::TimedOut { .. }) => None,
+            Ok(answer) => return Err(unexpected("load", &answer)),
             Err(_) => return Err(refused(&Refusal::ShuttingDown, &spec.name, api)),
         },
         swap = tokio::time::timeout(BEGIN_WITHIN, begins) => swap.ok(),
@@ -216,9 +273,9 @@ async fn begun(
 }
 
 /// What a caller of ensure or load is told.
-struct Ready {
-    model: ModelName,
-    swapped: bool,
+pub(super) struct Ready {
+    pub model: ModelName,
+    pub swapped: bool,
     swap: Option<SwapId>,
     /// The swap's row, when a swap made the model ready.
     row: Option<Value>,
@@ -226,7 +283,7 @@ struct Ready {
 }
 
 impl Ready {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         let of_swap = |field: &str| self.row.as_ref().map(|row| row[field].clone());
         json!({
             "status": "ready",
@@ -243,7 +300,7 @@ impl Ready {
     }
 }
 
-async fn ready(
+pub(super) async fn ready(
     api: &Api,
     model: &ModelName,
     answer: Answer,
@@ -261,7 +318,8 @@ async fn ready(
         }
         Answer::TimedOut { swap } => Err(not_yet(api, model, timeout, swap, "ready")),
         Answer::Refused(refusal) => Err(refused(&refusal, model, api)),
-        Answer::Unloaded { .. } => Err(internal("a load answered as an unload")),
+        Answer::Declined { why } => Err(declined(model, why)),
+        answer => Err(unexpected("load", &answer)),
     }
 }
 

@@ -25,11 +25,8 @@ pub struct Route {
 }
 
 pub fn listed<S>(table: &[Row<S>]) -> Vec<Route> {
-    let row = |(path, needs, endpoint): &Row<S>| Route {
-        path,
-        methods: endpoint.methods,
-        needs: *needs,
-    };
+    let row =
+        |(path, needs, endpoint): &Row<S>| Route { path, methods: endpoint.methods, needs: *needs };
     table.iter().map(row).collect()
 }
 

@@ -6,7 +6,7 @@ use super::Api;
 use crate::config::catalog::Catalog;
 use crate::gateway::nearest::nearest;
 use crate::gateway::reject::{Reject, Viewer};
-use crate::scheduler::action::Refusal;
+use crate::scheduler::action::{Answer, Refusal};
 use crate::units::ModelName;
 
 /// Names listed in an answer to an unknown one.
@@ -24,6 +24,16 @@ pub fn not_found(code: &'static str, message: impl Into<String>) -> Reject {
 /// An answer that the orchestrator never gives to what was asked.
 pub fn internal(message: &str) -> Reject {
     Reject::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+}
+
+/// An answer of the orchestrator that does not belong to the question.
+pub fn unexpected(asked: &str, answer: &Answer) -> Reject {
+    internal(&format!("{asked} was answered as something else: {answer:?}"))
+}
+
+/// 409: the model is in no state for what was asked.
+pub fn declined(model: &ModelName, why: impl Into<String>) -> Reject {
+    Reject::new(StatusCode::CONFLICT, "conflict", why).model(model)
 }
 
 /// Callers of this API administer Wharf: they see the engine's last log lines.

@@ -101,7 +101,7 @@ fn outcome_fields(outcome: &SwapOutcome) -> Map<String, Value> {
         SwapOutcome::Cancelled { why } => {
             fields.insert("message".to_owned(), json!(why));
         }
-        SwapOutcome::Ready | SwapOutcome::Unloaded => {}
+        SwapOutcome::Ready | SwapOutcome::Unloaded | SwapOutcome::Asleep => {}
     }
     fields
 }

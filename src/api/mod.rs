@@ -1,15 +1,20 @@
 //! The control API: what operators and the older tools' clients call.
 //!
-//! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something;
+//! [`routes`] is the table of every path. [`change`] asks the orchestrator to do something, [`stay`]
+//! for how long a model stays;
 //! [`read`] renders its view: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
 //! and queue in [`machine`]. [`llama_swap`] and [`logs`] are that tool's control paths, [`events`]
-//! what is told of changes, [`traffic`] the gateway's requests; [`openapi`] describes all of it.
+//! what is told of changes, [`traffic`] the gateway's requests. [`config`] and [`register`] ask the
+//! owner of the configuration. [`openapi`] describes all of it.
 
 mod change;
+mod config;
+mod effective;
 pub mod endpoint;
 mod error;
 mod events;
 mod extract;
+mod group;
 pub mod guard;
 mod health;
 mod ledger;
@@ -18,9 +23,12 @@ mod logs;
 mod machine;
 mod name;
 pub mod openapi;
+mod plan;
 mod read;
+mod register;
 mod render;
 mod routes;
+mod stay;
 mod traffic;
 
 use std::sync::Arc;

@@ -50,7 +50,7 @@ pub async fn models(State(api): State<Api>) -> Json<Value> {
 /// `GET /models/{name}` and `GET /models/{name}/health`: one route, because names may hold slashes.
 pub async fn model(State(api): State<Api>, PathText(path): PathText) -> Result<Response, Reject> {
     let at = Snapshot::of(&api.handle);
-    match name::split(&path, |name| at.catalog.resolve(name)) {
+    match name::split(&path, |name| at.catalog.asked(name).map(|asked| asked.spec)) {
         Some((spec, "")) => Ok(Json(render::model(&at, spec)).into_response()),
         Some((spec, "health")) => Ok(model_health(&at, spec)),
         _ => Err(unknown_model(&at.catalog, &path)),

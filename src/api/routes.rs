@@ -4,10 +4,12 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::from_fn_with_state;
 
-use super::endpoint::{self, Route, Row, get, post};
+use super::endpoint::{self, Route, Row, delete, get, patch, post};
 use super::extract::BODY_BYTES_MAX;
 use super::guard::{Guard, Needs, guard};
-use super::{Api, change, error, events, llama_swap, logs, openapi, read, traffic};
+use super::{
+    Api, change, config, error, events, llama_swap, logs, openapi, plan, read, register, traffic,
+};
 use crate::gateway::browser;
 
 fn table() -> Vec<Row<Api>> {
@@ -29,8 +31,14 @@ fn own() -> Vec<Row<Api>> {
         ("/gpus", Needs::Read, get(read::gpus)),
         ("/queue", Needs::Read, get(read::queue)),
         ("/ensure_model", Needs::Admin, post(change::ensure_model)),
-        // `{name}/load` and `{name}/unload`
+        ("/plan", Needs::Read, post(plan::plan)),
+        // `{name}/load`, `/unload`, `/extend-ttl`, `/pin`, `/sleep`, `/wake`
         ("/models/{*name}", Needs::Admin, post(change::verb)),
+        ("/models/register", Needs::Admin, post(register::register)),
+        ("/models/{*name}", Needs::Admin, delete(register::delete)),
+        ("/config", Needs::Read, get(config::show)),
+        ("/config", Needs::Admin, patch(config::patch)),
+        ("/config/reload", Needs::Admin, post(config::reload)),
         ("/events", Needs::Read, get(events::events)),
         ("/openapi.json", Needs::Nothing, get(openapi::document)),
     ]

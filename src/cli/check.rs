@@ -40,7 +40,7 @@ pub fn outcome(file: &str, loaded: Result<Loaded, ConfigErrors>, json: bool) -> 
         return as_json(file, loaded);
     }
     match loaded {
-        Ok(Loaded { catalog, warnings, overrides }) => {
+        Ok(Loaded { catalog, warnings, overrides, .. }) => {
             let problems = if warnings.is_empty() {
                 String::new()
             } else {

@@ -8,7 +8,9 @@ pub mod ensure;
 pub mod import;
 pub mod load;
 pub mod logs;
+pub mod plan;
 pub mod pull;
+pub mod reload;
 pub mod schema;
 pub mod serve;
 pub mod status;
@@ -67,6 +69,10 @@ enum Command {
     Load(load::Args),
     /// Unload a model
     Unload(unload::Args),
+    /// Read models.yaml again: only what changed is touched
+    Reload(reload::Args),
+    /// What a request for a model would bring about, without doing it
+    Plan(plan::Args),
     /// Bring images and weights here, so that no swap has to wait for a download
     Pull {
         #[command(flatten)]
@@ -118,6 +124,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Ensure(args) => ensure::run(args).await,
         Command::Load(args) => load::run(args).await,
         Command::Unload(args) => unload::run(args).await,
+        Command::Reload(args) => reload::run(args).await,
+        Command::Plan(args) => plan::run(args).await,
         Command::Pull { args, config } => {
             let catalog = crate::config::load(&crate::config::path(config))?.catalog;
             let docker = DockerRuntime::new(catalog.settings.docker_host.clone());

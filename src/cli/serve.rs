@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
@@ -12,7 +13,9 @@ use clap::builder::FalseyValueParser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::catalog::{ApiKey, Catalog, Scope};
-use crate::config::{Loaded, Report};
+use crate::config::{Loaded, Overlay, Report};
+use crate::reload::{Flag, Misfits, Source};
+use crate::store::Store;
 use crate::{app, config};
 
 #[derive(Debug, Args)]
@@ -44,14 +47,27 @@ pub struct ServeArgs {
 }
 
 impl ServeArgs {
-    fn apply(&self, catalog: &mut Catalog) -> anyhow::Result<()> {
+    /// Lays the flags over the configuration; answers with those that were given.
+    fn apply(&self, catalog: &mut Catalog) -> anyhow::Result<Vec<Flag>> {
         let settings = &mut catalog.settings;
-        settings.gateway = self.gateway.unwrap_or(settings.gateway);
-        settings.orchestrator = self.orchestrator.unwrap_or(settings.orchestrator);
+        let mut given = Vec::new();
+        let mut note = |flag, key| given.push(Flag { flag, key });
+        if let Some(gateway) = self.gateway {
+            settings.gateway = gateway;
+            note("--gateway (WHARF_GATEWAY)", "listen.gateway");
+        }
+        if let Some(orchestrator) = self.orchestrator {
+            settings.orchestrator = orchestrator;
+            note("--orchestrator (WHARF_ORCHESTRATOR)", "listen.orchestrator");
+        }
         if let Some(store) = &self.store {
             settings.store.clone_from(store);
+            note("--store (WHARF_STORE)", "store");
         }
-        settings.hosts.extend(self.hosts.iter().cloned());
+        if !self.hosts.is_empty() {
+            settings.hosts.extend(self.hosts.iter().cloned());
+            note("--host (WHARF_HOSTS)", "hosts");
+        }
         if let Some(path) = &self.key_file {
             settings.auth.keys.push(ApiKey {
                 name: "key-file".to_owned(),
@@ -60,31 +76,30 @@ impl ServeArgs {
                 scopes: vec![Scope::Inference, Scope::Read, Scope::Admin],
                 ..ApiKey::default()
             });
+            note("--key-file (WHARF_KEY_FILE)", "auth.keys");
         }
-        Ok(())
+        Ok(given)
     }
 }
 
 pub async fn run(args: ServeArgs) -> anyhow::Result<()> {
     allow_many_connections();
     let path = config::path(args.config.clone());
-    let loaded = config::load(&path)?;
-    warn_of(&path, &loaded);
-    let mut catalog = loaded.catalog;
-    args.apply(&mut catalog)?;
+    let source = Source { path, flags: Arc::new(move |catalog| args.apply(catalog)) };
+    // The file alone says where the store is; the store says what lies over the file.
+    let text = source.read()?;
+    let alone = source.build(text, Overlay::default(), Misfits::Refuse)?;
+    let settings = &alone.loaded.catalog.settings;
+    let store = Store::open(&settings.store, settings.retention);
+    let built = source.build(alone.text, Overlay::of(&store), Misfits::LeaveOut)?;
+    warn_of(&source.path, &built.loaded);
     tracing::info!(
-        config = %path.display(),
-        models = catalog.models.len(),
+        config = %source.path.display(),
+        models = built.loaded.catalog.models.len(),
         "wharf {}",
         env!("CARGO_PKG_VERSION")
     );
-    let reload = move || {
-        let mut loaded = config::load(&path)?;
-        args.apply(&mut loaded.catalog)?;
-        warn_of(&path, &loaded);
-        Ok(loaded.catalog)
-    };
-    app::run(catalog, reload).await
+    app::run(source, built, store).await
 }
 
 /// Each request in flight holds two descriptors; the usual soft limit of 1024 is soon reached.

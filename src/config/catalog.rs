@@ -15,11 +15,13 @@ use crate::store::MEMORY;
 use crate::units::{Bytes, ModelName, Priority};
 
 mod access;
+mod groups;
 mod lifecycle;
 mod serving;
 
 pub use access::{ApiKey, AuthSettings, KeyDigest, RateLimits, Scope, StartRule};
-pub use lifecycle::{Group, KeepWindow, TtlBounds};
+pub use groups::Asked;
+pub use lifecycle::{Group, KeepWindow, LocalTime, TtlBounds};
 pub use serving::{
     Adapter, Announce, CaptureSettings, Filters, HttpService, PathRule, Peer, Retention, Route,
     RouteKind,
@@ -256,6 +258,10 @@ pub struct ModelSpec {
     /// A LoRA adapter: served by the instance of another model.
     #[serde(default)]
     pub adapter: Option<Adapter>,
+    /// Adapters are served beside it, and its own command does not say so: Wharf adds what the
+    /// engine needs. Set by [`Catalog::link_adapters`].
+    #[serde(default)]
+    pub lora: bool,
     /// What is done to request bodies before they are forwarded.
     #[serde(default)]
     pub filters: Filters,

@@ -100,6 +100,7 @@ impl ModelSpec {
             waiting: None,
             sleep: None,
             adapter: None,
+            lora: false,
             filters: Filters::default(),
             metadata: serde_json::Map::new(),
             answer_timeout: None,

@@ -45,8 +45,6 @@ pub fn changes(old: &Catalog, new: &Catalog) -> Changes {
 /// vain until then.
 pub fn keep_what_needs_a_restart(new: &mut Settings, running: &Settings) -> Vec<String> {
     let asked = new.clone();
-    new.gateway = running.gateway;
-    new.orchestrator = running.orchestrator;
     new.store.clone_from(&running.store);
     new.engine_ports = running.engine_ports;
     new.docker_host.clone_from(&running.docker_host);
@@ -166,16 +164,12 @@ mod tests {
     #[test]
     fn what_only_a_start_reads_stays_in_force() {
         let running = Settings::default();
-        let mut asked = Settings {
-            gateway: "127.0.0.1:9090".parse().unwrap(),
-            store: "other.db".into(),
-            ..Settings::default()
-        };
+        let mut asked = Settings { store: "other.db".into(), ..Settings::default() };
         asked.gpu.memory = vec![Bytes::gib(8)];
         asked.gpu.reserve = Bytes::gib(2);
         asked.queue.limit = 7;
         let kept = keep_what_needs_a_restart(&mut asked, &running);
-        assert_eq!(kept, ["listen.gateway", "gpu.memory", "store"]);
+        assert_eq!(kept, ["gpu.memory", "store"]);
         let live = (asked.gpu.reserve, asked.queue.limit);
         assert_eq!(live, (Bytes::gib(2), 7));
         asked.gpu.reserve = running.gpu.reserve;

@@ -16,8 +16,11 @@ mod groups;
 pub mod import;
 mod keep;
 mod launch;
+mod lora;
 mod models;
+mod overlay;
 mod overrides;
+pub mod patch;
 mod problem;
 mod routing;
 mod rules;
@@ -28,16 +31,20 @@ mod shape;
 mod subst;
 mod traffic;
 mod tree;
-mod values;
+pub(crate) mod values;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
 use catalog::Catalog;
 use decode::{At, Sink, Unread};
+pub use overlay::{LeftOut, Overlay, PATCHES_MAX, REGISTERED_MAX};
 pub use problem::{ConfigErrors, Place, Problem, Report, Severity, nearest};
+pub(crate) use secrets::is_secret_name;
 use tree::{Kind, Node};
 
 /// The largest models.yaml that is read.
@@ -49,6 +56,11 @@ pub struct Loaded {
     pub warnings: Vec<Problem>,
     /// What came from the environment instead of the file.
     pub overrides: Vec<Override>,
+    /// What of the overlay does not fit the file.
+    pub left_out: Vec<LeftOut>,
+    /// Of the keys that can be patched: those that the file sets, and the effective `defaults`.
+    pub in_file: BTreeSet<String>,
+    pub defaults: BTreeMap<String, String>,
 }
 
 /// An environment variable of the swapper service that outranks the file.
@@ -73,6 +85,19 @@ pub fn path(flag: Option<PathBuf>) -> PathBuf {
 /// # Errors
 /// The file cannot be read, or everything that is wrong with it.
 pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
+    parse(&read_file(path)?, &path.display().to_string(), &own_env)
+}
+
+/// Wharf's own environment.
+pub fn own_env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// The text of a configuration.
+///
+/// # Errors
+/// It cannot be read, is too large or no text.
+pub fn read_file(path: &Path) -> Result<String, ConfigErrors> {
     let file = path.display().to_string();
     let unreadable = |reason: String| ConfigErrors::Unreadable { file: file.clone(), reason };
     let size = std::fs::metadata(path).map_err(|e| unreadable(e.to_string()))?.len();
@@ -80,10 +105,9 @@ pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
         return Err(unreadable(format!("it has {size} bytes, more than {MAX_FILE}")));
     }
     let bytes = std::fs::read(path).map_err(|e| unreadable(e.to_string()))?;
-    let text = String::from_utf8(bytes).map_err(|e| {
+    String::from_utf8(bytes).map_err(|e| {
         unreadable(format!("it is not UTF-8 text (byte {})", e.utf8_error().valid_up_to()))
-    })?;
-    parse(&text, &file, &|name| std::env::var(name).ok())
+    })
 }
 
 /// `listen.orchestrator` of a file that need not be right otherwise (a client may lack the
@@ -106,23 +130,120 @@ pub fn parse(
     file: &str,
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Loaded, ConfigErrors> {
+    parse_over(text, file, &Overlay::default(), env)
+}
+
+/// As [`parse`], with patches and registered models laid over the file.
+///
+/// # Errors
+/// Everything that is wrong with either.
+pub fn parse_over(
+    text: &str,
+    file: &str,
+    overlay: &Overlay,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Loaded, ConfigErrors> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut sink = Sink::default();
-    let (root, flaws) = tree::parse(text);
+    let (mut root, flaws) = tree::parse(text);
     collect_secrets(&root, &mut sink.secrets);
     let broken = !flaws.is_empty() && matches!(root.kind, Kind::Null);
     for flaw in flaws {
         sink.flaw(flaw);
     }
+    let in_file = patchable_in(&root);
+    if !matches!(root.kind, Kind::Null) {
+        sink.problems.extend(overlay::apply(&mut root, overlay));
+    }
+    let defaults = defaults_of(&root);
     let read = if broken { None } else { read(root, env, &mut sink) };
-    let problems = finished(sink, text);
+    let mut problems = finished(sink, text);
+    overlay::name(&mut problems, overlay);
     let failed = problems.iter().any(|p| p.severity == Severity::Error);
     match read {
-        Some((catalog, overrides)) if !failed => {
-            Ok(Loaded { catalog, warnings: problems, overrides })
+        Some((mut catalog, overrides)) if !failed => {
+            for registration in &overlay.registered {
+                if let Some(spec) = catalog.models.get_mut(registration.model_id.as_str()) {
+                    Arc::make_mut(spec).registered = true;
+                }
+            }
+            let left_out = Vec::new();
+            Ok(Loaded { catalog, warnings: problems, overrides, left_out, in_file, defaults })
         }
         _ => Err(ConfigErrors::Invalid { file: file.to_owned(), problems }),
     }
+}
+
+/// As [`parse_over`], but what of the overlay does not fit the file is left out and told: a stored
+/// patch must not keep Wharf from starting.
+///
+/// # Errors
+/// Everything that is wrong with the file.
+pub fn parse_around(
+    text: &str,
+    file: &str,
+    overlay: &Overlay,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Loaded, ConfigErrors> {
+    let items = overlay.items();
+    let mut kept: Vec<usize> = (0..items.len()).collect();
+    let mut reasons = BTreeMap::new();
+    let mut loaded = loop {
+        let tried = overlay.keep_only(&kept);
+        let errors = match parse_over(text, file, &tried, env) {
+            Ok(loaded) => break loaded,
+            Err(errors) if kept.is_empty() => return Err(errors),
+            Err(errors) => errors,
+        };
+        let problems = errors.problems();
+        let mut blamed = overlay::blamed(&tried, problems);
+        if blamed.is_empty() {
+            // Told of a place in the file: if the file alone is right, it is because of one of
+            // these. The last ones go first: patches before the models that they may be for.
+            let alone = parse(text, file, env)?;
+            let error = problems.iter().find(|problem| problem.severity == Severity::Error);
+            match error {
+                Some(error) => drop(blamed.insert(kept.len() - 1, error)),
+                None => break alone,
+            }
+        }
+        for (at, error) in blamed.into_iter().rev() {
+            reasons.insert(kept.remove(at), error.in_a_line());
+        }
+    };
+    for (at, why) in reasons {
+        let what = items[at].label();
+        let message = format!("{what} is left out: {why}");
+        let help = "it is kept in the store and tried again at the next reload";
+        loaded.warnings.push(Problem::outside(Severity::Warning, &what, message, help));
+        loaded.left_out.push(LeftOut { what, why });
+    }
+    Ok(loaded)
+}
+
+/// Paths below `swap`, `queue`, `defaults` and `models` that the file sets.
+fn patchable_in(root: &Node) -> BTreeSet<String> {
+    let at = |node: &Node, path: &str| {
+        path.split('.').try_fold(node.clone(), |node, part| node.get(part).cloned()).is_some()
+    };
+    let global = patch::GLOBAL.iter().filter(|path| at(root, path));
+    let mut found: BTreeSet<String> = global.map(|path| (*path).to_owned()).collect();
+    for (name, model) in root.get("models").map(Node::entries).unwrap_or_default() {
+        let keys = patch::OF_A_MODEL.iter().filter(|key| at(model, key));
+        found.extend(keys.map(|key| format!("models.{}.{key}", name.text)));
+    }
+    found
+}
+
+/// The scalars among `defaults:`, by path below it.
+fn defaults_of(root: &Node) -> BTreeMap<String, String> {
+    let defaults = root.get("defaults");
+    let keys = ["ttl", "grace", "ttl_bounds.min", "ttl_bounds.max"];
+    let text = |key: &str| {
+        let node = key.split('.').try_fold(defaults?, |node, part| node.get(part))?;
+        node.text().map(str::to_owned)
+    };
+    keys.iter().filter_map(|key| Some(((*key).to_owned(), text(key)?))).collect()
 }
 
 fn read(
@@ -173,7 +294,9 @@ fn read(
     let models = read.models.into_iter().map(|m| (m.spec.name.clone(), m.spec)).collect();
     let routing::Routing { groups, routes, peers, registrable, .. } = routing;
     let settings = settings.settings;
-    Some((Catalog { models, aliases, groups, routes, peers, registrable, settings }, overrides))
+    let mut catalog = Catalog { models, aliases, groups, routes, peers, registrable, settings };
+    catalog.link_adapters();
+    Some((catalog, overrides))
 }
 
 const EXAMPLE: &str = "the least that works:\n\

@@ -267,6 +267,7 @@ impl Reader<'_> {
             waiting: fields.waiting,
             sleep: fields.sleep.and_then(Switch::on),
             adapter,
+            lora: false,
             filters: fields.filters,
             metadata: fields.metadata,
             answer_timeout: fields.answer_timeout,

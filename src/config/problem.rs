@@ -61,6 +61,15 @@ impl Problem {
         }
     }
 
+    /// Without its source line.
+    pub fn in_a_line(&self) -> String {
+        let parts = [Some(&self.expected).filter(|text| !text.is_empty()), self.help.as_ref()];
+        parts
+            .into_iter()
+            .flatten()
+            .fold(self.message.clone(), |line, part| format!("{line}; {part}"))
+    }
+
     /// Attaches the source line and hides secrets everywhere.
     pub(super) fn finish(&mut self, lines: &[&str], known: &[String]) {
         let texts = [&mut self.message, &mut self.expected, &mut self.path];

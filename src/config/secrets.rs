@@ -11,7 +11,7 @@ const SECRET_WORDS: [&str; 8] =
 
 /// Whether a key, variable or flag of this name holds a secret: `key`, `api_key`, `HF_TOKEN`,
 /// `--api-key`, `dbPassword`.
-pub(super) fn is_secret_name(name: &str) -> bool {
+pub(crate) fn is_secret_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     SECRET_WORDS.iter().any(|word| name.ends_with(word))
 }

@@ -23,6 +23,13 @@ struct Shape<'a> {
     served_name: &'a str,
     port: Option<u16>,
     sleep: Option<u8>,
+    #[serde(skip_serializing_if = "is_off")]
+    lora: bool,
+}
+
+/// Left out then, so that models without adapters keep the hash they always had.
+fn is_off(flag: &bool) -> bool {
+    !flag
 }
 
 impl ModelSpec {
@@ -35,6 +42,7 @@ impl ModelSpec {
             vram,
             port,
             sleep,
+            lora,
             // In `served_name`.
             name: _,
             upstream_name: _,
@@ -81,12 +89,16 @@ impl ModelSpec {
             served_name: self.served_name(),
             port: *port,
             sleep: *sleep,
+            lora: *lora,
         }
     }
 
     /// Whether an engine that was started for `other` can go on under this entry.
     pub fn runs_like(&self, other: &ModelSpec) -> bool {
-        self.shape() == other.shape()
+        let (mut mine, theirs) = (self.shape(), other.shape());
+        // One that could take adapters goes on without any.
+        mine.lora |= theirs.lora;
+        mine == theirs
     }
 
     /// Whether a start under way for `other` can go on: it is also judged in the same way, and was

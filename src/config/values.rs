@@ -11,7 +11,7 @@ use crate::units::Bytes;
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 
 /// `22GiB`, `512 MiB`, `1.5G` (binary, as Docker and nvidia-smi mean it), `24GB` (decimal), `0`.
-pub(super) fn size(text: &str) -> Result<Bytes, String> {
+pub(crate) fn size(text: &str) -> Result<Bytes, String> {
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
@@ -40,7 +40,7 @@ pub(super) fn size(text: &str) -> Result<Bytes, String> {
 }
 
 /// `30s`, `5m`, `1h 30m`, `250ms`, `0`.
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
     if let Ok(number) = text.parse::<f64>() {
         if number == 0.0 {

@@ -26,6 +26,8 @@ pub const TENSOR_PARALLEL: &[&str] = &["--tensor-parallel-size", "-tp"];
 pub const PIPELINE_PARALLEL: &[&str] = &["--pipeline-parallel-size", "-pp"];
 pub const DATA_PARALLEL: &[&str] = &["--data-parallel-size", "-dp"];
 pub const SLEEP_MODE: &[&str] = &["--enable-sleep-mode"];
+const LORA: &[&str] = &["--enable-lora"];
+const LORA_UPDATES: &str = "VLLM_ALLOW_RUNTIME_LORA_UPDATING";
 const SHUTDOWN_TIMEOUT: &[&str] = &["--shutdown-timeout"];
 const ALIAS: &[&str] = &["--alias", "-a"];
 
@@ -114,6 +116,9 @@ fn vllm_args(
     if spec.sleep.is_some() && !line.has(SLEEP_MODE) {
         args.push(SLEEP_MODE[0].to_owned());
     }
+    if spec.lora && !line.has(LORA) {
+        args.push(LORA[0].to_owned());
+    }
     if !line.has(SHUTDOWN_TIMEOUT) && knows_shutdown_timeout(spec) {
         add(&mut args, SHUTDOWN_TIMEOUT, &VLLM_SHUTDOWN_TIMEOUT_SECS.to_string());
     }
@@ -150,7 +155,20 @@ fn vllm_env(spec: &ModelSpec) -> std::collections::BTreeMap<String, String> {
         // /sleep and /wake_up are development endpoints.
         env.push(("VLLM_SERVER_DEV_MODE", "1".to_owned()));
     }
+    if spec.lora {
+        env.push((LORA_UPDATES, "1".to_owned()));
+    }
     env.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+}
+
+/// The model's own command takes adapters as it stands.
+pub fn says_lora(spec: &ModelSpec) -> bool {
+    let env = match &spec.runtime {
+        RuntimeSpec::Docker(docker) => &docker.env,
+        RuntimeSpec::Process(process) => &process.env,
+        RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => return true,
+    };
+    CommandLine::of(spec).has(LORA) && env.contains_key(LORA_UPDATES)
 }
 
 fn add(args: &mut Vec<String>, flag: &[&str], value: &str) {

@@ -1,5 +1,6 @@
 //! What differs between engines: arguments, readiness, load phases from logs, sleep and wake.
 
+pub mod adapters;
 mod command_line;
 mod context;
 mod contradict;
@@ -53,6 +54,11 @@ pub fn derive(
     total: Option<Bytes>,
 ) -> Derived {
     derive::derive(spec, port, gpus, footprint.zip(total))
+}
+
+/// Its own command says all that adapters need.
+pub fn says_lora(spec: &ModelSpec) -> bool {
+    derive::says_lora(spec)
 }
 
 /// The key of an instance about to start: the one that the configuration names, or a new one if

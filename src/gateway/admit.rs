@@ -9,18 +9,18 @@ use super::nearest::nearest;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::Reject;
 use super::{auth, parse};
-use crate::config::catalog::{ApiKey, Catalog, ModelSpec, Scope, StartRule};
+use crate::config::catalog::{ApiKey, Asked, Catalog, ModelSpec, Scope, StartRule};
 use crate::units::Priority;
 
 const NAMES_SHOWN_MAX: usize = 12;
 
-/// The model behind a name or alias. Names that the key may not use are not disclosed.
+/// The model behind a name, an alias or `group/model`. Names that the key may not use are not disclosed.
 pub fn model<'c>(
     catalog: &'c Catalog,
     requested: &str,
     key: Option<&ApiKey>,
 ) -> Result<&'c Arc<ModelSpec>, Reject> {
-    let Some(spec) = catalog.resolve(requested) else {
+    let Some(Asked { spec, .. }) = catalog.asked(requested) else {
         return Err(unknown(catalog, requested, key));
     };
     if !auth::may_use(key, spec.name.as_str(), requested) {

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::account::{Account, Arrival};
 use super::admit::{self, Wishes};
+use super::door::Bound;
 use super::forward::{self, Failure, Outgoing};
 use super::receive::{self, Held};
 use super::reject::{Reject, Viewer};
@@ -31,6 +32,8 @@ use crate::units::{RequestId, Time};
 
 /// The scheduler ends every wait; this bounds it if it should not.
 const WAIT_BACKSTOP: Duration = Duration::from_secs(30);
+/// An adapter that somebody unloaded is loaded again for a request.
+const ADAPTER_WITHIN: Duration = Duration::from_secs(120);
 /// How long a retry waits for the owner to learn that the instance died.
 const SETTLE_MAX: Duration = Duration::from_secs(1);
 const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -110,12 +113,16 @@ impl Admitted<'_> {
     ) -> Result<Job, Reject> {
         let Admitted { gateway, inference, catalog, head, key, wishes, arrived } = self;
         arrival.received(&head.headers, &received.bytes);
-        let mut asked = match inference.body {
-            BodyKind::Json => parse::parse(&received.bytes)?,
-            BodyKind::Form => multipart::parse(&received.bytes, &head.headers)?,
+        let bound = head.extensions.get::<Bound>();
+        let mut asked = match (inference.body, bound) {
+            (BodyKind::Json, Some(_)) => parse::parse_any(&received.bytes)?,
+            (BodyKind::Json, None) => parse::parse(&received.bytes)?,
+            (BodyKind::Form, _) => multipart::parse(&received.bytes, &head.headers)?,
         };
-        arrival.asked(&asked.model);
-        let spec = Arc::clone(admit::model(catalog, &asked.model, key)?);
+        let wanted = bound.map_or(&*asked.model, |bound| bound.0.as_str());
+        arrival.asked(wanted);
+        let spec = Arc::clone(admit::model(catalog, wanted, key)?);
+        let company = catalog.asked(wanted).and_then(|asked| asked.group).map(str::to_owned);
         let mut body = received.bytes.clone();
         let filtered;
         let is_ollama = spec.engine == EngineKind::Ollama;
@@ -126,7 +133,10 @@ impl Admitted<'_> {
                     .map_err(|reject| reject.model(&spec.name))?;
             }
             filtered = body.clone();
-            asked = parse::parse(&filtered)?;
+            asked = match bound {
+                Some(_) => parse::parse_any(&filtered)?,
+                None => parse::parse(&filtered)?,
+            };
         }
         let stream = asked.stream;
         let mut edits = Vec::new();
@@ -163,6 +173,7 @@ impl Admitted<'_> {
             waiting: (stream && waiting.style != WaitingStyle::Off).then_some(waiting),
             queue_timeout: catalog.settings.queue.timeout,
             spec,
+            company,
             outgoing,
             held: received.held,
             remove_usage,
@@ -199,6 +210,8 @@ pub struct Job {
     pub spec: Arc<ModelSpec>,
     /// How a waiting stream is told what happens; `None`: the head is held to the end.
     pub waiting: Option<WaitingSettings>,
+    /// The group that was asked for with the model.
+    company: Option<String>,
     options: RequestOptions,
     outgoing: Outgoing,
     /// The body's share of `queue.total_bodies`.
@@ -253,6 +266,7 @@ impl Job {
             remove_usage: false,
             viewer: auth::viewer(key, passing.peer),
             arrived: passing.arrived,
+            company: None,
             is_visit: passing.is_visit,
             queue: passing.queue,
             following: None,
@@ -310,6 +324,7 @@ impl Job {
         loop {
             let asked = Instant::now();
             let lease = self.lease(stage).await?;
+            let lease = self.on_adapter(lease).await?;
             stage.send_replace(Stage::Forwarded);
             waited += asked.elapsed();
             if !lease.is_visit() {
@@ -346,14 +361,16 @@ impl Job {
             });
         }
         let ready = if self.options.never_start {
-            handle.gates().get(&self.spec.name).and_then(Gate::try_lease_quietly)
+            handle.gate(&self.spec.name).as_ref().and_then(Gate::try_lease_quietly)
         } else {
             handle.try_lease(&self.spec.name)
         };
         if let Some(lease) = ready {
+            self.call_company();
             return Ok(lease);
         }
         let mut waiting = handle.request(self.options.clone());
+        self.call_company();
         stage.send_replace(Stage::Waiting(waiting.id));
         let refusal = match timeout(self.queue_timeout + WAIT_BACKSTOP, waiting.decision()).await {
             Ok(Ok(lease)) => return Ok(lease),
@@ -364,6 +381,26 @@ impl Job {
             },
         };
         Err(self.refused(&refusal))
+    }
+
+    /// The base is there; is the adapter?
+    async fn on_adapter(&self, mut lease: Lease) -> Result<Lease, Reject> {
+        let handle = &self.gateway.handle;
+        let Some(adapter) = handle.adapter_use(&self.spec.name) else { return Ok(lease) };
+        let start = !self.options.never_start;
+        handle
+            .adapter_on(lease.gate(), &self.spec.name, start, ADAPTER_WITHIN)
+            .await
+            .map_err(|refusal| self.refused(&refusal))?;
+        lease.count_on(&adapter);
+        Ok(lease)
+    }
+
+    /// After the model itself is asked for: its group comes along.
+    fn call_company(&self) {
+        if let Some(group) = self.company.as_ref().filter(|_| !self.options.never_start) {
+            self.gateway.handle.call_company(group);
+        }
     }
 
     /// `Ok`: once more. Only here is it decided what is tried again.
@@ -401,9 +438,8 @@ impl Job {
     async fn settle(&self, gate: &Arc<Gate>) {
         let was_open = gate.is_open();
         let learned = || {
-            let gates = self.gateway.handle.gates();
-            let replaced =
-                !gates.get(&self.spec.name).is_some_and(|current| Arc::ptr_eq(current, gate));
+            let current = self.gateway.handle.gate(&self.spec.name);
+            let replaced = !current.is_some_and(|current| Arc::ptr_eq(&current, gate));
             replaced || gate.is_cancelled() || (was_open && !gate.is_open())
         };
         let settled = async {

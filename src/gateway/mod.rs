@@ -13,6 +13,7 @@ pub mod admit;
 pub mod auth;
 pub mod browser;
 mod captures;
+mod door;
 mod figures;
 mod filter;
 mod forward;
@@ -55,6 +56,7 @@ use underway::Watched;
 use websocket::Sockets;
 
 pub use captures::Capture;
+pub use door::door;
 pub use in_flight::Entry;
 pub use reject::{Reject, Viewer};
 pub use server::{serve, serve_until};
@@ -62,15 +64,21 @@ pub use traffic::Traffic;
 
 /// The gateway's paths, to be served by [`serve`].
 pub fn router(handle: Handle, metrics: Arc<Metrics>, traffic: Traffic) -> Router {
-    router_of(handle, metrics, Limits::default(), traffic)
+    routes::router(shared(handle, metrics, Limits::default(), traffic))
 }
 
 pub fn router_with(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Router {
-    router_of(handle, metrics, limits, Traffic::default())
+    routes::router(shared(handle, metrics, limits, Traffic::default()))
 }
 
-fn router_of(handle: Handle, metrics: Arc<Metrics>, limits: Limits, traffic: Traffic) -> Router {
-    routes::router(Arc::new(Gateway {
+/// What all listeners of one gateway have in common.
+pub fn shared(
+    handle: Handle,
+    metrics: Arc<Metrics>,
+    limits: Limits,
+    traffic: Traffic,
+) -> Arc<Gateway> {
+    Arc::new(Gateway {
         handle,
         metrics,
         limits,
@@ -81,7 +89,7 @@ fn router_of(handle: Handle, metrics: Arc<Metrics>, limits: Limits, traffic: Tra
         sockets: Sockets::default(),
         id_seed: RandomState::new().hash_one(std::process::id()),
         id_next: AtomicU64::new(0),
-    }))
+    })
 }
 
 /// Bounds that are no one's policy: every wait on a peer has one.

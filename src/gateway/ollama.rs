@@ -51,7 +51,8 @@ fn folded(name: &str) -> String {
 }
 
 fn is_empty(value: &RawValue) -> bool {
-    matches!(value.get(), "null" | "\"\"") || value.get().replace([' ', '\t', '\r', '\n'], "") == "[]"
+    matches!(value.get(), "null" | "\"\"")
+        || value.get().replace([' ', '\t', '\r', '\n'], "") == "[]"
 }
 
 #[cfg(test)]
@@ -77,7 +78,11 @@ mod tests {
                 r#"{"keep_alive":-1,"model":"qwen","messages":[{"role":"user"}]}"#,
                 r#"{"model":"qwen:7b","messages":[{"role":"user"}]}"#,
             ),
-            ("/api/embed", r#"{"model":"qwen:7b","keep\u005falive":"1h"}"#, r#"{"model":"qwen:7b"}"#),
+            (
+                "/api/embed",
+                r#"{"model":"qwen:7b","keep\u005falive":"1h"}"#,
+                r#"{"model":"qwen:7b"}"#,
+            ),
             ("/api/tags", "", ""),
         ] {
             assert_eq!(sent(path, body).as_deref(), Ok(expected), "{body}");

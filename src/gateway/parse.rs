@@ -22,6 +22,7 @@ pub struct Asked<'a> {
     /// Where the name stands in the body.
     model_at: Range<usize>,
     spelling: Spelling,
+    is_text: bool,
     stream_options: Option<&'a RawValue>,
 }
 
@@ -30,6 +31,10 @@ pub struct Asked<'a> {
 pub enum Spelling {
     Json,
     Plain,
+    /// Nowhere: the field is added, with a comma if others follow.
+    Absent {
+        alone: bool,
+    },
 }
 
 /// Only these fields are read; a second one of the same name is refused by serde.
@@ -55,6 +60,20 @@ fn present<'de, D: Deserializer<'de>>(source: D) -> Result<Option<&'de RawValue>
 }
 
 pub fn parse(body: &[u8]) -> Result<Asked<'_>, Reject> {
+    let asked = parse_any(body)?;
+    match asked.spelling {
+        Spelling::Absent { .. } => Err(model_missing()),
+        _ if asked.model.is_empty() && !asked.is_text => {
+            let message = "the field \"model\" must be a string";
+            Err(Reject::bad_request("model_invalid", message).param("model"))
+        }
+        _ if asked.model.is_empty() => Err(model_missing()),
+        _ => Ok(asked),
+    }
+}
+
+/// Where the model is known beforehand: the field may be missing or hold anything.
+pub fn parse_any(body: &[u8]) -> Result<Asked<'_>, Reject> {
     // serde would also fill the struct from an array.
     match body.trim_ascii_start().first() {
         Some(b'{') => {}
@@ -63,16 +82,21 @@ pub fn parse(body: &[u8]) -> Result<Asked<'_>, Reject> {
     }
     let fields: Fields =
         serde_json::from_slice(body).map_err(|e| invalid(format!("the body is not valid: {e}")))?;
-    let Some(model_span) = fields.model else { return Err(model_missing()) };
-    let model = string(model_span).ok_or_else(|| {
-        let message = "the field \"model\" must be a string";
-        Reject::bad_request("model_invalid", message).param("model")
-    })?;
-    if model.is_empty() {
-        return Err(model_missing());
-    }
     let stream = fields.stream.unwrap_or(false);
-    let mut asked = Asked::new(model, stream, span(body, model_span), Spelling::Json);
+    let mut asked = match fields.model {
+        Some(raw) => {
+            let name = string(raw);
+            let is_text = name.is_some();
+            let asked =
+                Asked::new(name.unwrap_or_default(), stream, span(body, raw), Spelling::Json);
+            Asked { is_text, ..asked }
+        }
+        None => {
+            let open = body.iter().position(|&byte| byte == b'{').map_or(0, |at| at + 1);
+            let alone = body[open..].trim_ascii_start().starts_with(b"}");
+            Asked::new(Cow::Borrowed(""), stream, open..open, Spelling::Absent { alone })
+        }
+    };
     asked.stream_options = fields.stream_options;
     Ok(asked)
 }
@@ -106,7 +130,7 @@ impl<'a> Asked<'a> {
         model_at: Range<usize>,
         spelling: Spelling,
     ) -> Asked<'a> {
-        Asked { model, stream, model_at, spelling, stream_options: None }
+        Asked { model, stream, model_at, spelling, is_text: true, stream_options: None }
     }
 
     /// Replaces the value of `model` if the engine knows the model under another name.
@@ -114,6 +138,10 @@ impl<'a> Asked<'a> {
         let with = || match self.spelling {
             Spelling::Json => serde_json::Value::from(served).to_string(),
             Spelling::Plain => served.to_owned(),
+            Spelling::Absent { alone } => {
+                let comma = if alone { "" } else { "," };
+                format!("\"model\":{}{comma}", serde_json::Value::from(served))
+            }
         };
         (self.model != served).then(|| Edit { at: self.model_at.clone(), with: with() })
     }

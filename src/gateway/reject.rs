@@ -161,7 +161,7 @@ impl Reject {
             Refusal::VramNeverFreed { swap, fault, retry_at } => {
                 reject.swap(Some(*swap)).cause(fault, viewer).retry_after(retry_at.since(now))
             }
-            Refusal::CannotFit { .. } => reject.hopeless(),
+            Refusal::CannotFit { .. } | Refusal::KeptApart { .. } => reject.hopeless(),
             Refusal::NotLoaded
             | Refusal::QueueFull { .. }
             | Refusal::QueueTimeout { .. }
@@ -237,12 +237,13 @@ fn type_of(status: StatusCode) -> &'static str {
 }
 
 /// Every value of [`code_of`], so that its metric can begin at 0.
-pub const REFUSAL_CODES: [&str; 12] = [
+pub const REFUSAL_CODES: [&str; 13] = [
     "model_not_found",
     "model_not_loaded",
     "queue_full",
     "queue_timeout",
     "cannot_fit",
+    "kept_apart",
     "start_failed",
     "vram_not_freed",
     "no_vram_proof",
@@ -260,6 +261,7 @@ pub fn code_of(refusal: &Refusal) -> &'static str {
         Refusal::QueueFull { .. } => "queue_full",
         Refusal::QueueTimeout { .. } => "queue_timeout",
         Refusal::CannotFit { .. } => "cannot_fit",
+        Refusal::KeptApart { .. } => "kept_apart",
         Refusal::StartFailed { .. } => "start_failed",
         Refusal::VramNeverFreed { .. } => "vram_not_freed",
         Refusal::NoVramProof { .. } => "no_vram_proof",
@@ -277,6 +279,7 @@ fn status_of(refusal: &Refusal) -> StatusCode {
         Refusal::QueueTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
         // Not 503: that promises that waiting helps.
         Refusal::CannotFit { .. } => StatusCode::INSUFFICIENT_STORAGE,
+        Refusal::KeptApart { .. } => StatusCode::CONFLICT,
         Refusal::NotLoaded
         | Refusal::StartFailed { .. }
         | Refusal::VramNeverFreed { .. }
@@ -286,6 +289,12 @@ fn status_of(refusal: &Refusal) -> StatusCode {
         | Refusal::InstanceLost { .. }
         | Refusal::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
     }
+}
+
+/// `: speech, coder`, after "pinned models".
+fn named(models: &[ModelName]) -> String {
+    let names: Vec<&str> = models.iter().map(ModelName::as_str).collect();
+    if names.is_empty() { String::new() } else { format!(": {}", names.join(", ")) }
 }
 
 fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -> String {
@@ -312,19 +321,26 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -
             *waited_ms as f64 / 1000.0,
             if waiting_for.is_empty() { "its turn did not come" } else { waiting_for },
         ),
-        Refusal::CannotFit { need, available, host: true, .. } => format!(
+        Refusal::CannotFit { need, available, host: true, pinned, .. } => format!(
             "model \"{model}\" needs {need} of host RAM, but at most {available} can ever be free \
-             there (total less reserve and pinned models); give it a smaller `ram`, add memory, or \
-             unpin a model"
+             there (total less reserve and pinned models{}); give it a smaller `ram`, add memory, \
+             or unpin a model",
+            named(pinned)
         ),
-        Refusal::CannotFit { need, available, .. } if need <= available => format!(
-            "model \"{model}\" has no place: pinned models hold as many as may run at once; unpin \
-             one, or raise `max_concurrent_models`"
+        Refusal::CannotFit { need, available, pinned, .. } if need <= available => format!(
+            "model \"{model}\" has no place: pinned models{} hold as many as may run at once; \
+             unpin one, or raise `max_concurrent_models`",
+            named(pinned)
         ),
-        Refusal::CannotFit { need, available, gpus, host: false } => format!(
+        Refusal::CannotFit { need, available, gpus, host: false, pinned } => format!(
             "model \"{model}\" needs {need} on each of {gpus} GPU(s), but at most {available} can \
-             ever be free there (total less reserve and pinned models); give it more GPUs, a \
-             smaller `vram`, or unpin a model"
+             ever be free there (total less reserve and pinned models{}); give it more GPUs, a \
+             smaller `vram`, or unpin a model",
+            named(pinned)
+        ),
+        Refusal::KeptApart { group, by } => format!(
+            "model \"{model}\" may not be loaded beside \"{by}\", which does not leave: group \
+             \"{group}\" keeps them apart; unload or unpin \"{by}\", or change the group"
         ),
         Refusal::StartFailed { fault, retry_at, .. } => format!(
             "model \"{model}\" could not be started: {}; next attempt in {} s",
@@ -410,8 +426,11 @@ mod tests {
             available: Bytes::gib(22),
             gpus: 1,
             host: false,
+            pinned: vec![ModelName::new("speech")],
         };
-        let response = reject(refusal, false).into_response();
+        let reject = reject(refusal, false);
+        assert!(reject.problem().message.contains("pinned models: speech"), "{reject:?}");
+        let response = reject.into_response();
         assert_eq!(response.status(), 507);
         assert!(!response.headers().contains_key("retry-after"));
         assert_eq!(response.headers()["x-should-retry"], "false");

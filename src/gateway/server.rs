@@ -41,25 +41,25 @@ pub async fn serve(
     shutdown: CancellationToken,
     grace: Duration,
 ) {
-    serve_until(listener, router, shutdown, grace, CancellationToken::new()).await;
+    serve_until(listener, router, shutdown, move || grace, CancellationToken::new()).await;
 }
 
-/// As [`serve`]; `hurry` ends the grace.
+/// As [`serve`]; `grace` is asked when it begins, and `hurry` ends it.
 pub async fn serve_until(
     listener: TcpListener,
     router: Router,
     shutdown: CancellationToken,
-    grace: Duration,
+    grace: impl Fn() -> Duration + Send + Sync + 'static,
     hurry: CancellationToken,
 ) {
-    let end = End { shutdown, grace, hurry };
+    let end = End { shutdown, grace: Box::new(grace), hurry };
     serve_within(Bounds::default(), listener, router, end).await;
 }
 
 /// When serving ends, and how.
 struct End {
     shutdown: CancellationToken,
-    grace: Duration,
+    grace: Box<dyn Fn() -> Duration + Send + Sync>,
     hurry: CancellationToken,
 }
 
@@ -117,7 +117,7 @@ async fn serve_within(
     closing.cancel();
     let all = u32::try_from(bounds.connections).unwrap_or(u32::MAX);
     let in_order = tokio::select! {
-        in_order = timeout(grace, serving.acquire_many(all)) => in_order.is_ok(),
+        in_order = timeout(grace(), serving.acquire_many(all)) => in_order.is_ok(),
         () = hurry.cancelled() => false,
     };
     if !in_order {
@@ -226,7 +226,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let router = Router::new().fallback(|| async { "hello" });
         let shutdown = CancellationToken::new();
-        let (grace, hurry) = (Duration::from_secs(1), CancellationToken::new());
+        let hurry = CancellationToken::new();
+        let grace = Box::new(|| Duration::from_secs(1));
         let end = End { shutdown: shutdown.clone(), grace, hurry };
         let server = serve_within(bounds, listener, router, end);
         (address, shutdown, tokio::spawn(server))

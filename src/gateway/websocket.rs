@@ -104,7 +104,7 @@ pub fn join(mut answer: Answer, client: Client, limits: &Limits) -> Response {
 async fn serve(answer: Answer, client: Client, engine: OnUpgrade, idle: Duration) {
     let Answer { lease, mut account, .. } = answer;
     let Client { upgrade, place } = client;
-    let cut = lease.cut().clone();
+    let (cut, cancelled) = (lease.cut().clone(), account.cancelled().clone());
     let joined = async {
         let both = async { tokio::try_join!(upgrade, engine) };
         match timeout(HANDOVER_MAX, both).await {
@@ -115,6 +115,7 @@ async fn serve(answer: Answer, client: Client, engine: OnUpgrade, idle: Duration
     let outcome = tokio::select! {
         outcome = joined => outcome,
         () = cut.cancelled() => "cut",
+        () = cancelled.cancelled() => "cancelled",
     };
     account.end(outcome);
     drop((lease, place));

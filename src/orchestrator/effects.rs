@@ -8,6 +8,7 @@ use futures_util::FutureExt as _;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::{Seed, Surroundings};
 use super::handle::{Inbox, Message};
 use super::memory_watch::Holders;
 use crate::config::catalog::{ModelSpec, StopSpec, Vram};
@@ -122,6 +123,7 @@ impl Effects {
         slot: Slot,
         progress: Progress,
         deadline: Time,
+        adapters: (Seed, Surroundings),
     ) -> Task {
         let (effects, cancel) = (self.clone(), CancellationToken::new());
         let cancelled = cancel.clone();
@@ -154,13 +156,18 @@ impl Effects {
                             effects
                                 .bring_up(swap, &launch, &running, before, &progress, deadline)
                                 .await
+                                .map(|footprint| (footprint, running))
                         };
                         unpanicked(up).await
                     }
                     Err(fault) => Err(fault),
                 };
                 match brought {
-                    Ok(footprint) => Ok(footprint),
+                    Ok((footprint, running)) => {
+                        let (seed, around) = adapters;
+                        seed.keep(running, around, false).await;
+                        Ok(footprint)
+                    }
                     Err(fault) => Err(effects.clear_failed_start(&slot, fault).await),
                 }
             };

@@ -9,8 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::{AdapterStates, InUse, Use};
 use super::handle::{Inbox, Message};
 use super::upstream::UpstreamClient;
 use crate::runtime::Endpoint;
@@ -57,6 +59,8 @@ pub struct Gate {
     last_used: AtomicU64,
     ping_every_release: AtomicBool,
     pinged: AtomicBool,
+    /// Those that the instance serves beside its own model.
+    pub adapters: watch::Receiver<AdapterStates>,
     inbox: Inbox,
     epoch: Instant,
 }
@@ -82,9 +86,14 @@ impl Gate {
             last_used: AtomicU64::new(elapsed_ms(epoch)),
             ping_every_release: AtomicBool::new(false),
             pinged: AtomicBool::new(false),
+            adapters: watch::channel(AdapterStates::new()).1,
             inbox,
             epoch,
         }
+    }
+
+    pub(super) fn serving(self, adapters: watch::Receiver<AdapterStates>) -> Gate {
+        Gate { adapters, ..self }
     }
 
     /// A lease, if the gate is open and has a permit left.
@@ -141,6 +150,7 @@ impl Gate {
             cut: CancellationToken::clone(&self.cut.load()),
             start,
             hold,
+            on_adapter: None,
         }
     }
 
@@ -233,6 +243,7 @@ pub struct Lease {
     cut: CancellationToken,
     pub start: StartKind,
     hold: Hold,
+    on_adapter: Option<InUse>,
 }
 
 /// What a lease is to its gate.
@@ -260,12 +271,18 @@ impl Lease {
             cut: self.cut.clone(),
             start: self.start,
             hold: Hold::Work,
+            on_adapter: None,
         }
     }
 
     /// Taken by [`Gate::visit`].
     pub fn is_visit(&self) -> bool {
         self.hold == Hold::Visit
+    }
+
+    /// The adapter is in use as long as the lease lasts.
+    pub fn count_on(&mut self, adapter: &Arc<Use>) {
+        self.on_adapter = Some(adapter.begin());
     }
 
     /// Cancelled when this lease must end now: drain deadline, forced unload, or a dead instance.

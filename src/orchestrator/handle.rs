@@ -1,14 +1,16 @@
 //! What the rest of Wharf holds of the orchestrator: a handle to ask, and views to read.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::Uses;
 use super::docker::WhoLives;
 use super::gate::{Gate, Lease};
 use super::leftovers::LeftoverNews;
@@ -16,8 +18,10 @@ use super::outage::OutageNews;
 use super::reconcile::InDocker;
 use super::view::{Health, View};
 use crate::config::catalog::Catalog;
+use crate::reload::Reloads;
 use crate::scheduler::action::{Answer, Refusal};
 use crate::scheduler::event::{EnsureKind, Event, GateCount, Request};
+use crate::scheduler::plan::Forecast;
 use crate::store::{Activity, Store};
 use crate::telemetry::feed::{Feed, News};
 use crate::telemetry::logs::Logs;
@@ -29,6 +33,8 @@ use crate::units::{AskId, InstanceId, ModelName, Priority, RequestId, Time};
 pub enum Message {
     Request {
         request: Request,
+        /// As asked for: an adapter, where `request` names its base.
+        asked: ModelName,
         reply: oneshot::Sender<Result<Lease, Refusal>>,
     },
     RequestGone(RequestId),
@@ -50,6 +56,13 @@ pub enum Message {
     WhoLives(WhoLives),
     /// A runtime went away or came back.
     DockerHealth(Health),
+    /// An adapter is wanted on the running instance of its base, or shall leave it.
+    Adapter {
+        adapter: ModelName,
+        on: bool,
+    },
+    /// The adapters of some instance changed: worth a new view.
+    AdaptersChanged,
     /// A new configuration, already validated.
     Reload {
         catalog: Arc<Catalog>,
@@ -57,6 +70,11 @@ pub enum Message {
     },
     /// Refuse what waits and start nothing more; what runs goes on.
     RefuseNew,
+    /// A dry run; changes nothing. `None`: the model is not configured.
+    Forecast {
+        model: ModelName,
+        reply: oneshot::Sender<Option<Forecast>>,
+    },
     Shutdown {
         /// Cancelled: engines get no grace any more.
         hurry: CancellationToken,
@@ -74,6 +92,11 @@ impl Inbox {
     pub(super) fn new() -> (Inbox, mpsc::UnboundedReceiver<Message>) {
         let (tx, rx) = mpsc::unbounded_channel();
         (Inbox(tx), rx)
+    }
+
+    /// Returns when the owner has ended.
+    pub(super) async fn closed(&self) {
+        self.0.closed().await;
     }
 
     /// After the owner ended nobody needs the message.
@@ -106,11 +129,21 @@ pub(super) struct Shared {
     pub feed: Feed,
     pub logs: Logs,
     pub performance: Performance,
+    /// Requests on adapters.
+    pub uses: Uses,
     pub next_request: AtomicU64,
     pub next_ask: AtomicU64,
     /// Context lengths as engines told them when they were ready last.
     pub contexts: Mutex<BTreeMap<ModelName, u64>>,
+    /// Where front doors are.
+    pub front_doors: ArcSwap<FrontDoors>,
+    /// Who changes the configuration; set once it can be asked.
+    pub reloads: OnceLock<Reloads>,
+    /// Marked when a new view is there.
+    pub published: watch::Sender<()>,
 }
+
+pub type FrontDoors = BTreeMap<ModelName, SocketAddr>;
 
 /// How a request asks for its model.
 #[derive(Clone, Debug)]
@@ -135,6 +168,11 @@ impl Shared {
 
     pub(super) fn wall_ms(&self, time: Time) -> u64 {
         self.epoch_unix_ms.load(Ordering::Relaxed) + time.0
+    }
+
+    /// The owner's time of a wall-clock time; `None`: before this run.
+    pub(super) fn time_of(&self, unix_ms: u64) -> Option<Time> {
+        unix_ms.checked_sub(self.epoch_unix_ms.load(Ordering::Relaxed)).map(Time)
     }
 
     /// Boards without a battery start in the past until NTP answers.
@@ -189,6 +227,30 @@ impl Handle {
         id
     }
 
+    /// Where front doors (`ports`) are; empty where there are none.
+    pub fn front_doors(&self) -> Arc<FrontDoors> {
+        self.shared.front_doors.load_full()
+    }
+
+    pub fn publish_front_doors(&self, doors: FrontDoors) {
+        self.shared.front_doors.store(Arc::new(doors));
+    }
+
+    /// Who changes the configuration; `None` until Wharf serves.
+    pub fn reloads(&self) -> Option<&Reloads> {
+        self.shared.reloads.get()
+    }
+
+    /// The first one counts.
+    pub fn set_reloads(&self, reloads: Reloads) {
+        let _ = self.shared.reloads.set(reloads);
+    }
+
+    /// Changes when a new view is published.
+    pub fn published(&self) -> watch::Receiver<()> {
+        self.shared.published.subscribe()
+    }
+
     pub fn now(&self) -> Time {
         Time::ZERO + self.shared.epoch.elapsed()
     }
@@ -214,16 +276,23 @@ impl Handle {
 
     /// The hot path: a lease on a ready model, without asking the owner.
     pub fn try_lease(&self, model: &ModelName) -> Option<Lease> {
-        self.shared.gates.load().get(model)?.try_lease()
+        self.gate(model)?.try_lease()
+    }
+
+    /// The gate of the instance that serves the model: its base's, if it is an adapter.
+    pub fn gate(&self, model: &ModelName) -> Option<Arc<Gate>> {
+        let gates = self.shared.gates.load();
+        gates.get(model).or_else(|| gates.get(&self.serving(model))).cloned()
     }
 
     /// The waiting path. Dropping the result takes the request out of the queue.
     pub fn request(&self, options: RequestOptions) -> Waiting {
         let id = RequestId(self.shared.next_request.fetch_add(1, Ordering::Relaxed));
         let (reply, answer) = oneshot::channel();
+        let asked = options.model;
         let request = Request {
             id,
-            model: options.model,
+            model: self.serving(&asked),
             priority: options.priority,
             max_wait: options.max_wait,
             may_hurry: options.may_hurry,
@@ -231,14 +300,31 @@ impl Handle {
             attempt: if options.retry_of.is_some() { 2 } else { 1 },
             arrived: options.retry_of.unwrap_or_else(|| self.now()),
         };
-        self.inbox.send(Message::Request { request, reply });
+        self.inbox.send(Message::Request { request, asked, reply });
         Waiting { id, answer, inbox: self.inbox.clone(), decided: false }
+    }
+
+    /// `group/model` was asked for: the members that are not ready are loaded, too. Ask for the
+    /// model first: nobody is company to nobody.
+    pub fn call_company(&self, group: &str) {
+        let catalog = self.shared.catalog.load();
+        let Some(members) = catalog.groups.get(group).filter(|group| group.together) else {
+            return;
+        };
+        let gates = self.shared.gates.load();
+        if catalog.members(members).iter().any(|name| !gates.contains_key(name)) {
+            let group = group.to_owned();
+            self.inbox.send(Message::Effect(Event::CompanyAsked { group }));
+        }
     }
 
     /// Makes a model ready (or joins a swap that does).
     pub async fn ensure(&self, model: ModelName, kind: EnsureKind, timeout: Duration) -> Answer {
         let deadline = self.now() + timeout;
-        self.ask(|ask| Event::EnsureAsked { ask, model, kind, deadline }).await
+        let base = self.serving(&model);
+        let asked = base.clone();
+        let answer = self.ask(|ask| Event::EnsureAsked { ask, model: asked, kind, deadline }).await;
+        self.with_adapter(&model, &base, answer, deadline).await
     }
 
     /// Begins an ensure that goes on whether or not its answer is waited for.
@@ -250,13 +336,44 @@ impl Handle {
     ) -> oneshot::Receiver<Answer> {
         let deadline = self.now() + timeout;
         let (ask, (reply, answer)) = (self.next_ask(), oneshot::channel());
+        let base = self.serving(&model);
+        if base != model {
+            self.inbox.send(Message::Adapter { adapter: model, on: true });
+        }
+        let model = base;
         let event = Event::EnsureAsked { ask, model, kind, deadline };
         self.inbox.send(Message::Ask { event, ask, reply });
         answer
     }
 
+    /// Of an adapter: that alone, its base goes on.
     pub async fn unload(&self, model: ModelName, force: bool) -> Answer {
+        if self.serving(&model) != model {
+            return self.unload_adapter(&model).await;
+        }
         self.ask(|ask| Event::UnloadAsked { ask, model, force }).await
+    }
+
+    /// Drains a model and puts it to sleep at its configured level.
+    pub async fn sleep(&self, model: ModelName) -> Answer {
+        self.ask(|ask| Event::SleepAsked { ask, model }).await
+    }
+
+    /// Adds `by` (or the model's own ttl) to what is left of its ttl.
+    pub async fn extend_ttl(&self, model: ModelName, by: Option<Duration>) -> Answer {
+        self.ask(|ask| Event::ExtendAsked { ask, model, by }).await
+    }
+
+    /// Pins or unpins a model until the next such call, whatever a reload says.
+    pub async fn pin(&self, model: ModelName, pinned: bool) -> Answer {
+        self.ask(|ask| Event::PinAsked { ask, model, pinned }).await
+    }
+
+    /// What a request for the model would bring about now; `None`: it is not configured.
+    pub async fn forecast(&self, model: ModelName) -> Option<Forecast> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Forecast { model, reply });
+        answer.await.ok().flatten()
     }
 
     /// Replaces the configuration: unchanged models are not touched.
@@ -353,15 +470,20 @@ impl Handle {
             feed: Feed::default(),
             logs: Logs::default(),
             performance: Performance::default(),
+            uses: Uses::default(),
             next_request: AtomicU64::new(1),
             next_ask: AtomicU64::new(1),
             contexts: Mutex::default(),
+            front_doors: ArcSwap::default(),
+            reloads: OnceLock::new(),
+            published: watch::Sender::default(),
         };
         (Handle { inbox, shared: Arc::new(shared) }, messages)
     }
 
     pub fn publish_for_tests(&self, view: View) {
         self.shared.view.store(Arc::new(view));
+        self.shared.published.send_replace(());
     }
 
     pub fn catalog_for_tests(&self, catalog: Catalog) {

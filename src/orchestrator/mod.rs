@@ -1,14 +1,17 @@
 //! The one owner of the scheduler, and what it hands to everyone else.
 //!
-//! `run` is the loop, `perform` what it does with each action, `effects` the work that happens
-//! outside it, `docker` what it does when Docker comes and goes, `handle` and `gate` what the gateway holds, `view` what everyone may read,
-//! `news` what is told of its changes.
+//! `run` is the loop, `perform` what it does with each action, `keep` the time of day, `effects` the
+//! work that happens outside it, `docker` what it does when Docker comes and goes, `handle` and
+//! `gate` what the gateway holds, `view` what everyone may read, `news` what is told of its changes.
 
+mod adapter_asks;
+pub mod adapters;
 mod docker;
 mod effects;
 pub mod gate;
 pub mod handle;
 mod journal;
+mod keep;
 mod launch;
 mod leftovers;
 mod memory_watch;
@@ -16,6 +19,7 @@ mod news;
 mod ollama;
 mod outage;
 mod perform;
+pub mod preload;
 mod publish;
 mod reconcile;
 mod run;
@@ -28,4 +32,5 @@ pub mod view;
 pub use gate::{Gate, Lease, StartKind};
 pub use handle::{Handle, RequestOptions, Waiting};
 pub use start::{StartError, start};
+pub use upstream::UpstreamClient;
 pub use view::View;

@@ -64,7 +64,7 @@ fn ended_news(swap: &SwapRecord) -> Option<News> {
     let message = match outcome {
         SwapOutcome::Failed(fault) | SwapOutcome::Died(fault) => Some(fault.message.clone()),
         SwapOutcome::Cancelled { why } => Some(why.to_string()),
-        SwapOutcome::Ready | SwapOutcome::Unloaded => None,
+        SwapOutcome::Ready | SwapOutcome::Unloaded | SwapOutcome::Asleep => None,
     };
     let took = swap.ended.unwrap_or(swap.began).since(swap.began);
     Some(News::SwapEnded {
@@ -139,6 +139,10 @@ mod tests {
             oldest: None,
             ready_in: None,
             waiting_for: String::new(),
+            pinned: false,
+            kept: false,
+            ttl_runs: false,
+            ttl_until: None,
         }
     }
 

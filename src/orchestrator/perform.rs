@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::adapters::{AdapterStates, Desk};
 use super::effects::ended;
 use super::gate::{Gate, StartKind};
 use super::handle::Message;
@@ -48,6 +49,7 @@ impl Owner {
                 if let Some(gate) = live.gate.take() {
                     gate.cancel_leases();
                 }
+                live.adapters = None;
                 let (slot, spec) = (live.slot.clone(), Arc::clone(&live.spec));
                 live.task = Some(self.effects.sleep(swap, instance, slot, spec));
             }
@@ -63,6 +65,10 @@ impl Owner {
                 if let Some(reply) = self.asks.remove(&ask) {
                     self.replies.push(Reply::Ask(reply, answer));
                 }
+            }
+            Action::TtlExtended { model, until } => {
+                let until = until.map(|until| self.shared.wall_ms(until));
+                self.shared.store.put_ttl_until(&model, until);
             }
             Action::Record(record) => self.record(record),
             Action::Remember { model, learned } => {
@@ -225,7 +231,12 @@ impl Owner {
         let Some(live) = self.instances.get_mut(&instance) else { return };
         let (slot, progress) = (live.slot.clone(), live.progress.clone());
         live.started = StartKind::Cold;
-        live.task = Some(self.effects.start(swap, launch, slot, progress, deadline));
+        let catalog = self.shared.catalog.load();
+        let (desk, seed) = Desk::new(&catalog, &live.spec.name);
+        live.adapters = Some(desk);
+        let adapters = (seed, self.effects.around_adapters(&self.shared, &catalog));
+        let task = self.effects.start(swap, launch, slot, progress, deadline, adapters);
+        live.task = Some(task);
     }
 
     fn stop(&mut self, now: Time, swap: SwapId, instance: InstanceId) {
@@ -243,7 +254,7 @@ impl Owner {
             gate.cancel_leases();
         }
         // Closes idle upstream connections: an engine that drains must not wait for them.
-        live.gate = None;
+        (live.gate, live.adapters) = (None, None);
         tracing::info!(model = %live.spec.name, %instance, "stopping");
         let (task, slot, spec) = (live.task.take(), live.slot.clone(), Arc::clone(&live.spec));
         self.effects.stop(swap, instance, task, slot, spec);
@@ -350,14 +361,19 @@ impl Owner {
     /// Builds the gate, still closed.
     pub(super) fn became_ready(&mut self, instance: InstanceId, running: &Running) {
         let now = self.effects.now();
+        let desk_of_start = self.keep_adapters(instance, running);
         let Some(live) = self.instances.get_mut(&instance) else { return };
-        live.gate = Some(Arc::new(Gate::new(
+        let gate = Gate::new(
             instance,
             live.spec.name.clone(),
             running.endpoint.clone(),
             self.effects.inbox.clone(),
             self.shared.epoch,
-        )));
+        );
+        live.gate = Some(Arc::new(match desk_of_start {
+            Some(states) => gate.serving(states),
+            None => gate,
+        }));
         live.told = None;
         live.ready_at = Some(now);
         let spec = Arc::clone(&live.spec);
@@ -376,6 +392,35 @@ impl Owner {
                 shared.contexts().insert(spec.name.clone(), length);
             }
         });
+    }
+
+    /// An engine that was adopted or woken has no keeper yet; one that started has.
+    fn keep_adapters(
+        &mut self,
+        instance: InstanceId,
+        running: &Running,
+    ) -> Option<tokio::sync::watch::Receiver<AdapterStates>> {
+        let catalog = self.shared.catalog.load_full();
+        let around = self.effects.around_adapters(&self.shared, &catalog);
+        let live = self.instances.get_mut(&instance)?;
+        if live.adapters.is_none() {
+            let (desk, seed) = Desk::new(&catalog, &live.spec.name);
+            live.adapters = Some(desk);
+            // Level 2 discards the weights.
+            let afresh = live.started == StartKind::Warm && live.spec.sleep == Some(2);
+            let running = running.clone();
+            tokio::spawn(async move { seed.keep(running, around, afresh).await });
+        }
+        live.adapters.as_ref().map(|desk| desk.states().clone())
+    }
+
+    pub(super) fn switch_adapter(&mut self, adapter: &ModelName, on: bool) {
+        let catalog = self.shared.catalog.load_full();
+        let Some(base) = catalog.serving(adapter).map(|spec| spec.name.clone()) else { return };
+        let live = self.instances.values_mut().filter(|live| live.spec.name == base);
+        for desk in live.filter_map(|live| live.adapters.as_mut()) {
+            desk.switch(&catalog, &base, adapter, on);
+        }
     }
 
     /// Tells the scheduler when a ready engine ends by itself.

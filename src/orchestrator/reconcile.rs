@@ -96,6 +96,8 @@ pub fn named_ids(catalog: &Catalog, last_id: u64) -> BTreeMap<ModelName, Instanc
 
 fn named_container(spec: &ModelSpec) -> Option<&str> {
     match &spec.runtime {
+        // An adapter carries its base's runtime, and no instance of its own.
+        RuntimeSpec::Docker(_) if spec.adapter.is_some() => None,
         RuntimeSpec::Docker(docker) => docker.container.as_deref(),
         RuntimeSpec::Process(_) | RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => None,
     }

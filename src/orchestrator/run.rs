@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::Desk;
 use super::docker::DockerState;
 use super::effects::{Effects, Slot, Task};
 use super::gate::{Gate, Lease, StartKind};
@@ -15,6 +16,7 @@ use super::journal::Journal;
 use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
 use super::outage::OutageNews;
+use super::preload::PreloadLog;
 use super::start::facts_before;
 use super::state_dir::{LastIds, StateDir};
 use super::state_writer::StateWriter;
@@ -58,6 +60,7 @@ pub(super) struct Owner {
     /// Files that cannot be written now, and why.
     pub outages: BTreeMap<&'static str, String>,
     pub leftovers: BTreeMap<InstanceId, Leftover>,
+    pub preload: PreloadLog,
     pub foreign: watch::Receiver<Vec<Foreign>>,
     pub shutdown: Option<(CancellationToken, oneshot::Sender<()>)>,
     /// Sent once the view is published: who is told of a change can read it.
@@ -83,6 +86,7 @@ impl Reply {
 }
 
 pub(super) struct WaitingRequest {
+    /// As asked for: perhaps an adapter.
     pub model: ModelName,
     pub arrived: Time,
     pub reply: oneshot::Sender<Result<Lease, Refusal>>,
@@ -97,6 +101,8 @@ pub(super) struct Live {
     /// The effect under way, if it can be called off.
     pub task: Option<Task>,
     pub gate: Option<Arc<Gate>>,
+    /// Once it was told to start.
+    pub adapters: Option<Desk>,
     /// The counters the scheduler was last told.
     pub told: Option<GateCount>,
     pub progress: Progress,
@@ -117,6 +123,7 @@ impl Live {
             slot: Slot::default(),
             task: None,
             gate: None,
+            adapters: None,
             told: None,
             progress,
             progress_now,
@@ -162,11 +169,11 @@ impl Owner {
 
     fn receive(&mut self, message: Message) {
         match message {
-            Message::Request { request, reply } => {
+            Message::Request { request, asked, reply } => {
                 if reply.is_closed() {
                     return;
                 }
-                let (model, arrived) = (request.model.clone(), request.arrived);
+                let (model, arrived) = (asked, request.arrived);
                 self.waiting.insert(request.id, WaitingRequest { model, arrived, reply });
                 self.step(Event::RequestArrived(request));
             }
@@ -196,6 +203,8 @@ impl Owner {
             }
             Message::WhoLives(answer) => self.who_lives(answer),
             Message::DockerHealth(health) => self.docker_health(health),
+            Message::Adapter { adapter, on } => self.switch_adapter(&adapter, on),
+            Message::AdaptersChanged => {}
             Message::Reload { catalog, reply } => {
                 let before = self.shared.catalog.swap(Arc::clone(&catalog));
                 let changes = changes(&before, &catalog).to_string();
@@ -209,10 +218,19 @@ impl Owner {
                     if let Some(spec) = spec.filter(|spec| spec.runs_like(&live.spec)) {
                         live.spec = Arc::clone(spec);
                     }
+                    if let Some(desk) = &mut live.adapters {
+                        desk.follow(&catalog, &live.spec.name);
+                    }
                 }
                 self.step(Event::CatalogChanged(catalog));
                 self.shared.feed.publish(News::Reloaded { changes });
                 self.replies.push(Reply::Reloaded(reply));
+            }
+            Message::Forecast { model, reply } => {
+                self.tell_gates();
+                let forecast = self.scheduler.forecast(self.effects.now(), &model);
+                // Whoever left does not want to know any more.
+                let _ = reply.send(forecast);
             }
             Message::RefuseNew => self.step(Event::ShuttingDown),
             Message::Shutdown { hurry, reply } => {
@@ -224,11 +242,15 @@ impl Owner {
 
     /// Hands one event to the scheduler, with fresh gate counters before it.
     pub(super) fn step(&mut self, event: Event) {
+        self.tell_gates();
+        self.handle(event);
+    }
+
+    fn tell_gates(&mut self) {
         let changed: Vec<InstanceId> = self.instances.keys().copied().collect();
         for instance in changed {
             self.tell_gate(instance, false);
         }
-        self.handle(event);
     }
 
     /// `always`: also when nothing changed (a ping, or the answer to `CloseGate`).

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -11,13 +11,16 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::Uses;
 use super::docker::DockerState;
 use super::effects::{Effects, Slot};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
 use super::journal::{Begin, Journal};
+use super::keep;
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
 use super::outage::Outage;
+use super::preload::PreloadLog;
 use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
 use super::state_dir::{LastIds, StateDir, StateError};
@@ -142,11 +145,13 @@ pub async fn start(
         },
         outages: BTreeMap::new(),
         leftovers: BTreeMap::new(),
+        preload: PreloadLog::default(),
         foreign,
         shutdown: None,
         replies: Vec::new(),
     };
     owner.begin(&gpus, adopted, learned).await;
+    keep::follow(Arc::clone(&shared), inbox.clone());
     let handle = Handle { inbox, shared };
     let warmups = catalog.models.values().filter(|spec| spec.warmup);
     for spec in warmups {
@@ -186,9 +191,13 @@ fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
         feed: Feed::default(),
         logs: Logs::of_this_process(),
         performance: Performance::default(),
+        uses: Uses::default(),
         next_request: AtomicU64::new(1),
         next_ask: AtomicU64::new(1),
         contexts: Mutex::default(),
+        front_doors: ArcSwap::default(),
+        reloads: OnceLock::new(),
+        published: watch::Sender::default(),
     };
     shared.follow_wall_clock();
     shared
@@ -296,7 +305,12 @@ impl Owner {
         self.effects.logs.copy(&model, &running.log);
         self.became_ready(instance, &running);
         self.watch_exit(instance, &running);
-        self.step(Event::Adopted { instance, model, gpus, footprint });
+        let extended = self.shared.store.ttl_until().get(&model).copied();
+        let until = extended.and_then(|until| self.shared.time_of(until));
+        self.step(Event::Adopted { instance, model: model.clone(), gpus, footprint });
+        if let Some(until) = until.filter(|until| *until > self.effects.now()) {
+            self.step(Event::TtlUntil { model, until });
+        }
     }
 
     /// After `ShuttingDown`: ends what shall not outlive us, within `shutdown_timeout` and the time

@@ -11,7 +11,7 @@ pub mod log;
 pub mod ollama;
 pub mod process;
 pub mod redact;
-mod tls;
+pub(crate) mod tls;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;

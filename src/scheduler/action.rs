@@ -1,5 +1,7 @@
 //! What the scheduler wants done. Serialisable; the owner performs each one.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::event::{Fault, Learned};
@@ -81,7 +83,13 @@ pub enum Action {
         swap: SwapId,
     },
 
-    /// The answer to `EnsureAsked` and `UnloadAsked`; each ask gets exactly one.
+    /// The ttl of a model's instance was extended; `None`: that instance leaves.
+    TtlExtended {
+        model: ModelName,
+        until: Option<Time>,
+    },
+
+    /// The answer to each event that carries an ask; each gets exactly one.
     Answer {
         ask: AskId,
         answer: Answer,
@@ -111,6 +119,24 @@ pub enum Answer {
     /// The model is not loaded any more (or was not).
     Unloaded {
         was_loaded: bool,
+    },
+    Asleep {
+        level: u8,
+    },
+    /// When the ttl ends now. `bounded`: not what was asked for, but what `ttl_bounds` allow.
+    Extended {
+        until: Time,
+        left: Duration,
+        bounded: bool,
+    },
+    /// `shut_out`: models that had a place before this pin and can have none beside it.
+    Pinned {
+        pinned: bool,
+        shut_out: Vec<ModelName>,
+    },
+    /// The model is in no state for what was asked; nothing was changed. In words, with the fix.
+    Declined {
+        why: String,
     },
     /// The deadline passed; the swap goes on.
     TimedOut {
@@ -143,6 +169,14 @@ pub enum Refusal {
         /// It is host RAM that is short; `gpus` says nothing.
         #[serde(default)]
         host: bool,
+        /// Models whose pins hold what else could be free.
+        #[serde(default)]
+        pinned: Vec<ModelName>,
+    },
+    /// Group rules forbid that it is up beside a model that never leaves.
+    KeptApart {
+        group: String,
+        by: ModelName,
     },
     /// The last start failed; the next is tried at `retry_at`.
     StartFailed {

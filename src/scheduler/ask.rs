@@ -17,6 +17,7 @@ const HOLD: Duration = Duration::from_secs(30);
 pub(super) enum AskKind {
     Ready(EnsureKind),
     Gone { instance: InstanceId },
+    Asleep { instance: InstanceId },
 }
 
 #[derive(Clone, Debug)]
@@ -34,7 +35,8 @@ impl Scheduler {
         kind: EnsureKind,
         deadline: Time,
     ) {
-        let spec = self.catalog.model(&model).cloned();
+        // Adapters are asked for by their base's name.
+        let spec = self.catalog.model(&model).filter(|spec| spec.adapter.is_none()).cloned();
         let refusal = match (&spec, self.models.get(&model)) {
             _ if self.shutting_down => Some(Refusal::ShuttingDown),
             (Some(spec), Some(state)) => match (&state.failure, self.current(&model)) {
@@ -49,6 +51,11 @@ impl Scheduler {
         if let Some(refusal) = refusal {
             self.answer(id, Answer::Refused(refusal));
             return;
+        }
+        if kind == EnsureKind::Wake
+            && let Some(declined) = self.wake_declined(&model)
+        {
+            return self.answer(id, declined);
         }
         if kind != EnsureKind::Warmup {
             self.last_demand = self.now;
@@ -109,6 +116,8 @@ impl Scheduler {
         }
         self.refuse_queue(&model, &Refusal::Unloaded);
         self.refuse_asks(&model, &Refusal::Unloaded);
+        self.company.remove(&model);
+        self.unload_company(&model);
         let Some(instance) = self.instance_to_unload(&model) else {
             self.answer(id, Answer::Unloaded { was_loaded: false });
             return;
@@ -133,7 +142,7 @@ impl Scheduler {
         self.current(model).map(|i| i.id).or_else(leaving)
     }
 
-    fn unload(&mut self, id: InstanceId, force: bool) {
+    pub(super) fn unload(&mut self, id: InstanceId, force: bool) {
         let Some(instance) = self.instances.get_mut(&id) else { return };
         instance.unload = Some(force || instance.unload == Some(true));
         instance.hold = None;
@@ -190,7 +199,7 @@ impl Scheduler {
                     let instance = self.current(&ask.model).filter(|i| i.is_ready())?;
                     Some((id, instance.id, kind == EnsureKind::Ensure))
                 }
-                AskKind::Gone { .. } => None,
+                AskKind::Gone { .. } | AskKind::Asleep { .. } => None,
             })
             .collect();
         for (ask, instance, ensure) in ready {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::Scheduler;
 use super::memory::{Need, uses_gpu};
 use super::placement::{ELASTIC_SHARE, Plan, Planned, Price, Victim};
-use super::policy::{Candidate, Leaves, Urgency};
+use super::policy::{Candidate, Leaves};
 use super::ram::HOST;
 use super::residency::Instance;
 use crate::units::{Bytes, GpuId, ModelName};
@@ -36,6 +36,9 @@ impl Attempt<'_> {
         let takes_ram = self.ram_need() > Bytes::ZERO;
         if places().chain(takes_ram.then_some(HOST)).any(|g| wanted.contains(&g)) {
             return blocked(9, "a request that waits longer has these GPUs next".to_owned());
+        }
+        if let Some(why) = self.scheduler.rival_coming(self.candidate) {
+            return blocked(8, why);
         }
         if let Some(model) = self.exclusive_claim() {
             return blocked(8, format!("{model} has these GPUs next"));
@@ -124,11 +127,13 @@ impl Attempt<'_> {
         let frees = instance.gpus.iter().any(|&g| self.gpus.contains(&g) && !self.fits(g, chosen));
         frees
             || (!self.slots_fit(chosen) && self.takes_slot(instance))
+            || self.scheduler.kept_apart(&self.candidate.spec, instance).is_some()
             || (!*sleeps && instance.ram() > Bytes::ZERO && !self.ram_fits(chosen))
     }
 
     fn is_enough(&self, chosen: &Choice) -> bool {
         self.slots_fit(chosen)
+            && self.groups_fit(chosen)
             && self.ram_fits(chosen)
             && self.gpus.iter().all(|&gpu| self.fits(gpu, chosen))
     }
@@ -223,7 +228,8 @@ impl Attempt<'_> {
         let need = self.need(gpu);
         if need.elastic {
             // Alone beside the pinned ones: every other promise has to go.
-            return taken <= s.pinned_promise(gpu) && need.bytes > Bytes::ZERO;
+            return taken <= s.staying_promise(&self.candidate.spec, gpu)
+                && need.bytes > Bytes::ZERO;
         }
         taken + need.bytes <= capacity
     }
@@ -288,6 +294,13 @@ impl Attempt<'_> {
         (cap == 0 || all < cap) && (!uses_gpu(spec) || !s.single_gpu_model() || on_gpus == 0)
     }
 
+    /// Whether everyone who may not be up beside the model leaves.
+    fn groups_fit(&self, chosen: &Choice) -> bool {
+        let (s, spec) = (self.scheduler, &self.candidate.spec);
+        let stays = |i: &&Instance| !chosen.iter().any(|(c, _, _)| c.id == i.id);
+        !s.instances.values().filter(stays).any(|i| s.kept_apart(spec, i).is_some())
+    }
+
     fn takes_slot(&self, instance: &Instance) -> bool {
         let s = self.scheduler;
         let capped = s.catalog.settings.swap.max_concurrent_models > 0;
@@ -318,7 +331,7 @@ impl Attempt<'_> {
     /// Everyone who may be asked leaves, and it is still not enough by the sample alone.
     fn needs_bytes_nobody_promised(&self) -> bool {
         let s = self.scheduler;
-        if self.candidate.urgency == Urgency::Spare {
+        if self.candidate.urgency.is_unasked() {
             return false;
         }
         let everyone: Choice = s
@@ -341,6 +354,7 @@ impl Attempt<'_> {
         // Somebody who may not leave yet is waited for, as long as that would do.
         let hopeless = !by_sample(&self.eventually());
         self.slots_fit(&everyone)
+            && self.groups_fit(&everyone)
             && ((by_promise && !by_sample(&everyone) && hopeless)
                 || (stuck && !by_promise && self.fits_but_for_stuck()))
     }
@@ -351,7 +365,7 @@ impl Attempt<'_> {
         s.instances
             .values()
             .filter(|i| i.model != self.candidate.spec.name)
-            .filter(|i| !s.is_pinned(i) && !i.is_stopping())
+            .filter(|i| !s.stays_for(&self.candidate.spec.name, i) && !i.is_stopping())
             .map(|i| (i, Leaves::Busy, false))
             .collect()
     }
@@ -385,7 +399,8 @@ impl Attempt<'_> {
     /// How far this set is from being usable, and who is in the way.
     fn why_blocked(&self) -> (usize, String) {
         let s = self.scheduler;
-        let anyone = |i: &Instance| (!s.is_pinned(i)).then_some(Leaves::Busy);
+        let name = &self.candidate.spec.name;
+        let anyone = |i: &Instance| (!s.stays_for(name, i)).then_some(Leaves::Busy);
         let Some(choice) = self.choose(false, &anyone) else {
             return (NEVER, "what holds the memory cannot be moved".to_owned());
         };

@@ -38,6 +38,38 @@ pub enum Event {
         model: ModelName,
         force: bool,
     },
+    /// `POST /models/{name}/sleep`: drains, then sleeps at the configured level.
+    SleepAsked {
+        ask: AskId,
+        model: ModelName,
+    },
+    /// `POST /models/{name}/extend-ttl`; no `by`: as long as the model's own ttl.
+    ExtendAsked {
+        ask: AskId,
+        model: ModelName,
+        by: Option<Duration>,
+    },
+    /// `POST /models/{name}/pin`: in force instead of the configured one, also after a reload.
+    PinAsked {
+        ask: AskId,
+        model: ModelName,
+        pinned: bool,
+    },
+    /// An extended ttl of an earlier run, for an instance that was adopted.
+    TtlUntil {
+        model: ModelName,
+        until: Time,
+    },
+    /// The first keep window of a model opened, or the last one closed: the owner knows the time
+    /// of day.
+    KeepChanged {
+        model: ModelName,
+        kept: bool,
+    },
+    /// `group/model` was asked for: the other members shall be loaded, too.
+    CompanyAsked {
+        group: String,
+    },
     /// An effect ended. `swap` and `instance` are those of the action that began it;
     /// a completion that fits nothing under way is dropped.
     MoveDone {
@@ -118,6 +150,8 @@ pub enum EnsureKind {
     Ensure,
     /// `POST /models/{name}/load`: ensure without the hold.
     Load,
+    /// `POST /models/{name}/wake`: as `Load`, for a model that sleeps.
+    Wake,
     /// A warm-up model at start: never evicts, waits for free memory.
     Warmup,
 }
@@ -261,6 +295,7 @@ pub enum FaultKind {
     StopFailed,
     SleepFailed,
     WakeFailed,
+    AdapterFailed,
     Cancelled,
     Internal,
 }
@@ -292,6 +327,7 @@ impl FaultKind {
             FaultKind::StopFailed => "stop_failed",
             FaultKind::SleepFailed => "sleep_failed",
             FaultKind::WakeFailed => "wake_failed",
+            FaultKind::AdapterFailed => "adapter_failed",
             FaultKind::Cancelled => "cancelled",
             FaultKind::Internal => "internal",
         }

@@ -16,6 +16,7 @@ impl Scheduler {
     pub fn check_invariants(&self) -> Result<(), String> {
         self.memory_is_never_over_promised()?;
         self.at_most_one_current_instance()?;
+        self.adapters_have_no_instance()?;
         self.gates_are_open_only_when_ready()?;
         self.draining_has_a_swap()?;
         self.at_most_one_vacating_swap_per_gpu()?;
@@ -53,6 +54,13 @@ impl Scheduler {
             }
         }
         Ok(())
+    }
+
+    fn adapters_have_no_instance(&self) -> Check {
+        match self.instances.values().find(|i| i.spec.adapter.is_some()) {
+            Some(instance) => Err(format!("{} is an adapter and was placed", instance.model)),
+            None => Ok(()),
+        }
     }
 
     fn gates_are_open_only_when_ready(&self) -> Check {

@@ -11,7 +11,7 @@ use super::memory::{UNSEEN, uses_gpu};
 use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
 use crate::config::catalog::Catalog;
-use crate::units::{Bytes, GpuId, InstanceId, ModelName, SwapId};
+use crate::units::{Bytes, GpuId, InstanceId, ModelName};
 
 impl Scheduler {
     /// A healthy instance found at start-up is ready at once.
@@ -175,21 +175,7 @@ impl Scheduler {
         for id in resized.repeat(2) {
             self.promise_anew(id);
         }
-        let spared: Vec<SwapId> = self
-            .swaps
-            .values()
-            .filter(|s| s.is_load() && s.placed && s.phase == Phase::Drain)
-            .filter(|s| s.victims.iter().any(|v| self.is_spared(v.instance)))
-            .map(|s| s.id)
-            .collect();
-        for swap in spared {
-            self.unplace(swap, "a model that was to leave is pinned now");
-        }
-    }
-
-    fn is_spared(&self, victim: InstanceId) -> bool {
-        let draining = |i: &&Instance| i.residency == Residency::Draining && self.is_current(i);
-        self.instances.get(&victim).filter(draining).is_some_and(|i| self.is_pinned(i))
+        self.spare_pinned();
     }
 
     /// It runs as it is configured now: `apply_policy` gave it the very entry.

@@ -124,13 +124,14 @@ impl Scheduler {
             .sum()
     }
 
-    pub(super) fn pinned_promise(&self, gpu: GpuId) -> Bytes {
-        let pinned = |i: &&Instance| self.is_pinned(i) && !i.is_stopping();
-        self.instances.values().filter(pinned).map(|i| self.promise_on(i, gpu)).sum()
+    /// Promised to those who do not leave for this model.
+    pub(super) fn staying_promise(&self, spec: &ModelSpec, gpu: GpuId) -> Bytes {
+        let stays = |i: &&Instance| self.stays_for(&spec.name, i) && !i.is_stopping();
+        self.instances.values().filter(stays).map(|i| self.promise_on(i, gpu)).sum()
     }
 
     pub(super) fn is_pinned(&self, instance: &Instance) -> bool {
-        self.catalog.model(&instance.model).is_some_and(|spec| spec.pinned)
+        self.catalog.model(&instance.model).is_some_and(|spec| self.pins(spec))
     }
 
     /// What a model needs on a GPU; `None` for one that uses none.
@@ -157,7 +158,7 @@ impl Scheduler {
             }
             // It may take anything: nobody else gets in until it is measured.
             (Vram::Unknown, None) => {
-                Need { bytes: self.capacity(gpu) - self.pinned_promise(gpu), elastic: true }
+                Need { bytes: self.capacity(gpu) - self.staying_promise(spec, gpu), elastic: true }
             }
             (Vram::Rest, _) => Need { bytes: self.rest(spec, gpu), elastic: true },
         })
@@ -166,7 +167,7 @@ impl Scheduler {
     /// What pinned models leave on a GPU, those that are bound to it but not loaded included.
     fn rest(&self, spec: &ModelSpec, gpu: GpuId) -> Bytes {
         let mut taken = Bytes::ZERO;
-        for other in self.catalog.models.values().filter(|m| m.pinned && m.name != spec.name) {
+        for other in self.catalog.models.values().filter(|m| self.pins(m) && m.name != spec.name) {
             let placed =
                 self.current(&other.name).filter(|i| i.promise.is_some()).map(|i| i.gpus.clone());
             let here = placed.or_else(|| self.explicit(other)).map_or_else(
@@ -179,6 +180,12 @@ impl Scheduler {
                 taken += self.promise_on(instance, gpu);
             }
         }
+        let persists = |i: &&Instance| {
+            !self.is_pinned(i)
+                && !i.is_stopping()
+                && self.catalog.persists_for(&i.model, &spec.name).is_some()
+        };
+        taken += self.instances.values().filter(persists).map(|i| self.promise_on(i, gpu)).sum();
         self.capacity(gpu) - taken
     }
 

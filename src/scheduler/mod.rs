@@ -8,9 +8,12 @@
 //! | file | what it decides |
 //! |---|---|
 //! | `queue` | who may wait, in which order, for how long |
-//! | `ask` | ensure, load, unload: one answer each |
+//! | `ask`, `sleep` | ensure, load, unload, sleep, wake: one answer each |
+//! | `stay` | how long a model stays that nobody pushes out: ttl, grace, pins, times of day |
 //! | `policy` | whose turn it is; who may be asked to leave |
+//! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
+//! | `plan` | a dry run of all this |
 //! | `memory`, `proof` | promises, samples; when a release counts as proven |
 //! | `ram` | the same for host RAM, where the end of a process is the proof |
 //! | `swap/` | the way of a swap, phase by phase |
@@ -23,16 +26,20 @@ mod attempt;
 mod cost;
 pub mod event;
 mod gates;
+mod groups;
 mod invariants;
 mod lifecycle;
 mod memory;
 mod placement;
+pub mod plan;
 mod policy;
 mod proof;
 mod queue;
 mod ram;
 pub mod record;
 mod residency;
+mod sleep;
+mod stay;
 mod swap;
 #[cfg(test)]
 mod tests;
@@ -111,6 +118,8 @@ pub struct Scheduler {
     memory: Memory,
     /// Why a model that waits for room does not get any yet, in words.
     blocked: BTreeMap<ModelName, String>,
+    /// Models to be loaded for the sake of their group, and which.
+    company: BTreeMap<ModelName, String>,
     /// When somebody last wanted anything: restores wait for quiet.
     last_demand: Time,
     shutting_down: bool,
@@ -138,6 +147,7 @@ impl Scheduler {
             asks: BTreeMap::new(),
             memory: Memory::default(),
             blocked: BTreeMap::new(),
+            company: BTreeMap::new(),
             last_demand: Time::ZERO,
             shutting_down: false,
             runtime_fault: String::new(),
@@ -170,6 +180,15 @@ impl Scheduler {
             }
             Event::AskGone { ask } => self.ask_gone(ask),
             Event::UnloadAsked { ask, model, force } => self.unload_asked(ask, model, force),
+            Event::SleepAsked { ask, model } => self.sleep_asked(ask, model),
+            Event::ExtendAsked { ask, model, by } => self.extend_asked(ask, &model, by),
+            Event::PinAsked { ask, model, pinned } => self.pin_asked(ask, &model, pinned),
+            Event::TtlUntil { model, until } => self.ttl_until(&model, until),
+            Event::KeepChanged { model, kept } => self.keep_changed(&model, kept),
+            Event::CompanyAsked { group } => {
+                self.last_demand = self.now;
+                self.company_asked(&group);
+            }
             Event::MoveDone { swap, instance, done } => self.move_done(swap, instance, done),
             Event::Vouching { swap, instance } => self.vouching(swap, instance),
             Event::MemorySeen(result) => self.memory_seen(result),
@@ -201,6 +220,7 @@ impl Scheduler {
             let before = self.changes;
             self.expire();
             self.answer_rescued();
+            self.answer_asleep();
             self.begin_unloads();
             self.emit_wanted_stops();
             self.advance_swaps();
@@ -223,6 +243,7 @@ impl Scheduler {
         self.expire_lost();
         self.expire_asks();
         self.expire_holds();
+        self.forget_company();
     }
 
     /// When `Event::Woke` is due next, and why.

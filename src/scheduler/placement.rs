@@ -83,6 +83,9 @@ impl Scheduler {
 
     /// Set if no set of GPUs, or not the host, could ever hold the model beside the pinned ones.
     pub(super) fn cannot_fit(&self, spec: &ModelSpec) -> Option<Refusal> {
+        if let Some(refusal) = self.kept_away(spec) {
+            return Some(refusal);
+        }
         if let Some(refusal) = self.ram_cannot_fit(spec) {
             return Some(refusal);
         }
@@ -95,7 +98,8 @@ impl Scheduler {
             let pinned: Bytes = self
                 .instances
                 .values()
-                .filter(|i| i.model != spec.name && self.is_pinned(i) && !i.is_stopping())
+                .filter(|i| i.model != spec.name && self.stays_for_good(&spec.name, i))
+                .filter(|i| !i.is_stopping())
                 .map(|i| self.promise_on(i, gpu))
                 .sum();
             self.capacity(gpu) - pinned.max(self.pinned_declared(spec, gpu))
@@ -120,13 +124,16 @@ impl Scheduler {
         };
         let asked = sets.iter().flatten().map(|&g| need(g)).max().unwrap_or_default();
         let available = best.unwrap_or_default();
-        Some(Refusal::CannotFit { need: asked, available, gpus, host: false })
+        let pinned = self.pinned_beside(&spec.name);
+        Some(Refusal::CannotFit { need: asked, available, gpus, host: false, pinned })
     }
 
     /// Pinned models are up in every place that `max_concurrent_models` or single-active leaves.
     fn pinned_take_every_place(&self, spec: &ModelSpec) -> bool {
         let pinned = || {
-            let up = |i: &&Instance| self.is_pinned(i) && i.is_ready() && !i.spec.is_external();
+            let up = |i: &&Instance| {
+                self.stays_for_good(&spec.name, i) && i.is_ready() && !i.spec.is_external()
+            };
             self.instances.values().filter(up).filter(|i| i.model != spec.name)
         };
         let cap = self.catalog.settings.swap.max_concurrent_models as usize;
@@ -144,7 +151,7 @@ impl Scheduler {
         self.catalog
             .models
             .values()
-            .filter(|other| other.pinned && other.name != spec.name && bound(other))
+            .filter(|other| self.pins(other) && other.name != spec.name && bound(other))
             .map(|other| match other.vram {
                 Vram::Declared(bytes) => bytes,
                 Vram::Unknown | Vram::Rest => Bytes::ZERO,
@@ -179,7 +186,7 @@ impl Scheduler {
         }
         let displaced = sleeper.gpus.iter().any(|&gpu| {
             let need = self.need(&candidate.spec, gpu).map_or(Bytes::ZERO, |n| n.bytes);
-            self.pinned_promise(gpu) + need > self.capacity(gpu)
+            self.staying_promise(&candidate.spec, gpu) + need > self.capacity(gpu)
         });
         let mut sets = self.placements(&candidate.spec);
         sets.retain(|set| set.iter().all(|gpu| !sleeper.gpus.contains(gpu)));

@@ -5,7 +5,10 @@
 //!    other swap.
 //! 3. Models by what their waiters have suffered: summed age and the age of the oldest, weighted
 //!    by priority, per second of learned move.
-//! 4. Warm-up and restore: into free memory only, while nobody waits.
+//! 4. Company: members of a group that is loaded together. Then models whose keep window opened: in
+//!    place of models that have been idle for long and that no pin and no window keeps, while nobody
+//!    waits.
+//! 5. Warm-up and restore: into free memory only, while nobody waits.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -28,8 +31,19 @@ pub(super) enum Urgency {
     /// Since when notice has been due.
     Overdue(Time),
     Normal,
+    /// Another member of its group is up.
+    Company,
+    /// Wanted by the time of day: takes free memory, and the place of those long idle.
+    Preload,
     /// Takes free memory only.
     Spare,
+}
+
+impl Urgency {
+    /// Nobody has asked for it.
+    pub fn is_unasked(self) -> bool {
+        self > Urgency::Normal
+    }
 }
 
 /// How an instance may leave.
@@ -58,6 +72,7 @@ impl Scheduler {
             return;
         }
         let mut wanted: BTreeSet<GpuId> = BTreeSet::new();
+        let mut longer: Vec<ModelName> = Vec::new();
         for candidate in self.candidates() {
             // Somebody of higher rank may just have been given its place.
             let name = &candidate.spec.name;
@@ -74,7 +89,11 @@ impl Scheduler {
                 continue;
             }
             let urgent = candidate.urgency < Urgency::Normal;
-            match (self.plan(&candidate, &wanted), candidate.swap) {
+            let planned = match self.rival_waiting(&candidate, &longer) {
+                Some(why) => Planned::Blocked { gpus: Vec::new(), why },
+                None => self.plan(&candidate, &wanted),
+            };
+            match (planned, candidate.swap) {
                 (Planned::Room(plan), None) => {
                     let swap = self.begin_load(&candidate, &plan);
                     if self.wakes(swap) {
@@ -100,8 +119,9 @@ impl Scheduler {
                     }
                     if urgent {
                         wanted.extend(gpus);
+                        longer.push(candidate.spec.name.clone());
                     }
-                    if let Some(swap) = swap.filter(|_| candidate.urgency == Urgency::Spare) {
+                    if let Some(swap) = swap.filter(|_| candidate.urgency.is_unasked()) {
                         self.cancel_swap(swap, "the free memory was taken");
                         continue;
                     }
@@ -135,7 +155,8 @@ impl Scheduler {
     }
 
     fn candidate(&self, spec: &Arc<ModelSpec>) -> Option<Candidate> {
-        let state = self.models.get(&spec.name)?;
+        // An adapter is served by its base, and never placed itself.
+        let state = self.models.get(&spec.name).filter(|_| spec.adapter.is_none())?;
         let swap = self.load_of(&spec.name);
         if swap.is_some_and(|s| s.placed || s.phase < Phase::Drain) || state.failure.is_some() {
             return None;
@@ -197,8 +218,10 @@ impl Scheduler {
         let mut asks = self.asks.iter().filter(|(_, ask)| ask.model == spec.name);
         let ensure = asks.clone().find_map(|(&id, ask)| match ask.kind {
             AskKind::Ready(EnsureKind::Ensure) => Some((id, SwapCause::Ensure)),
-            AskKind::Ready(EnsureKind::Load) => Some((id, SwapCause::Load)),
-            AskKind::Ready(EnsureKind::Warmup) | AskKind::Gone { .. } => None,
+            AskKind::Ready(EnsureKind::Load | EnsureKind::Wake) => Some((id, SwapCause::Load)),
+            AskKind::Ready(EnsureKind::Warmup) | AskKind::Gone { .. } | AskKind::Asleep { .. } => {
+                None
+            }
         });
         if let Some((id, cause)) = ensure {
             return Some((Urgency::Ensure(id), cause));
@@ -214,13 +237,16 @@ impl Scheduler {
             Some(cause @ (SwapCause::Ensure | SwapCause::Load)) => {
                 return Some((Urgency::Normal, cause));
             }
+            Some(SwapCause::Group) => return Some((Urgency::Company, SwapCause::Group)),
             Some(cause @ (SwapCause::Warmup | SwapCause::Restore)) => {
                 return Some((Urgency::Spare, cause));
             }
+            Some(cause @ SwapCause::Keep) => return Some((Urgency::Preload, cause)),
             Some(
                 SwapCause::Request
                 | SwapCause::Unload
                 | SwapCause::Ttl
+                | SwapCause::Sleep
                 | SwapCause::Reload
                 | SwapCause::Evict
                 | SwapCause::Died
@@ -228,7 +254,13 @@ impl Scheduler {
             )
             | None => {}
         }
+        if self.company_due(&spec.name) {
+            return Some((Urgency::Company, SwapCause::Group));
+        }
         let spare = !self.somebody_waits();
+        if spare && self.keep_due(spec).is_some_and(|due| due <= self.now) {
+            return Some((Urgency::Preload, SwapCause::Keep));
+        }
         let warmup = |kind: AskKind| kind == AskKind::Ready(EnsureKind::Warmup);
         if spare && asks.any(|(_, ask)| warmup(ask.kind)) {
             return Some((Urgency::Spare, SwapCause::Warmup));
@@ -270,8 +302,19 @@ impl Scheduler {
         if self.is_pinned(instance) {
             return Err(format!("{name} is pinned"));
         }
+        if let Some(group) = self.catalog.persists_for(name, &candidate.spec.name) {
+            return Err(format!("{name} belongs to {group}, which stays"));
+        }
+        if let Some(why) = self.stays_for_company(candidate, instance) {
+            return Err(why);
+        }
         if self.swaps.values().any(|s| s.instance == instance.id) {
             return Err(format!("{name} is being moved"));
+        }
+        if candidate.urgency == Urgency::Preload
+            && let Some(why) = self.outlasts_preload(&candidate.spec.name, instance)
+        {
+            return Err(why);
         }
         match instance.residency {
             Residency::Sleeping { .. } if candidate.urgency != Urgency::Spare => {
@@ -318,7 +361,8 @@ impl Scheduler {
         match candidate.urgency {
             Urgency::Ensure(_) => return Ok(if idle { Leaves::Idle } else { Leaves::Busy }),
             Urgency::Overdue(_) if idle => return Ok(Leaves::Idle),
-            Urgency::Normal | Urgency::Spare if idle => {
+            Urgency::Preload if idle => return Ok(Leaves::Idle),
+            Urgency::Normal | Urgency::Company | Urgency::Spare if idle => {
                 let lingers = instance.last_used() + self.linger(instance);
                 // An instance that nobody has used yet was started for somebody.
                 return if lingers > self.now {
@@ -326,6 +370,10 @@ impl Scheduler {
                 } else {
                     Ok(Leaves::Idle)
                 };
+            }
+            Urgency::Company => return Err(format!("{name} is in use")),
+            Urgency::Preload => {
+                return Err(format!("{name} serves {} requests", instance.in_flight()));
             }
             Urgency::Overdue(_) | Urgency::Normal | Urgency::Spare => {}
         }
@@ -361,7 +409,8 @@ impl Scheduler {
         let idle = instance.idle_for(self.now).as_millis() + 1000;
         let cost = self.bring_back(instance).as_millis() * 1_000_000 / idle;
         let spec = &instance.spec;
-        (leaves, spec.warmup, spec.priority, cost, instance.last_used(), instance.id)
+        let wanted = spec.warmup || self.is_kept(&instance.model);
+        (leaves, wanted, spec.priority, cost, instance.last_used(), instance.id)
     }
 
     pub(super) fn why_evicted(&self, instance: &Instance, leaves: Leaves, sleeps: bool) -> String {

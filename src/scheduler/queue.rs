@@ -1,11 +1,14 @@
 //! What waits for each model: admission, order, time limits, grants.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Scheduler;
 use super::action::{Action, Refusal};
 use super::event::{Fault, Learned, Request};
 use super::residency::{Instance, Residency};
+use super::stay::Stay;
+use crate::config::catalog::ModelSpec;
 use crate::units::{InstanceId, ModelName, Priority, RequestId, SwapId, Time};
 
 /// Head start of one priority class over the next within a model's queue: bounded, so that a
@@ -30,6 +33,9 @@ pub(super) struct Model {
     pub deaths: u32,
     /// Unloaded by hand: not restored until somebody wants it.
     pub unloaded: bool,
+    pub stay: Stay,
+    /// When its keep window opened.
+    pub kept_from: Time,
     /// Learned idle gap between requests.
     pub gap: Option<Duration>,
     pub since: Time,
@@ -96,8 +102,9 @@ impl Scheduler {
         if self.shutting_down {
             return Err(Refusal::ShuttingDown);
         }
+        let served = |spec: &&Arc<ModelSpec>| spec.adapter.is_none();
         let (Some(spec), Some(state)) =
-            (self.catalog.model(&request.model), self.models.get(&request.model))
+            (self.catalog.model(&request.model).filter(served), self.models.get(&request.model))
         else {
             return Err(Refusal::UnknownModel);
         };

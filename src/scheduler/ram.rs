@@ -208,11 +208,20 @@ impl Scheduler {
     /// Set if the host could never hold the model beside the pinned ones.
     pub(super) fn ram_cannot_fit(&self, spec: &ModelSpec) -> Option<Refusal> {
         let (need, capacity) = (self.ram_need(spec), self.ram_capacity()?);
-        let pinned = |i: &&Instance| i.model != spec.name && self.is_pinned(i) && !i.is_stopping();
+        let pinned = |i: &&Instance| {
+            i.model != spec.name && self.stays_for_good(&spec.name, i) && !i.is_stopping()
+        };
         let held: Bytes = self.instances.values().filter(pinned).map(Instance::ram).sum();
-        let others = self.catalog.models.values().filter(|m| m.pinned && m.name != spec.name);
+        let others = self.catalog.models.values().filter(|m| self.pins(m) && m.name != spec.name);
         let available = capacity - held.max(others.map(|other| declared(other)).sum());
-        (need > available).then_some(Refusal::CannotFit { need, available, gpus: 0, host: true })
+        let pinned = self.pinned_beside(&spec.name);
+        (need > available).then_some(Refusal::CannotFit {
+            need,
+            available,
+            gpus: 0,
+            host: true,
+            pinned,
+        })
     }
 
     /// "12.0 GiB of host RAM are needed, …", if that is what a start waits for.

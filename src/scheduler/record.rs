@@ -81,8 +81,14 @@ pub enum SwapCause {
     Load,
     Warmup,
     Restore,
+    /// Another member of its group was loaded.
+    Group,
     Unload,
     Ttl,
+    /// A keep window is open: loaded before anybody asks.
+    Keep,
+    /// Put to sleep by an operator.
+    Sleep,
     Reload,
     /// Its memory was wanted by another.
     Evict,
@@ -100,8 +106,11 @@ impl SwapCause {
             SwapCause::Load => "load",
             SwapCause::Warmup => "warmup",
             SwapCause::Restore => "restore",
+            SwapCause::Group => "group",
             SwapCause::Unload => "unload",
             SwapCause::Ttl => "ttl",
+            SwapCause::Keep => "keep",
+            SwapCause::Sleep => "sleep",
             SwapCause::Reload => "reload",
             SwapCause::Evict => "evict",
             SwapCause::Died => "died",
@@ -123,6 +132,8 @@ pub struct Eviction {
 pub enum SwapOutcome {
     Ready,
     Unloaded,
+    /// Put to sleep as asked for; what it does not keep is proven free.
+    Asleep,
     /// It had ended by itself; its memory is proven free.
     Died(Fault),
     Failed(Fault),
@@ -136,7 +147,10 @@ impl SwapOutcome {
     pub const fn fault(&self) -> Option<&Fault> {
         match self {
             SwapOutcome::Failed(fault) | SwapOutcome::Died(fault) => Some(fault),
-            SwapOutcome::Ready | SwapOutcome::Unloaded | SwapOutcome::Cancelled { .. } => None,
+            SwapOutcome::Ready
+            | SwapOutcome::Unloaded
+            | SwapOutcome::Asleep
+            | SwapOutcome::Cancelled { .. } => None,
         }
     }
 
@@ -145,6 +159,7 @@ impl SwapOutcome {
         match self {
             SwapOutcome::Ready => "ready",
             SwapOutcome::Unloaded => "unloaded",
+            SwapOutcome::Asleep => "asleep",
             SwapOutcome::Died(_) => "died",
             SwapOutcome::Failed(_) => "failed",
             SwapOutcome::Cancelled { .. } => "cancelled",
@@ -218,6 +233,18 @@ pub struct ModelView {
     pub ready_in: Option<Duration>,
     /// Why it still waits, in words; empty when nothing waits.
     pub waiting_for: String,
+    /// Never evicted: as an operator wants it, else as configured.
+    #[serde(default)]
+    pub pinned: bool,
+    /// One of its keep windows is open.
+    #[serde(default)]
+    pub kept: bool,
+    /// A ttl runs for its instance: it counts from the last activity, which its gate knows best.
+    #[serde(default)]
+    pub ttl_runs: bool,
+    /// The ttl does not end before this: it was extended.
+    #[serde(default)]
+    pub ttl_until: Option<Time>,
 }
 
 /// Host RAM.

@@ -191,6 +191,10 @@ pub(super) struct Instance {
     pub hold: Option<Hold>,
     /// An operator wants it gone: `force` cancels leases.
     pub unload: Option<bool>,
+    /// An operator wants it asleep.
+    pub sleep_wanted: bool,
+    /// Its ttl does not end before this: it was extended.
+    pub ttl_until: Option<Time>,
     pub adopted: bool,
     /// Host pids seen holding memory for it.
     pub pids: BTreeSet<u32>,
@@ -226,6 +230,8 @@ impl Instance {
             drain: None,
             hold: None,
             unload: None,
+            sleep_wanted: false,
+            ttl_until: None,
             adopted: false,
             pids: BTreeSet::new(),
             measured: None,

@@ -1,10 +1,11 @@
 //! The next time at which something falls due by itself, and why.
 
+use super::policy::Urgency;
 use super::record::{Phase, SwapCause};
 use super::residency::{Instance, MoveKind};
 use super::swap::{CANCEL_GRACE, FETCH_CLAIM};
 use super::{Scheduler, WakeCause};
-use crate::units::Time;
+use crate::units::{ModelName, Time};
 
 type Due = (Time, WakeCause);
 
@@ -53,6 +54,11 @@ impl Scheduler {
     pub(super) fn turns(&self) -> impl Iterator<Item = Due> + '_ {
         let waiting = self.candidates();
         let anyone = !waiting.is_empty();
+        let preloads: Vec<ModelName> = waiting
+            .iter()
+            .filter(|c| c.urgency == Urgency::Preload)
+            .map(|c| c.spec.name.clone())
+            .collect();
         let overdue: Vec<Due> = waiting
             .iter()
             .filter_map(|c| self.overdue_since(&c.spec.name))
@@ -70,7 +76,9 @@ impl Scheduler {
             let tenure = (i.ready_at + self.tenure(i), WakeCause::MinResidency);
             let linger = (i.last_used() + self.linger(i), WakeCause::Linger);
             let victim = anyone.then_some([tenure, linger]);
-            ttl.into_iter().chain(victim.into_iter().flatten())
+            let preloads = preloads.clone().into_iter();
+            let idle = preloads.map(|c| (self.idle_enough_at(&c, i), WakeCause::Linger));
+            ttl.into_iter().chain(victim.into_iter().flatten()).chain(idle)
         });
         let tenures = waiting.into_iter().flat_map(move |c| {
             // The same clock also decides when what waits outweighs what runs.
@@ -90,7 +98,7 @@ impl Scheduler {
             .models
             .values()
             .filter(|spec| self.load_of(&spec.name).is_none_or(|s| s.cause == SwapCause::Restore))
-            .filter_map(|spec| self.restore_due(spec))
+            .flat_map(|spec| self.restore_due(spec).into_iter().chain(self.keep_due(spec)))
             .map(|at| (at, WakeCause::Restore))
     }
 }

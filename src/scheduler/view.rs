@@ -36,7 +36,7 @@ impl Scheduler {
         }
     }
 
-    fn model_view(&self, name: &ModelName) -> ModelView {
+    pub(super) fn model_view(&self, name: &ModelName) -> ModelView {
         let state = self.models.get(name);
         // Shown: the current instance, else one that is still leaving.
         let instance =
@@ -66,6 +66,10 @@ impl Scheduler {
             oldest: queue.iter().map(|w| w.request.arrived).min(),
             ready_in: self.ready_in(name),
             waiting_for: if queue.is_empty() { String::new() } else { self.waiting_for(name) },
+            pinned: spec.is_some_and(|spec| self.pins(spec)),
+            kept: self.is_kept(name),
+            ttl_runs: instance.is_some_and(|i| i.is_ready() && self.ttl_runs(i)),
+            ttl_until: instance.and_then(|i| i.ttl_until),
         }
     }
 

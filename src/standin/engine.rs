@@ -1,5 +1,6 @@
 //! The state of one stand-in: what it holds, whether it sleeps, who is being served.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -51,6 +52,8 @@ pub struct Engine {
     pub waiting: AtomicU32,
     pub running: AtomicU32,
     slots: Arc<Semaphore>,
+    /// LoRA adapters: name → where it was loaded from.
+    pub adapters: Mutex<BTreeMap<String, String>>,
 }
 
 /// A request's place in the engine, until the end of its reply.
@@ -71,6 +74,7 @@ impl Engine {
         let vram = options.load.vram.or(share).unwrap_or_default();
         let awake = Wakefulness { weights: true, cache: true, level: 0, stale: false, sleeps: 0 };
         Engine {
+            adapters: Mutex::default(),
             vram,
             ledger: Mutex::new(ledger),
             ready: watch::Sender::new(false),

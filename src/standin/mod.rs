@@ -3,6 +3,7 @@
 //!
 //! It serves demos and fault tests; it replaces no real engine in a claim.
 
+mod adapters;
 mod comfy;
 mod engine;
 pub mod ledger;

@@ -155,6 +155,12 @@ pub struct FaultOptions {
     /// Time to the response head
     #[arg(long, value_parser = humantime::parse_duration, default_value = "0s")]
     pub slow_head: Duration,
+    /// Refuse to load this LoRA adapter (by name); repeatable
+    #[arg(long)]
+    pub fail_adapter: Vec<String>,
+    /// Time that loading an adapter takes
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "0s")]
+    pub adapter_time: Duration,
     /// Answer every request with this HTTP status
     #[arg(long, value_parser = clap::value_parser!(u16).range(400..=599))]
     pub fail_with: Option<u16>,
@@ -180,6 +186,9 @@ pub struct RealEngineFlags {
     kv_cache_memory_bytes: Option<u64>,
     #[arg(long, hide = true)]
     enable_sleep_mode: bool,
+    /// vLLM: may have LoRA adapters
+    #[arg(long, hide = true)]
+    pub enable_lora: bool,
     #[arg(long, hide = true)]
     enforce_eager: bool,
     #[arg(long, hide = true)]

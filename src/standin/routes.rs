@@ -13,11 +13,11 @@ use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::comfy;
 use super::engine::{Engine, say};
 use super::options::Style;
 use super::reply::{Asked, Kind, Reply, unix_seconds};
 use super::server::ResetSwitch;
+use super::{adapters, comfy};
 use super::{messages, sleep};
 
 const BODY_BYTES_MAX: usize = 256 << 20;
@@ -48,10 +48,18 @@ pub fn router(engine: Arc<Engine>) -> Router {
         Style::Vllm | Style::Plain => router.merge(sleep::routes()),
         Style::Ollama | Style::Http => router,
     };
+    if adapters::are_possible(&engine.options) {
+        router = router.merge(adapters::routes());
+    }
     router.with_state(engine)
 }
 
-fn error(status: StatusCode, kind: &str, param: Option<&str>, message: &str) -> Response {
+pub(super) fn error(
+    status: StatusCode,
+    kind: &str,
+    param: Option<&str>,
+    message: &str,
+) -> Response {
     let error = json!({"message": message, "type": kind, "param": param, "code": status.as_u16()});
     (status, axum::Json(json!({ "error": error }))).into_response()
 }
@@ -138,7 +146,8 @@ fn read(engine: &Engine, body: &[u8]) -> Result<(Inference, String), Box<Respons
     })?;
     let first = engine.options.names.first().map_or("standin", String::as_str);
     let asked = request.model.as_deref().unwrap_or(first);
-    let Some(name) = engine.options.served_as(asked) else {
+    let adapter = || adapters::source(engine, asked).map(|_| asked);
+    let Some(name) = engine.options.served_as(asked).or_else(adapter) else {
         let message = format!("The model `{asked}` does not exist.");
         let refused = error(StatusCode::NOT_FOUND, "NotFoundError", Some("model"), &message);
         return Err(Box::new(refused));
@@ -256,7 +265,7 @@ async fn models(State(engine): State<Arc<Engine>>) -> Response {
     if !engine.is_ready() {
         return loading();
     }
-    let models: Vec<Value> = engine
+    let mut models: Vec<Value> = engine
         .options
         .names
         .iter()
@@ -267,6 +276,7 @@ async fn models(State(engine): State<Arc<Engine>>) -> Response {
             })
         })
         .collect();
+    models.extend(adapters::rows(&engine));
     axum::Json(json!({"object": "list", "data": models})).into_response()
 }
 

@@ -28,10 +28,18 @@ const STATES: [&str; 10] = [
     "failed",
     "lost",
 ];
-const LOAD_CAUSES: [SwapCause; 5] =
-    [SwapCause::Request, SwapCause::Ensure, SwapCause::Load, SwapCause::Warmup, SwapCause::Restore];
+const LOAD_CAUSES: [SwapCause; 7] = [
+    SwapCause::Request,
+    SwapCause::Ensure,
+    SwapCause::Load,
+    SwapCause::Keep,
+    SwapCause::Warmup,
+    SwapCause::Restore,
+    SwapCause::Group,
+];
 /// Causes of a swap that may evict another model.
-const EVICTING_CAUSES: [SwapCause; 3] = [SwapCause::Request, SwapCause::Ensure, SwapCause::Load];
+const EVICTING_CAUSES: [SwapCause; 5] =
+    [SwapCause::Request, SwapCause::Ensure, SwapCause::Load, SwapCause::Keep, SwapCause::Group];
 
 pub(super) fn render(metrics: &Metrics, handle: &Handle) -> String {
     let _one_at_a_time = metrics.scrape.lock().unwrap_or_else(PoisonError::into_inner);
@@ -156,7 +164,11 @@ fn read_models(metrics: &Metrics, handle: &Handle, catalog: &Catalog, view: &Vie
             .queue_depth
             .with_label_values(&label)
             .set(i64::try_from(queued).unwrap_or(i64::MAX));
-        let in_flight = gate.map_or(0, |gate| gate.in_flight());
+        let adapter = handle.adapter_use(name);
+        let in_flight = match &adapter {
+            Some(adapter) => adapter.in_flight(),
+            None => gate.map_or(0, |gate| gate.in_flight()),
+        };
         metrics.models.inflight.with_label_values(&label).set(i64::from(in_flight));
         let facts = view.models.get(name);
         metrics
@@ -164,8 +176,13 @@ fn read_models(metrics: &Metrics, handle: &Handle, catalog: &Catalog, view: &Vie
             .swapper_uptime
             .with_label_values(&label)
             .set(facts.map_or(0.0, |facts| facts.uptime(now).as_secs_f64()));
-        let requests =
-            facts.map_or(0, |facts| facts.requests_before) + gate.map_or(0, |gate| gate.granted());
+        let requests = match &adapter {
+            Some(adapter) => adapter.granted(),
+            None => {
+                facts.map_or(0, |facts| facts.requests_before)
+                    + gate.map_or(0, |gate| gate.granted())
+            }
+        };
         metrics.models.swapper_requests.with_label_values(&label).inc_by(requests as f64);
     }
 }

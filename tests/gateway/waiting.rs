@@ -59,6 +59,10 @@ fn starting(queue: Vec<RequestId>) -> View {
         oldest: None,
         ready_in: Some(Duration::from_secs(3600)),
         waiting_for: "its start".into(),
+        pinned: false,
+        kept: false,
+        ttl_runs: false,
+        ttl_until: None,
     });
     view
 }
@@ -84,6 +88,7 @@ async fn refusals_before_the_head_keep_their_status() {
                 available: Bytes::gib(20),
                 gpus: 1,
                 host: false,
+                pinned: Vec::new(),
             },
             507,
             "cannot_fit",

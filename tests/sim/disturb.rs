@@ -31,6 +31,8 @@ impl World {
                 let ask = self.ask_id();
                 self.tell(Event::UnloadAsked { ask, model, force });
             }
+            Step::Stay { model, stay } => self.stay(model, &stay),
+            Step::Company { group } => self.tell(Event::CompanyAsked { group }),
             Step::Reload(catalog, truth) => self.reload(catalog, truth),
             Step::Foreign { gpu, bytes, for_ms } => self.foreign(gpu, bytes, for_ms),
             Step::HostForeign { bytes, for_ms } => self.host_foreign(bytes, for_ms),

@@ -92,6 +92,7 @@ impl World {
             Action::Answer { .. }
             | Action::Record(_)
             | Action::Remember { .. }
+            | Action::TtlExtended { .. }
             | Action::Notice { .. } => {}
         }
     }

@@ -11,6 +11,7 @@ use wharf::config::catalog::{
 use wharf::scheduler::event::{EnsureKind, Learned};
 use wharf::units::{Bytes, GpuId, ModelName, Priority};
 
+use crate::groups::WITH_GROUPS;
 use crate::machine::Gpu;
 use crate::rng::Rng;
 use crate::scenario::{Faults, Loop, Plan, Scenario, Step, Truth, catalog, fits, settings, spec};
@@ -19,6 +20,15 @@ use crate::scenario::{Faults, Loop, Plan, Scenario, Step, Truth, catalog, fits, 
 pub const SETTLE_MS: u64 = 40 * 60_000;
 
 pub fn scenario(seed: u64) -> Scenario {
+    let mut scenario = ungrouped(seed & !WITH_GROUPS);
+    if seed & WITH_GROUPS != 0 {
+        scenario.seed = seed;
+        crate::groups::add(&mut scenario);
+    }
+    scenario
+}
+
+fn ungrouped(seed: u64) -> Scenario {
     let mut rng = Rng::new(seed);
     let rng = &mut rng;
     let calm = rng.chance(300);
@@ -55,6 +65,7 @@ pub fn scenario(seed: u64) -> Scenario {
         disturb(rng, &mut scenario);
     }
     crate::host::limit(&mut scenario);
+    crate::stay::add(&mut scenario);
     scenario.probes = probes(&scenario);
     scenario
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::checker::Counts;
+use crate::groups::WITH_GROUPS;
 use crate::random;
 use crate::world::World;
 
@@ -172,7 +173,9 @@ fn random_scenarios_keep_every_promise() {
     }
     let began = Instant::now();
     let from = std::env::var("WHARF_SIM_FROM").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
-    let list: Vec<u64> = regressions().into_iter().chain(from..from + seeds()).collect();
+    let grouped = (from..from + seeds()).map(|seed| seed | WITH_GROUPS);
+    let plain = from..from + seeds();
+    let list: Vec<u64> = regressions().into_iter().chain(plain).chain(grouped).collect();
     let next = AtomicU64::new(0);
     let totals = Mutex::new(Totals::default());
     let failures = Mutex::new(Vec::new());
@@ -232,7 +235,7 @@ fn report(seeds: usize, began: Instant, totals: &Totals) {
 /// The journal, read back from its serialised form, replays to the same actions.
 #[test]
 fn a_journal_replays_to_the_same_actions() {
-    for seed in 0..25 {
+    for seed in (0..25).chain((0..25).map(|seed| seed | WITH_GROUPS)) {
         let scenario = random::scenario(seed);
         let mut again = crate::world::scheduler(&scenario);
         let mut world = World::new(scenario);

@@ -12,6 +12,7 @@ use wharf::units::{Bytes, GpuId, ModelName, Priority};
 
 use crate::host::Host;
 use crate::machine::Gpu;
+use crate::stay::Stay;
 
 /// How an engine really behaves. Times in milliseconds, (least, most).
 #[derive(Clone, Debug)]
@@ -127,6 +128,14 @@ pub enum Step {
     Unload {
         model: ModelName,
         force: bool,
+    },
+    Stay {
+        model: ModelName,
+        stay: Stay,
+    },
+    /// Somebody asked for `group/model`.
+    Company {
+        group: String,
     },
     Reload(Arc<Catalog>, BTreeMap<ModelName, Truth>),
     /// A stranger takes memory and gives it back.

@@ -135,7 +135,7 @@ impl World {
     pub async fn arrived(&mut self) -> Arrived {
         loop {
             match timely(self.messages.recv()).await.expect("the owner's inbox is open") {
-                Message::Request { request, reply } => return Arrived { request, reply },
+                Message::Request { request, reply, .. } => return Arrived { request, reply },
                 Message::GatePing(_) => {}
                 other => panic!("expected a request, got {other:?}"),
             }

@@ -21,8 +21,11 @@ pub fn ops() -> Vec<Op> {
                 "`Model not found`; JSON for who accepts it",
             )
             .errors(&["400", "503", "504"]),
-        get("/api/events", "modelStatus, logData, metrics, activity, inflight; data is JSON in a string")
-            .stream("text/event-stream", "`{\"type\",\"data\"}`"),
+        get(
+            "/api/events",
+            "modelStatus, logData, metrics, activity, inflight; data is JSON in a string",
+        )
+        .stream("text/event-stream", "`{\"type\",\"data\"}`"),
         get("/api/metrics", "The last requests, the oldest first").ok("[#Activity]", "rows"),
         get("/api/performance", "Load of the machine and its GPUs, every 5 s for an hour")
             .query("after", "time", "only samples after it")

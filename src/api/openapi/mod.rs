@@ -7,6 +7,7 @@
 //! without a description fails a test, and so does an answer that is not as described
 //! (`tests/openapi.rs` has a fuzzer compare them).
 
+mod config;
 mod gateway;
 mod llama_swap;
 mod models;
@@ -35,7 +36,8 @@ pub async fn document() -> Response {
 const ABOUT: &str = "Two listeners: the gateway (8080) for inference, the orchestrator (8888) for \
 control; `x-wharf-listeners` says which has an operation. With `auth.keys` configured an operation \
 needs a key of the scope in `x-wharf-scope`; `admin` includes `read`. Every 429 and 503 says in \
-`Retry-After` when to try again.";
+`Retry-After` when to try again. Front doors (`ports` in models.yaml) have /v1/chat/completions, \
+/v1/completions and /health of one model each, as described here.";
 
 const TAGS: [(&str, &str); 5] = [
     ("models", "what is loaded, and changing it"),
@@ -46,7 +48,7 @@ const TAGS: [(&str, &str); 5] = [
 ];
 
 fn ops() -> Vec<Op> {
-    [models::ops(), state::ops(), llama_swap::ops(), gateway::ops()].concat()
+    [models::ops(), state::ops(), config::ops(), llama_swap::ops(), gateway::ops()].concat()
 }
 
 /// The row of each listener behind an operation.

@@ -21,14 +21,35 @@ pub fn ops() -> Vec<Op> {
             .ok("#ModelHealth", "it is ready")
             .answer("503", &[("application/json", schema("#ModelHealth"))], "it is not ready")
             .errors(&["400", "404"]),
-        loads(post("/models/{name}/load", "Loads a model")).at("/models/{*name}").body_optional("#WaitBody"),
-        post("/models/{name}/unload", "Unloads a model, after what is in flight unless forced")
-            .at("/models/{*name}")
+        loads(verb("/models/{name}/load", "Loads a model")).body_optional("#WaitBody"),
+        loads(verb("/models/{name}/wake", "Wakes a sleeping model")).body_optional("#WaitBody"),
+        verb("/models/{name}/sleep", "Puts a model to sleep, after what is in flight")
+            .body_optional("object")
+            .ok("#Asleep", "it sleeps")
+            .errors(CHANGE),
+        verb("/models/{name}/pin", "Keeps a model, or does so no more")
+            .body_optional("#PinBody")
+            .ok("#Pinned", "done")
+            .errors(CHANGE),
+        verb("/models/{name}/extend-ttl", "Lets a model stay longer")
+            .body_optional("#ExtendBody")
+            .ok("#Extended", "done")
+            .errors(CHANGE),
+        post("/plan", "A dry run: what a request for a model would bring about now")
+            .body("#PlanBody")
+            .ok("#Plan", "verdict, and who would give way")
+            .errors(&["400", "404", "408", "413", "503"]),
+        verb("/models/{name}/unload", "Unloads a model, after what is in flight unless forced")
             .body_optional("#UnloadBody")
             .ok("#Unloaded", "it is gone")
             .errors(CHANGE),
     ];
     tagged("models", ops)
+}
+
+/// One route, because names may hold slashes.
+fn verb(path: &'static str, summary: &'static str) -> Op {
+    post(path, summary).at("/models/{*name}")
 }
 
 fn loads(op: Op) -> Op {

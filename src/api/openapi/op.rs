@@ -135,9 +135,9 @@ impl Op {
     }
 
     pub fn answer(mut self, status: &str, contents: &[(&str, Value)], meaning: &str) -> Op {
-        let contents = contents.iter().map(|(media, schema)| {
-            ((*media).to_owned(), json!({ "schema": schema }))
-        });
+        let contents = contents
+            .iter()
+            .map(|(media, schema)| ((*media).to_owned(), json!({ "schema": schema })));
         let mut answer = json!({ "description": meaning });
         if contents.len() > 0 {
             answer["content"] = contents.collect::<Map<_, _>>().into();
@@ -214,7 +214,9 @@ fn meaning(status: &str) -> &'static str {
 fn parameter(rest: &str) -> Option<Value> {
     let name = rest.split('}').next()?;
     let (schema, meaning) = match name {
-        "name" | "model" => (schema("name"), "a model's name or alias; `/` and `:` may stand in it, encoded or not"),
+        "name" | "model" => {
+            (schema("name"), "a model's name or alias; `/` and `:` may stand in it, encoded or not")
+        }
         "source" => (schema("name"), "`proxy` (Wharf itself), `upstream` (all engines) or a model"),
         "path" => (json!({ "type": "string" }), "a path of the engine; slashes are not encoded"),
         _ => (json!({ "type": "string" }), "an id"),
@@ -261,7 +263,10 @@ mod tests {
 
     #[test]
     fn ids_of_operations_are_words() {
-        assert_eq!(operation_id("POST", "/models/{name}/extend-ttl"), "post_models_name_extend_ttl");
+        assert_eq!(
+            operation_id("POST", "/models/{name}/extend-ttl"),
+            "post_models_name_extend_ttl"
+        );
         assert_eq!(operation_id("GET", "/upstream/"), "get_upstream_slash");
     }
 }

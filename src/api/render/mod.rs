@@ -53,7 +53,10 @@ impl Snapshot<'_> {
     }
 
     pub fn in_flight(&self, name: &ModelName) -> u32 {
-        self.handle.gates().get(name).map_or(0, |gate| gate.in_flight())
+        match self.handle.adapter_use(name) {
+            Some(adapter) => adapter.in_flight(),
+            None => self.handle.gates().get(name).map_or(0, |gate| gate.in_flight()),
+        }
     }
 
     pub fn queued(&self, name: &ModelName) -> usize {
@@ -73,12 +76,25 @@ impl Snapshot<'_> {
 
     /// Requests given to the model since its first start.
     pub fn requests(&self, name: &ModelName) -> u64 {
+        if let Some(adapter) = self.handle.adapter_use(name) {
+            return adapter.granted();
+        }
         let before = self.view.models.get(name).map_or(0, |facts| facts.requests_before);
         before + self.handle.gates().get(name).map_or(0, |gate| gate.granted())
     }
 
     pub fn uptime(&self, name: &ModelName) -> Duration {
         self.view.models.get(name).map_or(Duration::ZERO, |facts| facts.uptime(self.now))
+    }
+
+    /// `None` where no ttl runs. By the gate: it knows of the last activity before the owner does.
+    pub fn ttl(&self, spec: &ModelSpec) -> Option<Ttl> {
+        let view = self.view.model(&spec.name).filter(|view| view.ttl_runs)?;
+        let gates = self.handle.gates();
+        let gate = gates.get(&spec.name)?;
+        let since = if gate.in_flight() == 0 { gate.last_used() } else { self.now };
+        let ends = (since + spec.ttl?).max(view.ttl_until.unwrap_or_default());
+        Some(Ttl { ends, leaves_at: ends + spec.grace, left: ends.since(self.now) })
     }
 
     /// When the model last became ready, in this run or an earlier one.
@@ -99,6 +115,21 @@ impl Snapshot<'_> {
         let time = time.map(|time| self.handle.wall(time)).or(earlier)?;
         Some(humantime::format_rfc3339_millis(time).to_string())
     }
+}
+
+/// When an idle model leaves by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ttl {
+    pub ends: Time,
+    /// The end of the grace, in which a request still rescues it.
+    pub leaves_at: Time,
+    /// Zero in the grace.
+    pub left: Duration,
+}
+
+/// The pool manager's minutes: one decimal.
+pub fn minutes(left: Duration) -> f64 {
+    (left.as_secs_f64() / 6.0).round() / 10.0
 }
 
 /// The model answers, if only its last requests.

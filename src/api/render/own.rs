@@ -12,17 +12,22 @@ use crate::units::ModelName;
 /// What no older tool has in a row of `GET /models`.
 pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Map<String, Value> {
     let facts = at.view.models.get(&spec.name).cloned().unwrap_or_default();
+    let view = at.view.model(&spec.name);
     let mut row = object(json!({
         "aliases": spec.aliases,
         "description": spec.description,
         "engine": spec.engine,
         "engine_endpoint": facts.endpoint,
         "runtime": runtime(&spec.runtime),
-        "pinned": spec.pinned,
+        "adapter_of": spec.adapter.as_ref().map(|adapter| &adapter.of),
+        "pinned": view.map_or(spec.pinned, |view| view.pinned),
+        "kept": view.is_some_and(|view| view.kept),
         "unlisted": spec.unlisted,
         "registered": spec.registered,
         "concurrency": spec.concurrency,
         "ttl_seconds": spec.ttl.map(seconds),
+        "grace_seconds": seconds(spec.grace),
+        "leaves_at": at.ttl(spec).map(|ttl| at.wall(ttl.leaves_at)),
         "gpus_wanted": gpus_wanted(&spec.gpus),
         "request_count": at.requests(&spec.name),
         "in_flight": at.in_flight(&spec.name),
@@ -56,6 +61,7 @@ pub fn status(at: &Snapshot<'_>) -> Map<String, Value> {
     object(json!({
         "models": models,
         "swaps": under_way.collect::<Vec<_>>(),
+        "preload": preload(at),
         "no_proof": at.view.scheduler.no_proof,
         "leftovers": at.view.leftovers.iter().map(|left| leftover(at, left)).collect::<Vec<_>>(),
         "time": at.wall(at.now),
@@ -99,6 +105,18 @@ fn residency_fields(at: &Snapshot<'_>, name: &ModelName) -> Map<String, Value> {
         fields.insert("progress".to_owned(), json!(progress));
     }
     fields
+}
+
+/// Models that are loaded before anybody asks: how many are, and who is not and why.
+fn preload(at: &Snapshot<'_>) -> Value {
+    let preload = at.view.preload(&at.catalog);
+    json!({
+        "done": preload.done.len(),
+        "total": preload.total(),
+        "loading": preload.loading,
+        "waiting": preload.waiting,
+        "failed": preload.failed,
+    })
 }
 
 /// An instance of an earlier run that could not be stopped yet.

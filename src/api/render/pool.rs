@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Snapshot, is_loaded, object, seconds, supplied};
+use super::{Snapshot, is_loaded, minutes, object, seconds, supplied};
 use crate::config::catalog::ModelSpec;
 use crate::scheduler::record::ResidencyView;
 use crate::units::Bytes;
@@ -16,7 +16,7 @@ fn state(at: &Snapshot<'_>, spec: &ModelSpec) -> &'static str {
         | ResidencyView::Failed { .. }
         | ResidencyView::Lost => "COLD",
         ResidencyView::Starting { .. } | ResidencyView::Waking => "WARMING",
-        ResidencyView::Ready if supplied::in_grace(at, spec) => "COOLING",
+        ResidencyView::Ready if at.ttl(spec).is_some_and(|ttl| ttl.left.is_zero()) => "COOLING",
         ResidencyView::Ready => "HOT",
         ResidencyView::Draining | ResidencyView::Stopping | ResidencyView::FallingAsleep => {
             "UNLOADING"
@@ -29,14 +29,14 @@ fn state(at: &Snapshot<'_>, spec: &ModelSpec) -> &'static str {
 pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Map<String, Value> {
     let address = supplied::address(at, spec);
     // Its 0: no ttl runs.
-    let ttl = supplied::ttl_remaining(at, spec);
+    let ttl = at.ttl(spec);
     object(json!({
         "model_id": spec.name,
         "display_name": spec.display_name.as_deref().unwrap_or(spec.name.as_str()),
         "model_type": spec.model_type,
         "port": address.port(),
         "state": state(at, spec),
-        "ttl_remaining_minutes": ttl.map_or(0.0, |left| (left.as_secs_f64() / 6.0).round() / 10.0),
+        "ttl_remaining_minutes": ttl.map_or(0.0, |ttl| minutes(ttl.left)),
         "warmup": spec.warmup,
         "endpoint": format!("http://{address}"),
         "tags": spec.tags,
@@ -57,8 +57,7 @@ pub fn model_health(at: &Snapshot<'_>, spec: &ModelSpec) -> (Value, bool) {
         "port": supplied::address(at, spec).port(),
         "in_flight": at.in_flight(&spec.name),
         "queued": at.queued(&spec.name),
-        "ttl_remaining_minutes": supplied::ttl_remaining(at, spec)
-            .map_or(0.0, |left| (left.as_secs_f64() / 6.0).round() / 10.0),
+        "ttl_remaining_minutes": at.ttl(spec).map_or(0.0, |ttl| minutes(ttl.left)),
         "last_fault": facts.last_fault.map(|fault| json!({
             "cause": fault.kind,
             "message": fault.message,

@@ -1,14 +1,11 @@
 //! Figures of the pool manager's shapes that other parts of Wharf decide.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use super::Snapshot;
 use crate::api::health::reachable;
 use crate::config::catalog::ModelSpec;
 use crate::orchestrator::view::ModelFacts;
-use crate::scheduler::record::ResidencyView;
-use crate::units::Time;
 
 /// Where clients reach this model: its own front door, else the gateway.
 pub fn address(at: &Snapshot<'_>, spec: &ModelSpec) -> SocketAddr {
@@ -16,17 +13,19 @@ pub fn address(at: &Snapshot<'_>, spec: &ModelSpec) -> SocketAddr {
 }
 
 /// The listener bound to this model alone.
-fn front_door(_at: &Snapshot<'_>, _spec: &ModelSpec) -> Option<SocketAddr> {
-    None
+fn front_door(at: &Snapshot<'_>, spec: &ModelSpec) -> Option<SocketAddr> {
+    at.handle.front_doors().get(&spec.name).map(|address| reachable(*address))
 }
 
 /// Ports that no model has: of front doors, or of engines where there are no front doors.
 pub fn available_ports(at: &Snapshot<'_>) -> usize {
     let settings = &at.catalog.settings;
     let models = at.catalog.models.values();
+    let listeners = [settings.gateway.port(), settings.orchestrator.port()];
     let ((first, last), taken): (_, Vec<u16>) = match settings.front_doors {
         Some(range) => {
-            (range, models.filter_map(|spec| Some(front_door(at, spec)?.port())).collect())
+            let doors = models.filter_map(|spec| Some(front_door(at, spec)?.port()));
+            (range, doors.chain(listeners).collect())
         }
         None => (settings.engine_ports, at.view.models.values().filter_map(engine_port).collect()),
     };
@@ -37,27 +36,4 @@ pub fn available_ports(at: &Snapshot<'_>) -> usize {
 /// `http://127.0.0.1:18051` → 18051
 fn engine_port(facts: &ModelFacts) -> Option<u16> {
     facts.endpoint.as_deref()?.parse::<http::Uri>().ok()?.port_u16()
-}
-
-/// Until an idle model leaves by its ttl; `None` where no ttl runs.
-pub fn ttl_remaining(at: &Snapshot<'_>, spec: &ModelSpec) -> Option<Duration> {
-    Some(expires_at(at, spec)?.since(at.now))
-}
-
-/// Its ttl is over, and it is kept for late requests.
-pub fn in_grace(at: &Snapshot<'_>, spec: &ModelSpec) -> bool {
-    let is_idle = at.in_flight(&spec.name) == 0;
-    is_idle && !spec.grace.is_zero() && expires_at(at, spec).is_some_and(|end| end <= at.now)
-}
-
-/// A ttl runs from the last activity, while nothing is in flight.
-fn expires_at(at: &Snapshot<'_>, spec: &ModelSpec) -> Option<Time> {
-    let ttl = spec.ttl.filter(|_| !spec.warmup && !spec.pinned)?;
-    if !matches!(at.residency(&spec.name), ResidencyView::Ready) {
-        return None;
-    }
-    let gates = at.handle.gates();
-    let gate = gates.get(&spec.name)?;
-    let last = if gate.in_flight() == 0 { gate.last_used() } else { at.now };
-    Some(last + ttl)
 }

@@ -38,8 +38,11 @@ impl Scheduler {
         (swap.planned, swap.placed, swap.memory_wait) = (true, true, None);
         swap.urgent = candidate.urgency < Urgency::Normal;
         // What began as a warm-up goes on for whoever waits now.
-        if candidate.urgency < Urgency::Spare
-            && matches!(swap.cause, SwapCause::Warmup | SwapCause::Restore)
+        if !candidate.urgency.is_unasked()
+            && matches!(
+                swap.cause,
+                SwapCause::Warmup | SwapCause::Restore | SwapCause::Keep | SwapCause::Group
+            )
         {
             swap.cause = candidate.cause;
         }

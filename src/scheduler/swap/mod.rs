@@ -183,6 +183,8 @@ impl Scheduler {
             Urgency::Overdue(_) => format!("{waiting} waiting, the oldest {age}: overdue"),
             Urgency::Normal if waiting > 0 => format!("{waiting} waiting, the oldest {age}"),
             Urgency::Normal => "its caller left; what it began goes on".to_owned(),
+            Urgency::Preload => "its keep window is open, nobody waits".to_owned(),
+            Urgency::Company => "another of its group is up".to_owned(),
             Urgency::Spare => "fits into free memory, nobody waits".to_owned(),
         };
         let names: Vec<String> = plan
@@ -260,10 +262,15 @@ impl Scheduler {
         match swap.cause {
             SwapCause::Request => !wanted && !asked,
             SwapCause::Warmup | SwapCause::Restore => !wanted && self.somebody_waits(),
+            SwapCause::Keep => {
+                !wanted && !asked && (self.somebody_waits() || !self.is_kept(&swap.model))
+            }
+            SwapCause::Group => !wanted && !asked && !self.company_due(&swap.model),
             SwapCause::Ensure
             | SwapCause::Load
             | SwapCause::Unload
             | SwapCause::Ttl
+            | SwapCause::Sleep
             | SwapCause::Reload
             | SwapCause::Evict
             | SwapCause::Died

@@ -150,6 +150,7 @@ impl Scheduler {
             return Err(StartBlock::Process(format!("the earlier {} to be gone", swap.model)));
         }
         self.slot_block(target)?;
+        self.group_block(target)?;
         self.ram_block(target)?;
         if !uses_gpu(&target.spec) {
             return Ok(Bytes::ZERO);
@@ -179,7 +180,7 @@ impl Scheduler {
         let residue = self.promise_on(target, gpu);
         let promised = self.promised(gpu) - residue;
         let short = if need.elastic {
-            promised > self.pinned_promise(gpu)
+            promised > self.staying_promise(&target.spec, gpu)
         } else {
             promised + need.bytes > self.capacity(gpu)
         };
@@ -253,6 +254,9 @@ impl Scheduler {
             }
             Some(instance) => match instance.trouble.clone() {
                 Some(fault) => self.end_swap(id, SwapOutcome::Failed(fault)),
+                None if instance.is_sleeping() && instance.release.is_none() => {
+                    self.end_swap(id, SwapOutcome::Asleep);
+                }
                 None => self.watch(id),
             },
         }

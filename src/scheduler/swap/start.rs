@@ -21,7 +21,12 @@ impl Scheduler {
         let Some(swap) = self.swaps.get_mut(&id) else { return };
         (swap.started, swap.memory_wait) = (true, None);
         let (instance, model, gpus) = (swap.instance, swap.model.clone(), swap.gpus.clone());
+        let for_somebody =
+            matches!(swap.cause, SwapCause::Request | SwapCause::Ensure | SwapCause::Load);
         self.enter_phase(id, Phase::Start);
+        if for_somebody {
+            self.call_company(&model);
+        }
         let Some(target) = self.instances.get_mut(&instance) else { return };
         let ceiling = target.spec.start_timeout;
         let deadline = now + ceiling.unwrap_or(self.catalog.settings.swap.start_timeout);

@@ -4,9 +4,9 @@
 use super::super::Scheduler;
 use super::super::placement::Victim;
 use super::super::record::{Phase, SwapCause, SwapKind};
-use super::super::residency::{Instance, Residency};
+use super::super::residency::Instance;
 use super::Swap;
-use crate::units::{InstanceId, SwapId, Time};
+use crate::units::{InstanceId, SwapId};
 
 impl Scheduler {
     pub(in crate::scheduler) fn begin_unload(
@@ -84,6 +84,9 @@ impl Scheduler {
             let asleep = self.instances.get(&id).is_some_and(Instance::is_sleeping);
             let force = self.instances.get(&id).is_some_and(|i| i.unload == Some(true));
             let swap = self.begin_unload(id, cause, why, Phase::Drain);
+            if cause == SwapCause::Sleep {
+                self.let_it_sleep(swap);
+            }
             if !asleep {
                 self.begin_drain(id, swap, cause != SwapCause::Ttl);
             }
@@ -106,22 +109,14 @@ impl Scheduler {
         if !self.is_current(instance) {
             return Some((SwapCause::Reload, "its configuration changed".to_owned()));
         }
+        if instance.sleep_wanted && !instance.is_sleeping() {
+            return Some((SwapCause::Sleep, "put to sleep by an operator".to_owned()));
+        }
         let due = self.ttl_due(instance)?;
         (due <= self.now).then(|| {
             let idle = super::super::policy::seconds(instance.idle_for(self.now));
-            (SwapCause::Ttl, format!("idle {idle}, longer than its ttl"))
+            let grace = if instance.spec.grace.is_zero() { "" } else { " and the grace after it" };
+            (SwapCause::Ttl, format!("idle {idle}, longer than its ttl{grace}"))
         })
-    }
-
-    /// When an idle instance reaches its ttl.
-    pub(in crate::scheduler) fn ttl_due(&self, instance: &Instance) -> Option<Time> {
-        let spec = &instance.spec;
-        let counts = instance.residency == Residency::Ready
-            && instance.in_flight() == 0
-            && self.queue_len(&instance.model) == 0
-            && instance.hold.is_none();
-        let ttl = spec.ttl.filter(|ttl| !ttl.is_zero())?;
-        (counts && !spec.pinned && !spec.warmup && !spec.is_external())
-            .then(|| instance.last_used() + ttl)
     }
 }

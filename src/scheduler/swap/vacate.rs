@@ -116,6 +116,7 @@ impl Scheduler {
     /// Stops an instance (or cancels its start), now or as soon as its GPUs may be touched.
     pub(in crate::scheduler) fn emit_stop(&mut self, swap: SwapId, id: InstanceId) {
         self.close_gate(id);
+        self.forget_extension(id);
         let deadline = self.stop_deadline(id);
         let now = self.now;
         let Some(instance) = self.instances.get_mut(&id) else { return };
@@ -223,6 +224,7 @@ impl Scheduler {
                 }
                 if let Some(instance) = self.instances.get_mut(&id) {
                     let level = instance.can_sleep().unwrap_or(1);
+                    instance.sleep_wanted = false;
                     instance.enter(Residency::Sleeping { level }, now);
                 }
                 self.expect_release(id, residue, under_way.since);

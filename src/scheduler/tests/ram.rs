@@ -36,7 +36,13 @@ fn what_the_host_can_never_hold_is_refused_at_once() {
     for (model, need) in [("huge", 31), ("beside", 25)] {
         let request = sim.request(model);
         let available = Bytes::gib(24);
-        let refusal = Refusal::CannotFit { need: Bytes::gib(need), available, gpus: 0, host: true };
+        let refusal = Refusal::CannotFit {
+            need: Bytes::gib(need),
+            available,
+            gpus: 0,
+            host: true,
+            pinned: vec!["pinned".into()],
+        };
         assert_eq!(sim.refused.get(&request), Some(&refusal), "{model}");
     }
     assert_eq!(sim.count(|a| matches!(a, Action::Preflight { .. })), 0);

@@ -158,6 +158,28 @@ impl Sim {
         ask
     }
 
+    pub fn sleep(&mut self, model: &str) -> AskId {
+        let ask = AskId(self.next());
+        self.send(Event::SleepAsked { ask, model: model.into() });
+        ask
+    }
+
+    pub fn extend(&mut self, model: &str, by: Option<Duration>) -> AskId {
+        let ask = AskId(self.next());
+        self.send(Event::ExtendAsked { ask, model: model.into(), by });
+        ask
+    }
+
+    pub fn pin(&mut self, model: &str, pinned: bool) -> AskId {
+        let ask = AskId(self.next());
+        self.send(Event::PinAsked { ask, model: model.into(), pinned });
+        ask
+    }
+
+    pub fn keep(&mut self, model: &str, kept: bool) {
+        self.send(Event::KeepChanged { model: model.into(), kept });
+    }
+
     /// The request's response ended.
     pub fn finish(&mut self, request: RequestId) {
         let instance = self.granted.remove(&request).expect("it holds a lease");
@@ -299,6 +321,7 @@ impl Sim {
             | Action::UnwatchMemory { .. }
             | Action::Record(_)
             | Action::Remember { .. }
+            | Action::TtlExtended { .. }
             | Action::Notice { .. } => {}
         }
     }

@@ -44,6 +44,10 @@ impl Checker {
             }
             Action::Answer { ask, answer } => self.answer(now, *ask, answer, machine),
             Action::Record(record) => self.record(now, record),
+            Action::TtlExtended { model, until } => {
+                let ready = until.is_none() || self.ready(model).is_some();
+                self.require(ready, || format!("{model} is extended, which is not ready"));
+            }
             Action::Remember { model, learned } => {
                 let sane = learned.footprint.is_none_or(|bytes| bytes < Bytes::gib(1000));
                 self.require(sane, || format!("learned nonsense of {model}: {learned:?}"));

@@ -59,6 +59,11 @@ pub struct Known {
     pub profiling: bool,
     /// Told leases in flight.
     pub in_flight: u32,
+    /// When a lease was taken or ended last, and when it became ready; milliseconds.
+    pub last_used: u64,
+    pub ready_at: u64,
+    /// Its ttl does not end before this.
+    pub extended: u64,
 }
 
 impl Known {
@@ -86,6 +91,9 @@ impl Known {
             lost: false,
             profiling: false,
             in_flight: 0,
+            last_used: 0,
+            ready_at: 0,
+            extended: 0,
         }
     }
 }
@@ -93,6 +101,7 @@ impl Known {
 impl Checker {
     pub(super) fn adopted(
         &mut self,
+        now: u64,
         instance: InstanceId,
         model: &ModelName,
         gpus: &[GpuId],
@@ -105,6 +114,7 @@ impl Checker {
             preflight: true,
             fetched: true,
             launched: true,
+            ready_at: now,
             ..Known::new(model, spec, gpus)
         };
         self.insts.insert(instance, known);

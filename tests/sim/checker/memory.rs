@@ -80,10 +80,8 @@ impl Checker {
     /// An instance of unknown size has its GPUs to itself, but for pinned ones (and for what the
     /// dead have not given back: samples show that).
     fn is_alone(&mut self, instance: InstanceId, gpus: &[GpuId], machine: &Machine) {
-        let pinned = |id: &InstanceId| {
-            let model = &self.insts[id].model;
-            self.catalog.model(model).is_some_and(|spec| spec.pinned)
-        };
+        let me = self.insts[&instance].model.clone();
+        let pinned = |id: &InstanceId| self.stays_beside(&self.insts[id].model, &me);
         let gamble = self.live.iter().any(|id| {
             *id != instance && pinned(id) && self.insts[id].gpus.iter().any(|g| gpus.contains(g))
         });
@@ -94,8 +92,10 @@ impl Checker {
             let beside = machine.on(gpu).find(|(id, inst)| {
                 let told = self.insts.get(id).map_or(Told::Gone, |known| known.told);
                 let there = !matches!(inst.real, Real::Gone | Real::Preparing);
-                let pinned = self.catalog.model(&inst.model).is_some_and(|spec| spec.pinned);
-                **id != instance && !pinned && there && told != Told::Preparing
+                **id != instance
+                    && !self.stays_beside(&inst.model, &me)
+                    && there
+                    && told != Told::Preparing
             });
             let beside = beside.map(|(id, _)| *id);
             self.require(beside.is_none(), || {

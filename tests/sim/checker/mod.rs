@@ -3,6 +3,7 @@
 
 mod actions;
 mod asks;
+mod groups;
 mod host;
 mod known;
 mod memory;
@@ -10,6 +11,7 @@ mod moves;
 mod queue;
 mod refusals;
 mod rest;
+mod stay;
 mod swaps;
 mod waits;
 
@@ -22,7 +24,7 @@ use wharf::scheduler::record::SwapRecord;
 use wharf::units::{AskId, Bytes, InstanceId, ModelName, RequestId, SwapId};
 
 use crate::scenario::Scenario;
-use asks::Asked;
+use asks::{Asked, Wish};
 use known::{Known, Move, Told};
 use queue::Waiting;
 
@@ -51,6 +53,10 @@ pub struct Checker {
     /// Models to be unloaded by force: until they are gone, their leases may be cancelled.
     forced: BTreeSet<ModelName>,
     failed_models: BTreeSet<ModelName>,
+    /// Operators' pins; `None`: forgotten, or not.
+    pins: BTreeMap<ModelName, Option<bool>>,
+    /// Models whose keep window is open.
+    kept: BTreeSet<ModelName>,
     /// Strangers' bytes in the newest sample that was told, per GPU.
     foreign_seen: Vec<Bytes>,
     sampled_at: u64,
@@ -100,6 +106,8 @@ impl Checker {
             watches: BTreeSet::new(),
             forced: BTreeSet::new(),
             failed_models: BTreeSet::new(),
+            pins: BTreeMap::new(),
+            kept: BTreeSet::new(),
             foreign_seen: scenario.gpus.iter().map(crate::machine::Gpu::foreign_bytes).collect(),
             sampled_at: 0,
             host_seen: None,
@@ -135,24 +143,53 @@ impl Checker {
             Event::GateSeen { instance, gate } => {
                 if let Some(known) = self.insts.get_mut(instance) {
                     known.in_flight = gate.in_flight;
+                    known.last_used = gate.last_used.0;
                 }
             }
             Event::EnsureAsked { ask, model, kind, deadline } => {
                 let deadline = deadline.0.max(now);
-                self.asked(*ask, model, Some(*kind), deadline);
+                self.asked(*ask, model, Wish::Ready(*kind), deadline);
             }
             Event::UnloadAsked { ask, model, force } => {
-                self.asked(*ask, model, None, u64::MAX);
+                self.asked(*ask, model, Wish::Gone, u64::MAX);
                 if *force {
                     self.forced.insert(model.clone());
                 }
             }
+            Event::SleepAsked { ask, model } => {
+                self.asked(*ask, model, Wish::Asleep, u64::MAX);
+            }
+            Event::ExtendAsked { ask, model, .. } => {
+                self.asked(*ask, model, Wish::Extended, u64::MAX);
+            }
+            Event::PinAsked { ask, model, pinned } => {
+                self.asked(*ask, model, Wish::Pinned(*pinned), u64::MAX);
+                if self.catalog.model(model).is_some() {
+                    self.pin(model, *pinned);
+                }
+            }
+            Event::KeepChanged { model, kept: true } if self.catalog.model(model).is_some() => {
+                self.kept.insert(model.clone());
+            }
+            Event::KeepChanged { model, .. } => {
+                self.kept.remove(model);
+            }
+            Event::TtlUntil { .. } => {}
             Event::AskGone { ask } => {
                 if let Some(asked) = self.asks.get_mut(ask) {
                     asked.gone = true;
                 }
             }
-            Event::MoveDone { swap, instance, done } => self.move_done(*swap, *instance, done),
+            Event::MoveDone { swap, instance, done } => {
+                let told = |checker: &Self| checker.insts.get(instance).map(|known| known.told);
+                let before = told(self);
+                self.move_done(*swap, *instance, done);
+                let came_up = before != told(self) && told(self) == Some(Told::Ready);
+                let up = self.insts.get_mut(instance).filter(|_| came_up);
+                if let Some(known) = up {
+                    known.ready_at = now;
+                }
+            }
             Event::Vouching { instance, .. } => {
                 if let Some(known) = self.insts.get_mut(instance) {
                     known.profiling = false;
@@ -164,11 +201,12 @@ impl Checker {
                 self.told_dead(*instance);
             }
             Event::Adopted { instance, model, gpus, footprint } => {
-                self.adopted(*instance, model, gpus, *footprint);
+                self.adopted(now, *instance, model, gpus, *footprint);
             }
             Event::Stray { .. } => {}
             Event::CatalogChanged(catalog) => {
                 self.catalog = Arc::clone(catalog);
+                self.forget_removed();
                 self.queue_changed = true;
                 for known in self.insts.values_mut() {
                     let spec = catalog.model(&known.model);
@@ -196,7 +234,7 @@ impl Checker {
                 dead.iter().for_each(|&instance| self.told_dead(instance));
             }
             Event::ShuttingDown => (self.shutting_down, self.queue_changed) = (true, true),
-            Event::Remembered { .. } | Event::Woke => {}
+            Event::Remembered { .. } | Event::CompanyAsked { .. } | Event::Woke => {}
         }
     }
 

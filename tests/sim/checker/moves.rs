@@ -99,6 +99,7 @@ impl Checker {
         self.require(ready, || format!("{instance} starts without preflight and fetch"));
         self.begin_move(Move::Start, swap, instance);
         self.start_is_wanted(instance, model);
+        self.starts_apart(instance);
         self.start_fits(instance, gpus, footprint, machine);
         self.start_fits_host(instance);
         self.live.insert(instance);
@@ -168,6 +169,7 @@ impl Checker {
         let gpus = known.gpus.clone();
         self.require(fine, || format!("{instance} is woken, but does not sleep"));
         self.begin_move(Move::Wake, swap, instance);
+        self.starts_apart(instance);
         self.wake_fits(instance, &gpus, machine);
     }
 

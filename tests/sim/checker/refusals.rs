@@ -60,6 +60,7 @@ impl Checker {
                 !known.open || known.in_flight >= known.spec.concurrency.unwrap_or(u32::MAX)
             }),
             Refusal::CannotFit { .. } => self.may_never_fit(spec.as_deref()),
+            Refusal::KeptApart { .. } => self.may_be_kept_apart(model),
             Refusal::StartFailed { retry_at, .. } => {
                 self.failed_models.contains(model) && *retry_at >= Time(now)
             }
@@ -80,8 +81,9 @@ impl Checker {
 
     fn may_never_fit(&self, spec: Option<&ModelSpec>) -> bool {
         let Some(spec) = spec else { return false };
-        let pinned = self.catalog.models.values().any(|other| other.pinned);
-        pinned || fits(&self.catalog, &self.gpus, self.host_total(), spec) != Some(true)
+        let pinned = self.catalog.models.keys().any(|other| self.may_be_pinned(other));
+        let stays = self.catalog.groups.values().any(|group| group.persistent);
+        pinned || stays || fits(&self.catalog, &self.gpus, self.host_total(), spec) != Some(true)
     }
 }
 
@@ -92,6 +94,7 @@ fn refusal_name(refusal: &Refusal) -> &'static str {
         Refusal::QueueFull { .. } => "queue_full",
         Refusal::QueueTimeout { .. } => "queue_timeout",
         Refusal::CannotFit { .. } => "cannot_fit",
+        Refusal::KeptApart { .. } => "kept_apart",
         Refusal::StartFailed { .. } => "start_failed",
         Refusal::VramNeverFreed { .. } => "vram_never_freed",
         Refusal::NoVramProof { .. } => "no_vram_proof",

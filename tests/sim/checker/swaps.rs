@@ -14,10 +14,20 @@ impl Checker {
             return self.fail(format!("{id} is recorded after its end"));
         }
         self.well_formed(now, record);
-        if let Some(before) = self.swaps.get(&id).cloned() {
-            self.follows(&before, record);
+        let before = self.swaps.get(&id).cloned();
+        let listed = before.as_ref().map(|before| before.evicted.as_slice()).unwrap_or_default();
+        let newly: Vec<InstanceId> = record
+            .evicted
+            .iter()
+            .filter(|evicted| !listed.iter().any(|old| old.instance == evicted.instance))
+            .map(|evicted| evicted.instance)
+            .collect();
+        match &before {
+            Some(before) => self.follows(before, record),
+            None => self.ttl_was_over(now, record),
         }
-        self.evictions(record);
+        self.evictions(record, &newly);
+        self.preload_is_modest(record, &newly);
         let leaves = (record.kind == SwapKind::Unload).then_some(record.instance).flatten();
         let victims = record.evicted.iter().map(|evicted| evicted.instance);
         for leaver in victims.chain(leaves).collect::<Vec<_>>() {
@@ -63,18 +73,20 @@ impl Checker {
         self.require(same, || format!("{id} rewrites its past: {before:?} then {record:?}"));
     }
 
-    fn evictions(&mut self, record: &SwapRecord) {
+    /// `newly`: who was not listed before. A pin does not reach those who left already.
+    fn evictions(&mut self, record: &SwapRecord, newly: &[InstanceId]) {
         let shy = matches!(record.cause, SwapCause::Warmup | SwapCause::Restore);
         let free_of_victims = record.evicted.is_empty() || !shy;
         self.require(free_of_victims, || {
             format!("{} is a {:?} but evicts {:?}", record.id, record.cause, record.evicted)
         });
+        self.groups_are_kept(record);
         for evicted in &record.evicted {
             let changed = self.insts.get(&evicted.instance).is_none_or(|known| {
                 self.catalog.model(&known.model).is_none_or(|spec| *spec != known.spec)
             });
             let pinned =
-                self.catalog.model(&evicted.model).is_some_and(|spec| spec.pinned && !changed);
+                newly.contains(&evicted.instance) && !changed && self.is_pinned(&evicted.model);
             self.require(!pinned, || {
                 format!("{} evicts {}, which is pinned", record.id, evicted.model)
             });

@@ -82,6 +82,10 @@ pub fn residency(name: &str, residency: ResidencyView, instance: Option<u64>) ->
         oldest: None,
         ready_in: None,
         waiting_for: String::new(),
+        pinned: false,
+        kept: false,
+        ttl_runs: name == MISTRAL,
+        ttl_until: None,
     }
 }
 

@@ -1,179 +1,8 @@
-//! The shapes of answers and bodies: the fields that clients may rely on. More may come beside them.
+//! Health, status, ledger, machine; llama-swap's answers.
 
-use serde_json::{Map, Value, json};
+use super::Named;
 
-use super::models::timeout;
-use super::op::{Fields, object};
-
-const RESIDENCY: &str = "stopped|starting|ready|draining|stopping|falling_asleep|sleeping|waking|failed|lost";
-const POOL_STATE: &str = "COLD|WARMING|HOT|COOLING|UNLOADING";
-
-type Named = (&'static str, &'static Fields);
-
-pub fn all() -> Map<String, Value> {
-    let named = [COMMON, MODELS, STATE, LLAMA_SWAP, INFERENCE].concat();
-    let mut all: Map<String, Value> =
-        named.into_iter().map(|(name, fields)| (name.to_owned(), object(fields))).collect();
-    for body in ["EnsureBody", "WaitBody"] {
-        all[body]["properties"]["timeout"] = timeout();
-    }
-    for (schema, field, words) in [
-        ("Model", "residency", RESIDENCY),
-        ("ModelHealth", "status", RESIDENCY),
-        ("Model", "state", POOL_STATE),
-        ("ModelHealth", "state", POOL_STATE),
-    ] {
-        all[schema]["properties"][field]["enum"] = words.split('|').collect();
-    }
-    all.insert("Metrics".to_owned(), object(&[("metrics", "[#ModelMetrics]", "")]));
-    all.insert("Done".to_owned(), object(&[("msg", "string", "")]));
-    all["Done"]["properties"]["msg"] = json!({ "const": "ok" });
-    all
-}
-
-const COMMON: &[Named] = &[
-    (
-        "Error",
-        &[
-            ("error", "#ErrorBody", ""),
-            ("model?", "string", "the model it is about"),
-            ("swap_id?", "string", "the swap that failed: GET /swaps/{id}"),
-            ("cause?", "#Cause", "why, where something failed"),
-        ],
-    ),
-    (
-        "ErrorBody",
-        &[
-            ("message", "string", "names the thing and the fix"),
-            (
-                "type",
-                "authentication_error|permission_error|rate_limit_error|invalid_request_error|server_error",
-                "",
-            ),
-            ("param", "string?", "which part of the request"),
-            ("code", "string", "stable: for programs"),
-        ],
-    ),
-    (
-        "Cause",
-        &[
-            ("message", "string", ""),
-            ("kind?", "string", "stable: for programs"),
-            ("log?", "[string]", "the engine's last lines, for keys with `read` or `admin`"),
-        ],
-    ),
-    ("Fault", &[("cause", "string", "stable: for programs"), ("message", "string", "")]),
-];
-
-const MODELS: &[Named] = &[
-    ("EnsureBody", &[("model", "name", ""), ("timeout?", "any", ""), ("wait?", "boolean?", WAIT)]),
-    ("WaitBody", &[("timeout?", "any", ""), ("wait?", "boolean?", WAIT)]),
-    ("UnloadBody", &[("force?", "boolean", "cut what is in flight")]),
-    (
-        "Ready",
-        &[
-            ("status", "string", "`ready`, or `success` for load"),
-            ("model", "string", "its configured name"),
-            ("state", "string", ""),
-            ("swapped", "boolean", "false: it was ready already"),
-            ("from", "string?", "who gave way first"),
-            ("evicted", "[#Evicted]", ""),
-            ("swap_id", "string?", ""),
-            ("seconds", "number", "of the swap"),
-            ("phases", "{number}", "seconds"),
-            ("waited_seconds", "number", "of this call"),
-            ("message?", "string", ""),
-        ],
-    ),
-    ("Evicted", &[("model", "string", ""), ("instance", "string", ""), ("why", "string", "")]),
-    (
-        "Accepted",
-        &[
-            ("status", "string", ""),
-            ("model", "string", ""),
-            ("state", "string", ""),
-            ("swap_id", "string?", "none while it is queued"),
-            ("message", "string", ""),
-        ],
-    ),
-    (
-        "Unloaded",
-        &[
-            ("status", "string", ""),
-            ("model", "string", ""),
-            ("message", "string", ""),
-            ("was_loaded", "boolean", ""),
-        ],
-    ),
-    ("Models", &[("models", "[#Model]", "")]),
-    (
-        "Model",
-        &[
-            ("name", "string", "swapper"),
-            ("ollama_name", "string", "swapper: what the engine calls it"),
-            ("type", "string", "swapper"),
-            ("size_gb", "number?", "swapper"),
-            ("priority", "low|normal|high", "swapper"),
-            ("status", "loaded|unloaded", "swapper"),
-            ("loaded_at", "time?", "swapper"),
-            ("unloaded_at", "time?", "swapper"),
-            ("total_uptime_seconds", "number", "swapper"),
-            ("model_id", "string", "pool manager"),
-            ("display_name", "string", "pool manager"),
-            ("model_type", "string", "pool manager"),
-            ("port", "integer", "pool manager"),
-            ("state", "string", "pool manager"),
-            ("ttl_remaining_minutes", "number", "pool manager; 0: no ttl runs"),
-            ("warmup", "boolean", "pool manager"),
-            ("endpoint", "string", "pool manager: where clients reach it"),
-            ("tags", "[string]", "pool manager"),
-            ("aliases", "[string]", ""),
-            ("description", "string?", ""),
-            ("engine", "string", ""),
-            ("engine_endpoint", "string?", ""),
-            ("runtime", "string", ""),
-            ("pinned", "boolean", ""),
-            ("unlisted", "boolean", ""),
-            ("registered", "boolean", "by POST /models/register, and not by the file"),
-            ("concurrency", "integer?", ""),
-            ("ttl_seconds", "number?", ""),
-            ("gpus_wanted", "any", "how many, or which"),
-            ("request_count", "integer", ""),
-            ("in_flight", "integer", ""),
-            ("starts", "integer", ""),
-            ("restarts", "integer", ""),
-            ("last_fault", "#Fault?", ""),
-            ("residency", "string", "where it is, in Wharf's words"),
-            ("since", "time?", ""),
-            ("instance", "string?", ""),
-            ("gpus", "[integer]?", ""),
-            ("vram_bytes_per_gpu", "integer?", ""),
-            ("queued", "integer", ""),
-            ("ready_in_seconds", "number?", ""),
-            ("waiting_for", "string?", ""),
-            ("swap_id", "string?", ""),
-        ],
-    ),
-    (
-        "ModelHealth",
-        &[
-            ("model", "string", ""),
-            ("status", "string", ""),
-            ("state", "string", ""),
-            ("uptime_seconds", "number", ""),
-            ("requests_served", "integer", ""),
-            ("port", "integer", ""),
-            ("in_flight", "integer", ""),
-            ("queued", "integer", ""),
-            ("ttl_remaining_minutes", "number", ""),
-            ("last_fault", "#Fault?", ""),
-        ],
-    ),
-];
-
-const WAIT: &str = "false: 202 at once";
-
-const STATE: &[Named] = &[
+pub const STATE: &[Named] = &[
     (
         "Health",
         &[
@@ -210,6 +39,7 @@ const STATE: &[Named] = &[
             ("last_swap", "#Swap?", "orchestrator"),
             ("models", "{#ModelStatus}", "by name"),
             ("swaps", "[#Swap]", "under way"),
+            ("preload", "#Preload", ""),
             ("no_proof", "string?", "why GPU memory cannot be read"),
             ("leftovers", "[object]", "instances of an earlier run that do not go"),
             ("time", "time", ""),
@@ -344,7 +174,7 @@ const STATE: &[Named] = &[
     ),
 ];
 
-const LLAMA_SWAP: &[Named] = &[
+pub const LLAMA_SWAP: &[Named] = &[
     ("Running", &[("running", "[#RunningModel]", "")]),
     (
         "RunningModel",
@@ -386,7 +216,10 @@ const LLAMA_SWAP: &[Named] = &[
         "Performance",
         &[("enabled", "boolean", ""), ("sys_stats", "[object]", ""), ("gpu_stats", "[object]", "")],
     ),
-    ("Version", &[("version", "string", ""), ("commit", "string", ""), ("build_date", "string", "")]),
+    (
+        "Version",
+        &[("version", "string", ""), ("commit", "string", ""), ("build_date", "string", "")],
+    ),
     ("InFlight", &[("total", "integer", ""), ("requests", "[#Request]", "")]),
     (
         "Request",
@@ -418,55 +251,6 @@ const LLAMA_SWAP: &[Named] = &[
             ("resp_headers", "{string}", "redacted"),
             ("resp_body", "string", "base64"),
             ("resp_bytes", "integer", "before it was cut"),
-        ],
-    ),
-];
-
-const INFERENCE: &[Named] = &[
-    (
-        "InferenceBody",
-        &[
-            ("model", "name", "all other fields are the engine's"),
-            ("stream?", "boolean?", ""),
-            ("messages?", "any", ""),
-            ("prompt?", "any", ""),
-            ("input?", "any", ""),
-        ],
-    ),
-    ("ModelList", &[("object", "string", "`list`"), ("data", "[#ListedModel]", "")]),
-    (
-        "ListedModel",
-        &[
-            ("id", "string", ""),
-            ("object", "string", "`model`"),
-            ("created", "integer", ""),
-            ("owned_by", "string", ""),
-            ("meta", "#ModelMeta", ""),
-        ],
-    ),
-    (
-        "ModelMeta",
-        &[
-            ("model", "string", "its configured name"),
-            ("state", "string", ""),
-            ("type", "string", ""),
-            ("tags", "[string]", ""),
-            ("engine", "string", ""),
-            ("aliases", "[string]", ""),
-            ("name", "string?", ""),
-            ("description", "string?", ""),
-            ("metadata", "any", ""),
-            ("context_length", "integer?", ""),
-        ],
-    ),
-    ("Upstreams", &[("object", "string", "`list`"), ("data", "[#Upstream]", "")]),
-    (
-        "Upstream",
-        &[
-            ("id", "string", ""),
-            ("engine", "string", ""),
-            ("state", "string", ""),
-            ("url", "string", "below the gateway"),
         ],
     ),
 ];

@@ -1,0 +1,269 @@
+//! The addresses on which Wharf listens, and changing them while it serves.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use arc_swap::ArcSwap;
+use axum::Router;
+use axum::extract::Request;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tower::{ServiceExt, service_fn};
+
+use crate::config::catalog::Settings;
+use crate::gateway;
+use crate::orchestrator::Handle;
+use crate::runtime::process::ProcessRuntime;
+
+/// How long a taken listener port is retried (a predecessor may just be leaving).
+const BIND_WITHIN: Duration = Duration::from_secs(3);
+/// Control answers are short; inference streams get `drain_timeout`.
+const CONTROL_GRACE: Duration = Duration::from_secs(2);
+
+/// What is served where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Gateway,
+    Orchestrator,
+    /// One address for both: the orchestrator's routes win, the rest is inference.
+    Both,
+}
+
+impl Role {
+    const fn key(self) -> &'static str {
+        match self {
+            Role::Gateway => "listen.gateway",
+            Role::Orchestrator | Role::Both => "listen.orchestrator",
+        }
+    }
+}
+
+fn wanted(settings: &Settings) -> BTreeMap<SocketAddr, Role> {
+    if settings.gateway == settings.orchestrator {
+        return BTreeMap::from([(settings.gateway, Role::Both)]);
+    }
+    BTreeMap::from([(settings.gateway, Role::Gateway), (settings.orchestrator, Role::Orchestrator)])
+}
+
+/// Routers of the roles.
+#[derive(Clone, Debug)]
+pub struct Routers {
+    pub control: Router,
+    pub inference: Router,
+}
+
+impl Routers {
+    fn of(&self, role: Role) -> Router {
+        match role {
+            Role::Gateway => self.inference.clone(),
+            Role::Orchestrator => self.control.clone(),
+            Role::Both => self.control.clone().fallback_service(self.inference.clone()),
+        }
+    }
+}
+
+/// Addresses that are bound and not served yet.
+#[derive(Debug)]
+pub struct Bound(Vec<(SocketAddr, TcpListener)>);
+
+impl Bound {
+    /// Before anything is started: a taken port must cost nothing.
+    ///
+    /// # Errors
+    /// A port is taken: the message names by whom.
+    pub async fn all(settings: &Settings) -> anyhow::Result<Bound> {
+        let mut bound = Vec::new();
+        for (address, role) in wanted(settings) {
+            bound.push((address, bind(role.key(), address).await?));
+        }
+        Ok(Bound(bound))
+    }
+}
+
+#[derive(Debug)]
+struct Open {
+    role: Role,
+    /// What is served there now: an address that stays may get another role.
+    router: Arc<ArcSwap<Router>>,
+    stop: CancellationToken,
+}
+
+#[derive(Debug)]
+pub struct Listeners {
+    routers: Routers,
+    handle: Handle,
+    open: BTreeMap<SocketAddr, Open>,
+    serving: JoinSet<()>,
+    stop: CancellationToken,
+    hurry: CancellationToken,
+}
+
+impl Listeners {
+    /// `stop` ends them all; `hurry` ends their grace.
+    pub fn new(
+        routers: Routers,
+        handle: Handle,
+        stop: CancellationToken,
+        hurry: CancellationToken,
+    ) -> Listeners {
+        let (open, serving) = (BTreeMap::new(), JoinSet::new());
+        Listeners { routers, handle, open, serving, stop, hurry }
+    }
+
+    /// Binds what `settings` add. Nothing that is served changes before [`Listeners::follow`].
+    ///
+    /// # Errors
+    /// A port is taken: the message names by whom.
+    pub async fn prepare(&mut self, settings: &Settings) -> anyhow::Result<Bound> {
+        let wanted = wanted(settings);
+        let mut bound = Vec::new();
+        for (address, role) in &wanted {
+            if self.open.contains_key(address) {
+                continue;
+            }
+            // `0.0.0.0:80` and `127.0.0.1:80` exclude each other: the old one has to go first.
+            let same_port = |old: &SocketAddr| old.port() == address.port() && old.port() != 0;
+            let in_the_way: Vec<SocketAddr> = self
+                .open
+                .keys()
+                .filter(|old| !wanted.contains_key(old))
+                .copied()
+                .filter(same_port)
+                .collect();
+            for old in &in_the_way {
+                self.close(old);
+            }
+            match bind(role.key(), *address).await {
+                Ok(listener) => bound.push((*address, listener)),
+                Err(error) => {
+                    drop(bound);
+                    self.reopen(&in_the_way).await;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(Bound(bound))
+    }
+
+    async fn reopen(&mut self, addresses: &[SocketAddr]) {
+        for address in addresses {
+            let role = self.handle.catalog();
+            let role = self::wanted(&role.settings).get(address).copied();
+            match (role, bind("listen", *address).await) {
+                (Some(role), Ok(listener)) => self.serve(*address, role, listener),
+                (_, Err(error)) => tracing::error!("{error:#}"),
+                (None, Ok(_)) => {}
+            }
+        }
+    }
+
+    /// Serves what was bound, gives what stays its role, and drains the rest.
+    pub fn follow(&mut self, settings: &Settings, Bound(bound): Bound) {
+        let wanted = wanted(settings);
+        for (address, listener) in bound {
+            if let Some(role) = wanted.get(&address) {
+                self.serve(address, *role, listener);
+            }
+        }
+        let gone: Vec<SocketAddr> =
+            self.open.keys().filter(|address| !wanted.contains_key(address)).copied().collect();
+        for address in gone {
+            self.close(&address);
+        }
+        for (address, role) in wanted {
+            if let Some(open) = self.open.get_mut(&address).filter(|open| open.role != role) {
+                open.role = role;
+                open.router.store(Arc::new(self.routers.of(role)));
+            }
+        }
+        while self.serving.try_join_next().is_some() {}
+    }
+
+    fn serve(&mut self, address: SocketAddr, role: Role, listener: TcpListener) {
+        let router = Arc::new(ArcSwap::from_pointee(self.routers.of(role)));
+        let stop = self.stop.child_token();
+        let current = Arc::clone(&router);
+        let dispatch = Router::new().fallback_service(service_fn(move |request: Request| {
+            Router::clone(&current.load()).oneshot(request)
+        }));
+        self.spawn(listener, dispatch, stop.clone(), role != Role::Orchestrator);
+        self.open.insert(address, Open { role, router, stop });
+    }
+
+    /// Serves a listener until `stop`, then lets its requests end.
+    pub fn spawn(
+        &mut self,
+        listener: TcpListener,
+        router: Router,
+        stop: CancellationToken,
+        inference: bool,
+    ) {
+        let (handle, ending) = (self.handle.clone(), self.stop.clone());
+        let grace = move || {
+            let swap = handle.catalog().settings.swap.clone();
+            match (inference, ending.is_cancelled()) {
+                (true, true) => swap.drain_timeout.min(swap.shutdown_timeout),
+                (true, false) => swap.drain_timeout,
+                (false, _) => CONTROL_GRACE,
+            }
+        };
+        let hurry = self.hurry.clone();
+        self.serving.spawn(gateway::serve_until(listener, router, stop, grace, hurry));
+    }
+
+    pub fn child_token(&self) -> CancellationToken {
+        self.stop.child_token()
+    }
+
+    fn close(&mut self, address: &SocketAddr) {
+        if let Some(open) = self.open.remove(address) {
+            tracing::info!("no longer listening on {address}; what is under way there ends");
+            open.stop.cancel();
+        }
+    }
+
+    /// After `stop`: until every request has ended, or was cut.
+    pub async fn ended(mut self) {
+        while self.serving.join_next().await.is_some() {}
+    }
+}
+
+async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let until = tokio::time::Instant::now() + BIND_WITHIN;
+    let mut told = false;
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(listener),
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                if tokio::time::Instant::now() >= until {
+                    bail!(
+                        "{key}: {address} is taken by {}; stop it or choose another port",
+                        occupant(address.port()).await
+                    );
+                }
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(
+                        "{key}: {address} is taken by {}; trying again for {} s",
+                        occupant(address.port()).await,
+                        BIND_WITHIN.as_secs()
+                    );
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("{key}: cannot listen on {address}"));
+            }
+        }
+    }
+}
+
+/// Who listens on a port.
+pub async fn occupant(port: u16) -> String {
+    let listeners = ProcessRuntime::default().listeners(port).await;
+    let unseen = || "a process that this user cannot see".to_owned();
+    listeners.first().map_or_else(unseen, ToString::to_string)
+}

@@ -1,0 +1,123 @@
+//! A dry run: what a request for a model would bring about now. It is the scheduler itself that
+//! says so, on a copy to which the request is shown.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::Scheduler;
+use super::action::{Action, Refusal};
+use super::event::{EnsureKind, Event, Request};
+use super::record::SwapCause;
+use crate::units::{AskId, Bytes, GpuId, ModelName, RequestId, Time};
+
+/// Ids that no caller of this run has.
+const REQUEST: RequestId = RequestId(u64::MAX);
+const ASK: AskId = AskId(u64::MAX);
+
+/// What would happen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Forecast {
+    pub verdict: Verdict,
+    /// Where it is, or would be.
+    pub gpus: Vec<GpuId>,
+    /// Bytes that it takes on each of them, as far as known.
+    pub footprint: Option<Bytes>,
+    pub evicts: Vec<Evicted>,
+    /// What it would wait for first, in words; empty: for nothing.
+    pub waits_for: String,
+    /// Until it is ready, as learned moves estimate it.
+    pub ready_in: Option<Duration>,
+    /// The decision in the scheduler's words.
+    pub decision: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// It is ready and has a place.
+    Ready,
+    /// A swap would begin, or has begun.
+    Begins,
+    /// It would wait, in time be loaded, and `evicts` is who gives way then.
+    Waits,
+    Refused(Refusal),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evicted {
+    pub model: ModelName,
+    pub why: String,
+    /// It goes to sleep instead of being stopped.
+    pub sleeps: bool,
+    /// It is busy and would get notice.
+    pub busy: bool,
+}
+
+impl Scheduler {
+    /// `None`: the model is not configured. Changes nothing.
+    pub fn forecast(&self, now: Time, model: &ModelName) -> Option<Forecast> {
+        let spec = self.catalog.model(model)?;
+        let request = Request {
+            id: REQUEST,
+            model: model.clone(),
+            priority: spec.priority,
+            max_wait: None,
+            may_hurry: false,
+            never_start: false,
+            attempt: 1,
+            arrived: now,
+        };
+        let mut copy = self.clone();
+        let mut actions = Vec::new();
+        copy.handle(now, Event::RequestArrived(request), &mut actions);
+        let refused = actions.iter().find_map(|action| {
+            let Action::Refuse { request: REQUEST, refusal } = action else { return None };
+            Some(refusal.clone())
+        });
+        let granted = |action: &Action| matches!(action, Action::Grant { request: REQUEST, .. });
+        if let Some(refusal) = refused {
+            return Some(copy.forecast_of(model, Verdict::Refused(refusal)));
+        }
+        if actions.iter().any(granted) {
+            return Some(copy.forecast_of(model, Verdict::Ready));
+        }
+        let has_room = |s: &Scheduler| s.load_of(model).is_some_and(|swap| swap.planned);
+        if has_room(&copy) {
+            return Some(copy.forecast_of(model, Verdict::Begins));
+        }
+        let waits_for = copy.waiting_for(model);
+        // Who gives way once it may press: as for a caller of load.
+        let (kind, deadline) = (EnsureKind::Load, now + Duration::from_secs(3600));
+        let mut pressed = copy.clone();
+        let ask = Event::EnsureAsked { ask: ASK, model: model.clone(), kind, deadline };
+        pressed.handle(now, ask, &mut Vec::new());
+        let by = if has_room(&pressed) { &pressed } else { &copy };
+        Some(Forecast { waits_for, ..by.forecast_of(model, Verdict::Waits) })
+    }
+
+    fn forecast_of(&self, model: &ModelName, verdict: Verdict) -> Forecast {
+        let view = self.model_view(model);
+        let swap = self.load_of(model).filter(|s| s.cause != SwapCause::Unload && s.planned);
+        let evicts = swap.map(|swap| {
+            let victims = swap.victims.iter();
+            let evicted = victims.filter_map(|victim| {
+                let model = self.instances.get(&victim.instance)?.model.clone();
+                let (why, sleeps, busy) = (victim.why.clone(), victim.asleep, victim.busy);
+                Some(Evicted { model, why, sleeps, busy })
+            });
+            evicted.collect()
+        });
+        let gpus = swap.map_or(view.gpus, |swap| {
+            swap.gpus.iter().copied().filter(|&gpu| gpu != super::memory::UNSEEN).collect()
+        });
+        Forecast {
+            verdict,
+            gpus,
+            footprint: view.footprint,
+            evicts: evicts.unwrap_or_default(),
+            waits_for: String::new(),
+            ready_in: view.ready_in,
+            decision: swap.map(|swap| swap.decision.clone()).unwrap_or_default(),
+        }
+    }
+}
