@@ -6,7 +6,7 @@ mod support;
 use std::collections::BTreeMap;
 
 use http::Method;
-use http_body_util::{BodyExt, Full};
+use http_body_util::Full;
 use hyper::Request;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -113,7 +113,7 @@ fn keys() -> String {
         format!("    - {{ name: {name}, key: {key}, models: [\"*\"], scopes: [{scopes}] }}\n")
     };
     format!(
-        "gpu: {{ provider: none }}\nswap: {{ mode: multi-active }}\nauth:\n  keys:\n{}{}{}{}",
+        "gpu: {{ provider: none }}\nswap: {{ mode: single-active }}\nauth:\n  keys:\n{}{}{}{}",
         key("infers", INFERENCE, "inference"),
         key("reads", READ, "read"),
         key("administers", ADMIN, "admin"),
@@ -224,7 +224,7 @@ async fn an_engines_development_paths_are_for_admins_and_for_no_one_where_there_
     world.stop().await;
 
     let world =
-        serve("gpu: { provider: none }\nswap: { mode: multi-active }", &models(), &[]).await;
+        serve("gpu: { provider: none }\nswap: { mode: single-active }", &models(), &[]).await;
     for (method, path, class) in ENGINE_PATHS {
         let url = format!("{}/upstream/ada{path}", world.server.talk.gateway);
         for key in [None, Some(ADMIN)] {

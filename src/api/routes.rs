@@ -6,7 +6,7 @@ use axum::middleware::from_fn_with_state;
 
 use super::endpoint::{self, Route, Row, delete, get, patch, post};
 use super::extract::BODY_BYTES_MAX;
-use super::guard::{Guard, Needs, guard};
+use super::guard::{self, Needs};
 use super::{
     Api, change, config, error, events, llama_swap, logs, openapi, plan, read, register, traffic,
 };
@@ -98,9 +98,7 @@ pub fn on_gateway(api: Api) -> Router {
 fn guarded(table: Vec<Row<Api>>, api: Api) -> Router {
     let mut router = Router::new();
     for (path, needs, endpoint) in table {
-        let guarded = Guard { handle: api.handle.clone(), needs };
-        let handler = endpoint.handler.route_layer(from_fn_with_state(guarded, guard));
-        router = router.route(path, handler);
+        router = router.route(path, guard::guarded(endpoint, needs, &api.handle));
     }
     router
         .method_not_allowed_fallback(error::method_not_allowed)

@@ -12,7 +12,7 @@ use super::reject::Reject;
 use super::{Gateway, browser, infer, pages, pass};
 use crate::api;
 use crate::api::endpoint::{self, Route, Row, any, get, post};
-use crate::api::guard::{Guard, Needs, guard};
+use crate::api::guard::{self, Needs};
 
 /// Which shape a stream's chunks have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,9 +114,7 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
     let handle = gateway.handle.clone();
     let mut router = Router::new();
     for (path, needs, endpoint) in table() {
-        let guarded = Guard { handle: handle.clone(), needs };
-        let handler = endpoint.handler.route_layer(from_fn_with_state(guarded, guard));
-        router = router.route(path, handler);
+        router = router.route(path, guard::guarded(endpoint, needs, &handle));
     }
     let metrics = Arc::clone(&gateway.metrics);
     let control = api::on_gateway(handle.clone(), metrics, gateway.traffic.clone());
