@@ -56,10 +56,12 @@ pub async fn upstream(State(gateway): State<Arc<Gateway>>, request: Request) -> 
     pass(gateway, request, "/upstream/", Names::InPath).await
 }
 
+/// To the path with a slash; for everybody, as it tells nothing.
+pub async fn comfyui_moved(request: Request) -> Response {
+    moved(request.method(), "/comfyui/", request.uri().query())
+}
+
 pub async fn comfyui(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
-    if request.uri().path() == "/comfyui" {
-        return moved(request.method(), "/comfyui/", request.uri().query());
-    }
     pass(gateway, request, "/comfyui", Names::ComfyUi).await
 }
 

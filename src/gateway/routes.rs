@@ -89,7 +89,7 @@ fn table() -> Vec<Row<Arc<Gateway>>> {
         ("/upstream/", Needs::Inference, get(pass::list)),
         ("/upstream/{*path}", Needs::InferenceOrAdmin, any(pass::upstream)),
         // llama-swap's ways to servers that are no LLM's.
-        ("/comfyui", Needs::InferenceOrAdmin, any(pass::comfyui)),
+        ("/comfyui", Needs::Nothing, any(pass::comfyui_moved)),
         ("/comfyui/", Needs::InferenceOrAdmin, any(pass::comfyui)),
         ("/comfyui/{*path}", Needs::InferenceOrAdmin, any(pass::comfyui)),
         ("/sdapi/v1/{*path}", Needs::InferenceOrAdmin, any(pass::named)),

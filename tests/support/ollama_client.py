@@ -40,7 +40,7 @@ def expect(status, call, *args, **kwargs):
         call(*args, **kwargs)
     except ollama.ResponseError as raised:
         assert raised.status_code == status, (raised.status_code, raised.error)
-        print(f"{status}: {raised.error[:110]}")
+        print(f"{status}: {str(raised.error)[:110]}")
         return
     sys.exit(f"expected {status} from {call.__name__} {kwargs}")
 

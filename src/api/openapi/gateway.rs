@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::op::{Op, get, object, post, schema, tagged};
+use super::op::{Op, get, meaning, object, post, schema, tagged};
 use crate::gateway::routes::{BodyKind, INFERENCE, Inference};
 
 /// What Wharf itself may answer; engines have their own words for what they do not take.
-const REFUSALS: &[&str] = &["429", "502", "503", "504"];
+const REFUSALS: &[&str] = &["429", "502", "503", "504", "507"];
 
 pub fn ops() -> Vec<Op> {
     let mut ops = vec![
@@ -69,10 +69,11 @@ fn form() -> Value {
 
 fn passed(op: Op) -> Op {
     let any = [("*/*", json!({}))];
-    let refused = [("application/json", schema("#Error")), ("*/*", json!({}))];
-    op.answer("2XX", &any, "the engine's answer; with `stream: true` its server-sent events")
+    let refused = [("application/json", schema("#EngineError")), ("*/*", json!({}))];
+    let op = op
+        .answer("2XX", &any, "the engine's answer; with `stream: true` its server-sent events")
         .answer("3XX", &[], "the engine's redirect, or to the path with a slash")
         .answer("4XX", &refused, "what was sent cannot be used, says Wharf or the engine")
-        .answer("500", &any, "the engine's own failure")
-        .errors(REFUSALS)
+        .answer("500", &any, "the engine's own failure");
+    REFUSALS.iter().fold(op, |op, status| op.answer(status, &refused, meaning(status)))
 }

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::op::{Op, get, post, schema, tagged};
 
-const LOAD: &[&str] = &["400", "404", "408", "409", "413", "429", "503", "504"];
+const LOAD: &[&str] = &["400", "404", "408", "409", "413", "429", "503", "504", "507"];
 const CHANGE: &[&str] = &["400", "404", "408", "409", "413", "503", "504"];
 
 pub fn ops() -> Vec<Op> {

@@ -192,7 +192,7 @@ impl Op {
     }
 }
 
-fn meaning(status: &str) -> &'static str {
+pub fn meaning(status: &str) -> &'static str {
     match status {
         "400" => "what was sent cannot be used; the message says which part, and how it should be",
         "401" => "keys are configured, and none or an unknown one was sent",
@@ -205,6 +205,7 @@ fn meaning(status: &str) -> &'static str {
         "499" => "cancelled by an operator",
         "502" => "the engine closed the connection, or what it said cannot be used",
         "503" => "not now: the cause, and when to try again",
+        "507" => "this model can never fit; the message says what would help",
         "504" => "not within the time that was allowed; what was begun goes on",
         _ => "an error",
     }

@@ -90,6 +90,10 @@ const INFERENCE: &[Named] = &[
             ("input?", "any", ""),
         ],
     ),
+    (
+        "EngineError",
+        &[("error?", "any", "as in `Error`, if Wharf says it; engines have words of their own")],
+    ),
     ("ModelList", &[("object", "string", "`list`"), ("data", "[#ListedModel]", "")]),
     (
         "ListedModel",
