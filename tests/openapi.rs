@@ -1,6 +1,6 @@
 //! The OpenAPI document against a running Wharf: a fuzzer makes requests from it, and compares what
 //! it gets with what is written there. Needs WHARF_TEST_PYTHON with schemathesis; the test command
-//! sets it.
+//! sets it. WHARF_FUZZ_EXAMPLES, WHARF_FUZZ_SEED and WHARF_FUZZ_CHECKS are for a longer look.
 
 mod support;
 
@@ -12,7 +12,8 @@ use wharf::cli::demo::server::Server;
 
 const KEY: &str = "key-for-the-fuzzer-001";
 const CHECKS: &str = "status_code_conformance,content_type_conformance,\
-                      response_headers_conformance,response_schema_conformance,ignored_auth";
+                      response_headers_conformance,response_schema_conformance,ignored_auth,\
+                      negative_data_rejection";
 /// Streams that do not end; `tests/events.rs` reads them.
 const ENDLESS: &str = "^/(events|api/events|logs/stream.*)$";
 
@@ -54,10 +55,12 @@ async fn whatever_a_fuzzer_sends_is_answered_as_the_document_says() {
     let dir = tempfile::tempdir().expect("a folder");
     let world = World { server: whole(dir.path()).await, dir };
     let url = format!("{}/openapi.json", world.server.talk.gateway);
-    let examples = std::env::var("WHARF_FUZZ_EXAMPLES").unwrap_or_else(|_| "8".to_owned());
+    let set = |name: &str, usual: &str| std::env::var(name).unwrap_or_else(|_| usual.to_owned());
+    let (examples, seed) = (set("WHARF_FUZZ_EXAMPLES", "8"), set("WHARF_FUZZ_SEED", "1"));
+    let checks = set("WHARF_FUZZ_CHECKS", CHECKS);
     let hooks = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/fuzz.py");
     let output = tokio::process::Command::new(python)
-        .args(["-m", "schemathesis.cli", "run", &url, "--checks", CHECKS, "--seed", "1"])
+        .args(["-m", "schemathesis.cli", "run", &url, "--checks", &checks, "--seed", &seed])
         .args(["--max-examples", &examples, "--phases", "examples,coverage,fuzzing"])
         .args(["--exclude-path-regex", ENDLESS, "--request-timeout", "30", "--workers", "2"])
         .args(["-H", &format!("Authorization: Bearer {KEY}"), "--warnings", "off"])

@@ -44,7 +44,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for QueryText<T> {
     }
 }
 
-/// A JSON body, whatever its content type says; an empty one means `{}`.
+/// A JSON object, whatever its content type says; an empty body means `{}`.
 pub struct Body<T>(pub T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
@@ -65,7 +65,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
                 ),
                 _ => bad("body", error.body_text()),
             })?;
-        let text = if bytes.trim_ascii().is_empty() { b"{}".as_slice() } else { &bytes };
+        let text = match bytes.trim_ascii_start().first() {
+            None => b"{}".as_slice(),
+            Some(b'{') => &bytes,
+            // serde would also fill a struct from an array.
+            Some(_) => return Err(bad("body", "the body must be a JSON object: {…}")),
+        };
         match serde_json::from_slice(text) {
             Ok(body) => Ok(Body(body)),
             Err(error) => Err(bad("body", format!("the body is not as expected: {error}"))),

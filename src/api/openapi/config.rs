@@ -18,7 +18,7 @@ pub fn ops() -> Vec<Op> {
             "/config",
             "Changes policy, all or nothing, checked as a whole, and keeps it",
         )
-        .body_as("application/json", patch_body(), true)
+        .body_as("application/json", patch_body(), false)
         .ok("#Patched", "what is in force now")
         .errors(CHANGE),
         post("/config/reload", "Reads models.yaml again: a diff, and nothing if it is wrong")
@@ -51,7 +51,7 @@ fn patch_body() -> serde_json::Value {
     json!({
         "type": "object",
         "examples": [
-            { "swap": { "max_wait": "60s" }, "models": { "mistral": { "ttl": "30m" } } },
+            { "swap": { "max_wait": "60s" }, "defaults": { "ttl": "30m" } },
             { "default_ttl_minutes": 20, "swap.max_wait": null },
         ],
     })

@@ -28,7 +28,7 @@ pub fn ops() -> Vec<Op> {
         .stream("text/event-stream", "`{\"type\",\"data\"}`"),
         get("/api/metrics", "The last requests, the oldest first").ok("[#Activity]", "rows"),
         get("/api/performance", "Load of the machine and its GPUs, every 5 s for an hour")
-            .query("after", "time", "only samples after it")
+            .query("after", "string", "RFC 3339: only samples after it")
             .ok("#Performance", "samples")
             .errors(&["400"]),
         get("/api/version", "What runs here").ok("#Version", "version"),

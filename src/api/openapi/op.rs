@@ -8,7 +8,7 @@ use crate::api::guard::Needs;
 pub type Fields = [(&'static str, &'static str, &'static str)];
 
 /// An object: field, kind, meaning. A field that may be missing ends in `?`. Kinds are `string`,
-/// `integer`, `number`, `boolean`, `object`, `any`, `time`, `name` (of a model), `a|b` (one of these
+/// `integer`, `natural`, `number`, `boolean`, `object`, `any`, `time`, `name` (of a model), `a|b` (one of these
 /// words), `#Name` (another schema), `[kind]`, `{kind}` (by any key), and `kind?`: or null.
 pub fn object(fields: &Fields) -> Value {
     let mut properties = Map::new();
@@ -48,6 +48,7 @@ pub fn schema(kind: &str) -> Value {
         "any" => json!({}),
         "time" => json!({ "type": "string", "format": "date-time" }),
         "name" => json!({ "type": "string", "minLength": 1, "format": "model-name" }),
+        "natural" => json!({ "type": "integer", "minimum": 0 }),
         kind => json!({ "type": kind }),
     }
 }
@@ -173,7 +174,8 @@ impl Op {
             Needs::Nothing => json!([]),
             _ => json!([{ "bearer": [] }, { "x-api-key": [] }, { "basic": [] }]),
         };
-        let mut parameters: Vec<Value> = path.split('{').skip(1).filter_map(parameter).collect();
+        let mut parameters: Vec<Value> =
+            path.split('{').skip(1).filter_map(|rest| parameter(path, rest)).collect();
         parameters.extend(op.queries);
         let mut rendered = json!({
             "tags": [op.tag],
@@ -212,7 +214,7 @@ pub fn meaning(status: &str) -> &'static str {
 }
 
 /// `name}/load` → the parameter `name`.
-fn parameter(rest: &str) -> Option<Value> {
+fn parameter(path: &str, rest: &str) -> Option<Value> {
     let name = rest.split('}').next()?;
     let (schema, meaning) = match name {
         "name" | "model" => {
@@ -220,6 +222,7 @@ fn parameter(rest: &str) -> Option<Value> {
         }
         "source" => (schema("name"), "`proxy` (Wharf itself), `upstream` (all engines) or a model"),
         "path" => (json!({ "type": "string" }), "a path of the engine; slashes are not encoded"),
+        _ if path.starts_with("/api/") => (json!({ "type": "integer", "minimum": 0 }), "a number"),
         _ => (json!({ "type": "string" }), "an id"),
     };
     Some(json!({

@@ -28,7 +28,7 @@ pub fn ops() -> Vec<Op> {
             .errors(&["400", "404"]),
         get("/swaps", "The ledger, the newest first: those under way, then those that ended")
             .query("model", "name", "only of this one")
-            .query("limit", "integer", "100 rows where it is not given, 1000 at most")
+            .query("limit", "natural", "100 rows where it is not given, 1000 at most")
             .query("before", "string", "go on after this id, to older ones")
             .ok("#Swaps", "rows")
             .errors(&["400", "404"]),

@@ -73,7 +73,7 @@ pub const CONFIGURATION: &[Named] = &[
             ("model_type?", "string?", ""),
             ("warmup?", "boolean?", ""),
             ("ttl_minutes?", "number?", ""),
-            ("priority?", "any", "low, normal, high"),
+            ("priority?", "low|normal|high?", ""),
             ("tags?", "[string]", ""),
         ],
     ),

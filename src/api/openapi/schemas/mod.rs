@@ -31,6 +31,10 @@ pub fn all() -> Map<String, Value> {
     for body in ["EnsureBody", "WaitBody"] {
         all[body]["properties"]["timeout"] = timeout();
     }
+    all["ExtendBody"]["properties"]["minutes"] = json!({
+        "description": "as long as the model's ttl where it is not given",
+        "type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 527_040,
+    });
     for (schema, field, words) in [
         ("Model", "residency", RESIDENCY),
         ("ModelHealth", "status", RESIDENCY),
