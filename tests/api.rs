@@ -247,11 +247,12 @@ async fn after_its_ttl_a_model_cools_for_as_long_as_it_may_be_rescued() {
     let api = api(&puppet);
     let mut catalog = Catalog::clone(&puppet.handle.catalog());
     let mistral = Arc::make_mut(catalog.models.get_mut(MISTRAL).expect("configured"));
-    (mistral.ttl, mistral.grace) = (Some(Duration::ZERO), Duration::from_secs(120));
+    (mistral.ttl, mistral.grace) = (Some(Duration::from_millis(1)), Duration::from_secs(120));
     puppet.handle.catalog_for_tests(catalog);
     let state = async || read(&api, "/models/mistral").await.1["state"].clone();
     assert_eq!(state().await, "HOT", "requests are in flight");
     drop(leases);
+    tokio::time::sleep(Duration::from_millis(5)).await;
     assert_eq!(state().await, "COOLING");
     assert_eq!(read(&api, "/models/mistral").await.1["ttl_remaining_minutes"], 0.0);
 }

@@ -279,7 +279,7 @@ async fn the_key_of_an_engine_is_read_back_from_its_container() {
 /// Asks the engine of ada itself, past Wharf.
 async fn straight(scene: &Scene, key: Option<&str>) -> u16 {
     let model = scene.world.server.talk.get("/models/ada").await.expect("a row");
-    let endpoint = model["endpoint"].as_str().expect("an endpoint");
+    let endpoint = model["engine_endpoint"].as_str().expect("an endpoint");
     support::status_of(endpoint, "/v1/models", key).await
 }
 

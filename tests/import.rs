@@ -1,6 +1,8 @@
 //! `wharf import`: what comes out of other tools' files, what is said of the rest, and that Wharf
 //! takes and serves the result.
 
+#![expect(clippy::unwrap_used, reason = "a failed step of a test is a failed test")]
+
 mod support;
 
 use std::path::Path;

@@ -28,7 +28,7 @@ async fn answers(world: &World, model: &str) {
 
 async fn endpoint(world: &World, model: &str) -> String {
     let row = world.server.talk.get(&format!("/models/{model}")).await.unwrap();
-    row["endpoint"].as_str().unwrap().to_owned()
+    row["engine_endpoint"].as_str().unwrap().to_owned()
 }
 
 fn pid_of(world: &World, model: &str) -> u32 {

@@ -120,7 +120,7 @@ async fn an_engine_that_sleeps_is_not_taken_for_a_ready_one() {
         world.log()
     );
     let status = world.server.talk.get("/models/ada").await.unwrap();
-    let endpoint = status["endpoint"].as_str().unwrap().to_owned();
+    let endpoint = status["engine_endpoint"].as_str().unwrap().to_owned();
     world.server.kill().unwrap();
     let address = endpoint.trim_start_matches("http://").to_owned();
     let mut engine = tokio::net::TcpStream::connect(&address).await.unwrap();

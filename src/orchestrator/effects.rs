@@ -11,20 +11,18 @@ use tokio_util::sync::CancellationToken;
 use super::adapters::{Seed, Surroundings};
 use super::handle::{Inbox, Message};
 use super::memory_watch::Holders;
-use crate::config::catalog::{ModelSpec, StopSpec, Vram};
+use crate::config::catalog::{ModelSpec, StopSpec};
 use crate::engine;
-use crate::gpu::{GpuKind, Gpus};
+use crate::gpu::Gpus;
 use crate::runtime::{LaunchSpec, Progress, Running, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind, GpuMemory};
 use crate::telemetry::logs::Logs;
-use crate::units::{Bytes, GpuId, InstanceId, SwapId, Time};
+use crate::units::{Bytes, InstanceId, SwapId, Time};
 
 /// A stop that takes longer than its grace by this much has failed.
 const STOP_MARGIN: Duration = Duration::from_secs(30);
 /// Grace of an engine that failed to start or that nobody wants any more.
 const FAILED_START_GRACE: Duration = Duration::from_secs(5);
-/// Engines show their memory in the driver's list a little after they answer.
-const VRAM_VISIBLE_WITHIN: Duration = Duration::from_secs(3);
 
 /// The running engine of an instance, shared between the owner and the effect under way.
 #[derive(Clone, Debug, Default)]
@@ -325,72 +323,6 @@ impl Effects {
             Ok(effects.held_by(instance, &running.identity.gpus).await)
         })
     }
-
-    async fn read_memory(&self) -> Option<Vec<GpuMemory>> {
-        if self.gpus.kind() == GpuKind::None {
-            return None;
-        }
-        let mut gpus = self.gpus.sample().await.ok()?;
-        self.holders.attribute(&mut gpus);
-        Some(gpus)
-    }
-
-    /// The largest number of bytes that the instance holds on one of its GPUs, where visible.
-    pub async fn held_by(&self, instance: InstanceId, gpus: &[GpuId]) -> Option<Bytes> {
-        held(&self.read_memory().await?, instance, gpus)
-    }
-
-    /// GPUs on which the instance is seen to hold memory.
-    pub async fn gpus_held_by(&self, instance: InstanceId) -> Vec<GpuId> {
-        let memory = self.read_memory().await.unwrap_or_default();
-        let holds =
-            |gpu: &&GpuMemory| gpu.holders.iter().any(|holder| holder.instance == Some(instance));
-        memory.iter().filter(holds).map(|gpu| gpu.gpu).collect()
-    }
-
-    /// An engine that declared VRAM and holds none runs on the CPU: not what was promised.
-    async fn vouch_memory(
-        &self,
-        spec: &ModelSpec,
-        gpus: &[GpuId],
-        instance: InstanceId,
-        before: Option<&[GpuMemory]>,
-    ) -> Result<Option<Bytes>, Fault> {
-        let Some(before) = before else { return Ok(None) };
-        let declared = match spec.vram {
-            Vram::Declared(bytes) => bytes,
-            Vram::Unknown | Vram::Rest => Bytes::mib(1),
-        };
-        if gpus.is_empty() || declared == Bytes::ZERO {
-            return Ok(None);
-        }
-        let until = Instant::now() + VRAM_VISIBLE_WITHIN;
-        loop {
-            let now = self.read_memory().await;
-            if let Some(now) = &now {
-                if let Some(bytes) = held(now, instance, gpus) {
-                    return Ok(Some(bytes));
-                }
-                // Host pids are invisible under WSL and in containers: then bytes must have moved.
-                if fell_by(before, now, gpus) >= Bytes(declared.0 / 4) {
-                    return Ok(None);
-                }
-            }
-            if Instant::now() >= until {
-                return Err(Fault::new(
-                    FaultKind::RunsOnCpu,
-                    format!(
-                        "{}: the engine runs on the CPU: it answers, but holds no memory on GPU {} \
-                         where {declared} are declared; check its GPU build and driver, or set \
-                         `gpus: 0`",
-                        spec.name,
-                        gpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
-                    ),
-                ));
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
 }
 
 /// A swap must not wait for ever for an effect that panicked.
@@ -409,28 +341,6 @@ async fn unpanicked<T>(work: impl Future<Output = Result<T, Fault>>) -> Result<T
 
 fn gone(spec: &ModelSpec) -> Fault {
     Fault::new(FaultKind::Exited, format!("{}: its engine is gone", spec.name))
-}
-
-fn held(memory: &[GpuMemory], instance: InstanceId, gpus: &[GpuId]) -> Option<Bytes> {
-    memory
-        .iter()
-        .filter(|gpu| gpus.contains(&gpu.gpu))
-        .map(|gpu| {
-            gpu.holders
-                .iter()
-                .filter(|holder| holder.instance == Some(instance))
-                .map(|holder| holder.bytes)
-                .sum::<Bytes>()
-        })
-        .max()
-        .filter(|bytes| *bytes > Bytes::ZERO)
-}
-
-fn fell_by(before: &[GpuMemory], now: &[GpuMemory], gpus: &[GpuId]) -> Bytes {
-    let free = |memory: &[GpuMemory]| {
-        memory.iter().filter(|gpu| gpus.contains(&gpu.gpu)).map(|gpu| gpu.free).sum::<Bytes>()
-    };
-    free(before) - free(now)
 }
 
 /// Resolves when the engine ended. `None`: nobody watches it (external), its end is never seen.

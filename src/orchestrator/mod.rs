@@ -21,13 +21,16 @@ mod outage;
 mod perform;
 pub mod preload;
 mod publish;
+mod puppet;
 mod reconcile;
+mod remember;
 mod run;
 mod start;
 mod state_dir;
 mod state_writer;
 mod upstream;
 pub mod view;
+mod vouch;
 
 pub use gate::{Gate, Lease, StartKind};
 pub use handle::{Handle, RequestOptions, Waiting};

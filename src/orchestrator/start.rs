@@ -69,14 +69,8 @@ pub async fn start(
     let epoch = Instant::now();
     let holders = Holders::new(&state.installation);
     let docker = DockerRuntime::new(catalog.settings.docker_host.clone());
-    let (process, external) = (ProcessRuntime::default(), ExternalRuntime);
     let effects = Effects {
-        runtimes: Runtimes {
-            process,
-            docker: docker.clone(),
-            external,
-            ollama: OllamaRuntime::default(),
-        },
+        runtimes: runtimes(&docker),
         gpus: gpus.clone(),
         inbox: inbox.clone(),
         holders: holders.clone(),
@@ -158,6 +152,15 @@ pub async fn start(
         drop(handle.ensure_detached(spec.name.clone(), EnsureKind::Warmup, WARMUP_WITHIN));
     }
     Ok((handle, tokio::spawn(owner.run())))
+}
+
+fn runtimes(docker: &DockerRuntime) -> Runtimes {
+    Runtimes {
+        process: ProcessRuntime::default(),
+        docker: docker.clone(),
+        external: ExternalRuntime,
+        ollama: OllamaRuntime::default(),
+    }
 }
 
 fn begin_of(shared: &Shared, next_ids: NextIds, world: &World, catalog: &Arc<Catalog>) -> Begin {

@@ -1,6 +1,8 @@
 //! The configuration while Wharf runs: reload as a diff, patches, registered models, listeners that
 //! move, front doors, announcements. Real `wharf serve` with stand-in engines.
 
+#![expect(clippy::unwrap_used, reason = "a failed step of a test is a failed test")]
+
 #[path = "../support/mod.rs"]
 mod support;
 

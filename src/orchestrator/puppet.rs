@@ -1,0 +1,96 @@
+//! A handle without an owner, for tests that play the owner themselves.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, watch};
+
+use super::adapters::Uses;
+use super::gate::{self, Gate, Lease};
+use super::handle::{Gates, Handle, Inbox, Message, Shared, unix_ms};
+use super::view::View;
+use crate::config::catalog::Catalog;
+use crate::scheduler::event::GateCount;
+use crate::store::Store;
+use crate::telemetry::feed::Feed;
+use crate::telemetry::logs::Logs;
+use crate::telemetry::performance::Performance;
+use crate::units::{InstanceId, ModelName};
+
+/// For tests of the gateway and the API, which play the owner themselves: nothing here runs in the
+/// product.
+#[doc(hidden)]
+impl Handle {
+    /// A handle whose messages arrive at the returned receiver.
+    pub fn for_tests(catalog: Arc<Catalog>) -> (Handle, mpsc::UnboundedReceiver<Message>) {
+        let (inbox, messages) = Inbox::new();
+        let shared = Shared {
+            epoch: Instant::now(),
+            epoch_unix_ms: AtomicU64::new(unix_ms()),
+            catalog: ArcSwap::from(catalog),
+            gates: ArcSwap::default(),
+            view: ArcSwap::default(),
+            store: Store::in_memory(),
+            feed: Feed::default(),
+            logs: Logs::default(),
+            performance: Performance::default(),
+            uses: Uses::default(),
+            next_request: AtomicU64::new(1),
+            next_ask: AtomicU64::new(1),
+            contexts: Mutex::default(),
+            front_doors: ArcSwap::default(),
+            reloads: OnceLock::new(),
+            published: watch::Sender::default(),
+        };
+        (Handle { inbox, shared: Arc::new(shared) }, messages)
+    }
+
+    pub fn publish_for_tests(&self, view: View) {
+        self.shared.view.store(Arc::new(view));
+        self.shared.published.send_replace(());
+    }
+
+    pub fn catalog_for_tests(&self, catalog: Catalog) {
+        self.shared.catalog.store(Arc::new(catalog));
+    }
+
+    /// A gate of one instance, published; open if `permits` is not zero.
+    pub fn gate_for_tests(
+        &self,
+        instance: InstanceId,
+        model: &ModelName,
+        endpoint: crate::runtime::Endpoint,
+        permits: u32,
+    ) -> Arc<Gate> {
+        let gate = Arc::new(Gate::new(
+            instance,
+            model.clone(),
+            endpoint,
+            self.inbox.clone(),
+            self.shared.epoch,
+        ));
+        if permits > 0 {
+            gate.open(permits);
+        }
+        let mut gates = Gates::clone(&self.shared.gates.load());
+        gates.insert(model.clone(), Arc::clone(&gate));
+        self.shared.gates.store(Arc::new(gates));
+        gate
+    }
+
+    /// The owner's grant, also through a closed gate.
+    pub fn grant_for_tests(gate: &Arc<Gate>) -> Lease {
+        gate.grant(gate::StartKind::Cold)
+    }
+
+    pub fn close_for_tests(gate: &Gate) {
+        gate.close();
+    }
+
+    /// What the scheduler is told of a gate.
+    pub fn demand_for_tests(gate: &Gate) -> GateCount {
+        gate.read()
+    }
+}
