@@ -1,5 +1,6 @@
 //! Who may call what: every route of both tables, by every kind of key, in every way to present one.
 //! `cargo test --test authorization -- --nocapture` prints the matrix.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod support;
 

@@ -77,3 +77,32 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body as Bytes;
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    struct Forced {
+        #[serde(default)]
+        force: bool,
+    }
+
+    async fn read(body: &'static str) -> Result<bool, String> {
+        let body = Body::<Forced>::from_request(Request::new(Bytes::from(body)), &()).await;
+        body.map(|body| body.0.force).map_err(|reject| reject.problem().message.clone())
+    }
+
+    #[tokio::test]
+    async fn only_an_object_is_a_body_and_nothing_means_an_empty_one() {
+        assert_eq!(read("").await, Ok(false));
+        assert_eq!(read(" {\"force\":true}").await, Ok(true));
+        for body in ["[true]", "true", "null", "\"force\""] {
+            let why = read(body).await.unwrap_err();
+            assert!(why.contains("must be a JSON object"), "{body}: {why}");
+        }
+    }
+}
