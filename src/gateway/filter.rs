@@ -13,9 +13,24 @@ use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::ollama;
 use super::parse::{Edit, apply as apply_edits, invalid, span};
 use super::reject::Reject;
-use crate::config::catalog::Filters;
+use crate::config::catalog::{EngineKind, Filters, ModelSpec};
+
+/// The body as this model's engine shall get it on `path`; `None`: as it came.
+pub fn shaped(body: &Bytes, spec: &ModelSpec, path: &str) -> Result<Option<Bytes>, Reject> {
+    let is_ollama = spec.engine == EngineKind::Ollama;
+    if spec.filters.is_empty() && !is_ollama {
+        return Ok(None);
+    }
+    let body = apply(body.clone(), &spec.filters)?;
+    if !is_ollama {
+        return Ok(Some(body));
+    }
+    let guarded = ollama::guarded(body, path, spec.served_name());
+    guarded.map(Some).map_err(|reject| reject.model(&spec.name))
+}
 
 /// The body as the engine shall get it. It is known to be a JSON object with a `model`.
 pub fn apply(body: Bytes, filters: &Filters) -> Result<Bytes, Reject> {

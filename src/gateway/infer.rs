@@ -22,7 +22,7 @@ use super::routes::{Api, BodyKind, Inference};
 use super::timing::{Timing, swap_share};
 use super::underway::{self, Following, Queue};
 use super::usage::Meter;
-use super::{Gateway, auth, filter, multipart, ollama, parse, wait};
+use super::{Gateway, auth, filter, multipart, parse, wait};
 use crate::config::catalog::{
     ApiKey, Catalog, EngineKind, ModelSpec, Scope, WaitingSettings, WaitingStyle,
 };
@@ -125,13 +125,10 @@ impl Admitted<'_> {
         let company = catalog.asked(wanted).and_then(|asked| asked.group).map(str::to_owned);
         let mut body = received.bytes.clone();
         let filtered;
-        let is_ollama = spec.engine == EngineKind::Ollama;
-        if inference.body == BodyKind::Json && (is_ollama || !spec.filters.is_empty()) {
-            body = filter::apply(body, &spec.filters)?;
-            if is_ollama {
-                body = ollama::guarded(body, inference.upstream, spec.served_name())
-                    .map_err(|reject| reject.model(&spec.name))?;
-            }
+        if inference.body == BodyKind::Json
+            && let Some(other) = filter::shaped(&body, &spec, inference.upstream)?
+        {
+            body = other;
             filtered = body.clone();
             asked = match bound {
                 Some(_) => parse::parse_any(&filtered)?,

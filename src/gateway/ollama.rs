@@ -20,7 +20,7 @@ pub fn guarded(body: Bytes, path: &str, served: &str) -> Result<Bytes, Reject> {
     if body.is_empty() {
         return Ok(body);
     }
-    parse::parse(&body)?;
+    let asked = parse::parse_any(&body)?;
     let fields = filter::fields(&body)?;
     for (name, _) in &fields {
         let read_as = folded(name);
@@ -39,10 +39,10 @@ pub fn guarded(body: Bytes, path: &str, served: &str) -> Result<Bytes, Reject> {
         );
         return Err(Reject::bad_request("field_missing", message).param(field));
     }
+    // The name first: where it is missing (front doors), it is put in, and the rest can be stripped.
+    let named = parse::apply(body.clone(), asked.rename(served).into_iter().collect());
     let strip = Filters { strip: vec![KEEP_ALIVE.to_owned()], ..Filters::default() };
-    let body = filter::apply(body, &strip)?;
-    let edits = parse::parse(&body)?.rename(served).into_iter().collect();
-    Ok(parse::apply(body.clone(), edits))
+    filter::apply(named, &strip)
 }
 
 /// As Go compares names of fields: two letters beyond ASCII are `k` and `s` in another case.
@@ -83,6 +83,7 @@ mod tests {
                 r#"{"model":"qwen:7b","keep\u005falive":"1h"}"#,
                 r#"{"model":"qwen:7b"}"#,
             ),
+            ("/api/embed", r#"{"keep_alive":0}"#, r#"{"model":"qwen:7b"}"#),
             ("/api/tags", "", ""),
         ] {
             assert_eq!(sent(path, body).as_deref(), Ok(expected), "{body}");
@@ -113,7 +114,6 @@ mod tests {
             r#"{"model":"qwen","keep_alive":0,"keep_alive":0,"prompt":"x"}"#,
             r#"[{"model":"qwen"}]"#,
             "\u{28}\u{b5}\u{2f}\u{fd}",
-            r#"{"prompt":"x","keep_alive":0}"#,
         ] {
             assert!(sent("/api/generate", body).is_err(), "{body}");
         }
