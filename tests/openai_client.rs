@@ -15,9 +15,24 @@ async fn the_official_python_client_works_and_raises_its_typed_exceptions() {
         + &standin("bob", "14GiB", "--load 200ms")
         + &standin("broken", "4GiB", "--load 50ms --fatal-line 'CUDA out of memory' --exit-code 1");
     let world = serve(&gpu("24GiB", "100ms"), &models, &[]).await;
+    let key = |name: &str, key: &str, models: &str, more: &str| {
+        format!("    - {{ name: {name}, key: {key}, models: [{models}], {more} }}\n")
+    };
+    let keys = key("reader", "key-of-a-reader-001", "\"*\"", "scopes: [read]")
+        + &key("narrow", "key-of-ada-only-001", "ada", "scopes: [inference]")
+        + &key(
+            "limited",
+            "key-with-a-limit-001",
+            "\"*\"",
+            "scopes: [inference], limits: { requests_per_minute: 1 }",
+        );
+    let settings = format!("{}\nauth:\n  keys:\n{keys}", gpu("24GiB", "10ms"));
+    let few = standin("ada", "4GiB", "") + &standin("bob", "4GiB", "");
+    let keyed = serve(&settings, &few, &[]).await;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/openai_client.py");
     let output = tokio::process::Command::new(python)
         .args([script, &world.server.talk.gateway, "ada", "bob", "broken"])
+        .arg(&keyed.server.talk.gateway)
         .output()
         .await
         .unwrap();
@@ -28,5 +43,6 @@ async fn the_official_python_client_works_and_raises_its_typed_exceptions() {
         String::from_utf8_lossy(&output.stderr),
         world.log()
     );
+    keyed.stop().await;
     world.stop().await;
 }

@@ -44,7 +44,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for QueryText<T> {
     }
 }
 
-/// A JSON body, whatever its content type says; an empty one means `{}`.
+/// A JSON object, whatever its content type says; an empty body means `{}`.
 pub struct Body<T>(pub T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
@@ -65,10 +65,44 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
                 ),
                 _ => bad("body", error.body_text()),
             })?;
-        let text = if bytes.trim_ascii().is_empty() { b"{}".as_slice() } else { &bytes };
+        let text = match bytes.trim_ascii_start().first() {
+            None => b"{}".as_slice(),
+            Some(b'{') => &bytes,
+            // serde would also fill a struct from an array.
+            Some(_) => return Err(bad("body", "the body must be a JSON object: {…}")),
+        };
         match serde_json::from_slice(text) {
             Ok(body) => Ok(Body(body)),
             Err(error) => Err(bad("body", format!("the body is not as expected: {error}"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body as Bytes;
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    struct Forced {
+        #[serde(default)]
+        force: bool,
+    }
+
+    async fn read(body: &'static str) -> Result<bool, String> {
+        let body = Body::<Forced>::from_request(Request::new(Bytes::from(body)), &()).await;
+        body.map(|body| body.0.force).map_err(|reject| reject.problem().message.clone())
+    }
+
+    #[tokio::test]
+    async fn only_an_object_is_a_body_and_nothing_means_an_empty_one() {
+        assert_eq!(read("").await, Ok(false));
+        assert_eq!(read(" {\"force\":true}").await, Ok(true));
+        for body in ["[true]", "true", "null", "\"force\""] {
+            let why = read(body).await.unwrap_err();
+            assert!(why.contains("must be a JSON object"), "{body}: {why}");
         }
     }
 }

@@ -5,22 +5,24 @@
 //! [`read`] renders its view: in the older tools' words in [`render`], swaps in [`ledger`], GPUs
 //! and queue in [`machine`]. [`llama_swap`] and [`logs`] are that tool's control paths, [`events`]
 //! what is told of changes, [`traffic`] the gateway's requests. [`config`] and [`register`] ask the
-//! owner of the configuration.
+//! owner of the configuration. [`openapi`] describes all of it.
 
 mod change;
 mod config;
 mod effective;
+pub mod endpoint;
 mod error;
 mod events;
 mod extract;
 mod group;
-mod guard;
+pub mod guard;
 mod health;
 mod ledger;
 mod llama_swap;
 mod logs;
 mod machine;
 mod name;
+pub mod openapi;
 mod plan;
 mod read;
 mod register;
@@ -40,7 +42,7 @@ use crate::telemetry::metrics::Metrics;
 pub use extract::{PathText, QueryText};
 pub use health::{answer as health_answer, reachable};
 pub use read::status_of as status_answer;
-pub use routes::is_control;
+pub use routes::{is_control, routes, routes_on_gateway};
 
 /// State of every handler.
 #[derive(Clone, Debug)]

@@ -3,23 +3,22 @@
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::from_fn_with_state;
-use axum::routing::{MethodRouter, delete, get, patch, post};
 
+use super::endpoint::{self, Route, Row, delete, get, patch, post};
 use super::extract::BODY_BYTES_MAX;
-use super::guard::{Guard, Needs, guard};
-use super::{Api, change, config, error, events, llama_swap, logs, plan, read, register, traffic};
+use super::guard::{self, Needs};
+use super::{
+    Api, change, config, error, events, llama_swap, logs, openapi, plan, read, register, traffic,
+};
 use crate::gateway::browser;
 
-/// One row: path, who may call it, and the handler.
-type Route = (&'static str, Needs, MethodRouter<Api>);
-
-fn table() -> Vec<Route> {
+fn table() -> Vec<Row<Api>> {
     let mut table = own();
     table.extend(llama_swap());
     table
 }
 
-fn own() -> Vec<Route> {
+fn own() -> Vec<Row<Api>> {
     vec![
         ("/health", Needs::Nothing, get(read::health)),
         ("/status", Needs::Read, get(read::status)),
@@ -41,11 +40,12 @@ fn own() -> Vec<Route> {
         ("/config", Needs::Admin, patch(config::patch)),
         ("/config/reload", Needs::Admin, post(config::reload)),
         ("/events", Needs::Read, get(events::events)),
+        ("/openapi.json", Needs::Nothing, get(openapi::document)),
     ]
 }
 
 /// llama-swap's control paths; served by the gateway too, so that its users need one address.
-fn llama_swap() -> Vec<Route> {
+fn llama_swap() -> Vec<Row<Api>> {
     vec![
         ("/api/models/unload", Needs::Admin, post(llama_swap::unload_all)),
         ("/api/models/unload/{*model}", Needs::Admin, post(llama_swap::unload_one)),
@@ -68,6 +68,16 @@ fn llama_swap() -> Vec<Route> {
     ]
 }
 
+/// The rows of the orchestrator's listener.
+pub fn routes() -> Vec<Route> {
+    endpoint::listed(&table())
+}
+
+/// Those of them that the gateway serves too.
+pub fn routes_on_gateway() -> Vec<Route> {
+    endpoint::listed(&llama_swap())
+}
+
 /// Whether a path belongs to this API, to be told to who asks the gateway for it.
 pub fn is_control(path: &str) -> bool {
     let first = |path: &str| path.split('/').nth(1).map(str::to_owned);
@@ -85,11 +95,10 @@ pub fn on_gateway(api: Api) -> Router {
     guarded(llama_swap(), api)
 }
 
-fn guarded(table: Vec<Route>, api: Api) -> Router {
+fn guarded(table: Vec<Row<Api>>, api: Api) -> Router {
     let mut router = Router::new();
-    for (path, needs, handler) in table {
-        let guarded = Guard { api: api.clone(), needs };
-        router = router.route(path, handler.route_layer(from_fn_with_state(guarded, guard)));
+    for (path, needs, endpoint) in table {
+        router = router.route(path, guard::guarded(endpoint, needs, &api.handle));
     }
     router
         .method_not_allowed_fallback(error::method_not_allowed)

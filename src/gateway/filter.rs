@@ -13,9 +13,24 @@ use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::ollama;
 use super::parse::{Edit, apply as apply_edits, invalid, span};
 use super::reject::Reject;
-use crate::config::catalog::Filters;
+use crate::config::catalog::{EngineKind, Filters, ModelSpec};
+
+/// The body as this model's engine shall get it on `path`; `None`: as it came.
+pub fn shaped(body: &Bytes, spec: &ModelSpec, path: &str) -> Result<Option<Bytes>, Reject> {
+    let is_ollama = spec.engine == EngineKind::Ollama;
+    if spec.filters.is_empty() && !is_ollama {
+        return Ok(None);
+    }
+    let body = apply(body.clone(), &spec.filters)?;
+    if !is_ollama {
+        return Ok(Some(body));
+    }
+    let guarded = ollama::guarded(body, path, spec.served_name());
+    guarded.map(Some).map_err(|reject| reject.model(&spec.name))
+}
 
 /// The body as the engine shall get it. It is known to be a JSON object with a `model`.
 pub fn apply(body: Bytes, filters: &Filters) -> Result<Bytes, Reject> {
@@ -63,9 +78,18 @@ fn text(raw: &RawValue) -> serde_json::Result<Cow<'_, str>> {
     serde_json::from_str::<Text>(raw.get()).map(|text| text.0)
 }
 
+/// Names and values of a JSON object, as often as they stand there.
+pub fn fields(body: &[u8]) -> Result<Vec<(Cow<'_, str>, &RawValue)>, Reject> {
+    let Entries(entries) = read(body)?;
+    Ok(entries.into_iter().map(|entry| (entry.name, entry.value)).collect())
+}
+
+fn read(body: &[u8]) -> Result<Entries<'_>, Reject> {
+    serde_json::from_slice(body).map_err(|e| invalid(format!("the body is not valid: {e}")))
+}
+
 fn edits(body: &[u8], filters: &Filters) -> Result<Vec<Edit>, Reject> {
-    let Entries(entries) =
-        serde_json::from_slice(body).map_err(|e| invalid(format!("the body is not valid: {e}")))?;
+    let Entries(entries) = read(body)?;
     let stripped = |name: &str| {
         name != "model"
             && !filters.set.contains_key(name)

@@ -40,8 +40,10 @@ pub fn fit(
 ) -> Result<Fitted, Reject> {
     let filtered;
     let (mut body, mut asked) = (body.clone(), asked);
-    if inference.body == BodyKind::Json && !spec.filters.is_empty() {
-        body = filter::apply(body, &spec.filters)?;
+    if inference.body == BodyKind::Json
+        && let Some(other) = filter::shaped(&body, spec, inference.upstream)?
+    {
+        body = other;
         filtered = body.clone();
         asked = parse::parse_any(&filtered)?;
     }

@@ -29,6 +29,7 @@ mod multipart;
 pub mod nearest;
 mod not_loaded;
 mod notes;
+mod ollama;
 mod pages;
 mod parse;
 mod pass;

@@ -134,23 +134,13 @@ pub async fn health(State(gateway): State<Arc<Gateway>>) -> Response {
     api::health_answer(&gateway.handle).await
 }
 
-pub async fn status(
-    State(gateway): State<Arc<Gateway>>,
-    headers: HeaderMap,
-) -> Result<Response, Reject> {
-    let catalog = gateway.handle.catalog();
-    auth::authorize(&catalog.settings, &headers, Scope::Read)?;
+pub async fn status(State(gateway): State<Arc<Gateway>>) -> Json<Value> {
     let mut body = api::status_answer(&gateway.handle);
     body["body_bytes"] = json!(gateway.bodies.in_use());
-    Ok(Json(body).into_response())
+    Json(body)
 }
 
-pub async fn metrics(
-    State(gateway): State<Arc<Gateway>>,
-    headers: HeaderMap,
-) -> Result<Response, Reject> {
-    let catalog = gateway.handle.catalog();
-    auth::authorize(&catalog.settings, &headers, Scope::Read)?;
+pub async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
     let text = gateway.metrics.render(&gateway.handle);
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }

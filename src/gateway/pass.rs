@@ -1,6 +1,6 @@
 //! The pass-through: `/upstream/{model}/{path…}`, and llama-swap's ways to servers that are no
-//! LLM's. Method, headers, query and body go on as they came; which paths may is said by
-//! [`paths`].
+//! LLM's. Method, headers, query and body go on as they came (but for [`ollama`]); which paths may
+//! is said by [`paths`].
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ use super::receive::{self, Received};
 use super::reject::Reject;
 use super::underway;
 use super::websocket::{self, Client};
-use super::{Gateway, auth, multipart, not_loaded, pages, parse};
+use super::{Gateway, auth, multipart, not_loaded, ollama, pages, parse};
 use crate::config::catalog::{ApiKey, Catalog, EngineKind, ModelSpec, Scope};
 use crate::engine::paths::{self, Verdict};
 use crate::units::Time;
@@ -58,10 +58,12 @@ pub async fn upstream(State(gateway): State<Arc<Gateway>>, request: Request) -> 
     pass(gateway, request, "/upstream/", Names::InPath).await
 }
 
+/// To the path with a slash; for everybody, as it tells nothing.
+pub async fn comfyui_moved(request: Request) -> Response {
+    moved(request.method(), "/comfyui/", request.uri().query())
+}
+
 pub async fn comfyui(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
-    if request.uri().path() == "/comfyui" {
-        return moved(request.method(), "/comfyui/", request.uri().query());
-    }
     pass(gateway, request, "/comfyui", Names::ComfyUi).await
 }
 
@@ -247,7 +249,11 @@ impl Arriving<'_> {
         })?;
         self.check(&spec, &target)?;
         self.check_body(&spec)?;
-        let Arriving { gateway, catalog, head, body, key, wishes, arrived } = self;
+        let Arriving { gateway, catalog, head, mut body, key, wishes, arrived } = self;
+        if spec.engine == EngineKind::Ollama {
+            body.bytes = ollama::guarded(body.bytes, &target.plain, spec.served_name())
+                .map_err(|reject| reject.model(&spec.name))?;
+        }
         let (is_work, queue) =
             underway::work_of(&gateway.watched, &spec, &head.method, &target.plain);
         // Of a server that is no LLM's, a socket is never work.

@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::middleware;
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, post};
 use http::{Method, StatusCode, Uri};
 
 use super::reject::Reject;
 use super::{Gateway, browser, infer, pages, pass};
 use crate::api;
+use crate::api::endpoint::{self, Route, Row, any, get, post};
+use crate::api::guard::{self, Needs};
 
 /// Which shape a stream's chunks have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,28 +76,45 @@ pub static INFERENCE: [Inference; 20] = [
     form("/v1/images/edits"),
 ];
 
-pub fn router(gateway: Arc<Gateway>) -> Router {
-    let handle = gateway.handle.clone();
-    let mut router = Router::new()
-        .route("/v1/models", get(pages::models))
-        .route("/v1/models/{*id}", get(pages::model))
-        .route("/health", get(pages::health))
-        .route("/status", get(pages::status))
-        .route("/metrics", get(pages::metrics))
-        .route("/upstream", get(pass::list))
-        .route("/upstream/", get(pass::list))
-        .route("/upstream/{*path}", any(pass::upstream))
+/// The gateway's own paths; where no body names the model.
+fn table() -> Vec<Row<Arc<Gateway>>> {
+    let mut table = vec![
+        ("/v1/models", Needs::Inference, get(pages::models)),
+        ("/v1/models/{*id}", Needs::Inference, get(pages::model)),
+        ("/health", Needs::Nothing, get(pages::health)),
+        ("/status", Needs::Read, get(pages::status)),
+        ("/metrics", Needs::Read, get(pages::metrics)),
+        ("/openapi.json", Needs::Nothing, get(api::openapi::document)),
+        ("/upstream", Needs::Inference, get(pass::list)),
+        ("/upstream/", Needs::Inference, get(pass::list)),
+        ("/upstream/{*path}", Needs::InferenceOrAdmin, any(pass::upstream)),
         // llama-swap's ways to servers that are no LLM's.
-        .route("/comfyui", any(pass::comfyui))
-        .route("/comfyui/", any(pass::comfyui))
-        .route("/comfyui/{*path}", any(pass::comfyui))
-        .route("/sdapi/v1/{*path}", any(pass::named))
-        .route("/v1/audio/voices", get(pass::named).post(pass::named));
+        ("/comfyui", Needs::Nothing, any(pass::comfyui_moved)),
+        ("/comfyui/", Needs::InferenceOrAdmin, any(pass::comfyui)),
+        ("/comfyui/{*path}", Needs::InferenceOrAdmin, any(pass::comfyui)),
+        ("/sdapi/v1/{*path}", Needs::InferenceOrAdmin, any(pass::named)),
+        ("/v1/audio/voices", Needs::InferenceOrAdmin, get(pass::named)),
+        ("/v1/audio/voices", Needs::InferenceOrAdmin, post(pass::named)),
+    ];
     for inference in &INFERENCE {
         let serve = move |State(gateway): State<Arc<Gateway>>, request: Request| {
             infer::infer(gateway, inference, request)
         };
-        router = router.route(inference.path, post(serve));
+        table.push((inference.path, Needs::Inference, post(serve)));
+    }
+    table
+}
+
+/// The rows of the gateway's listener, without the control paths that it serves too.
+pub fn routes() -> Vec<Route> {
+    endpoint::listed(&table())
+}
+
+pub fn router(gateway: Arc<Gateway>) -> Router {
+    let handle = gateway.handle.clone();
+    let mut router = Router::new();
+    for (path, needs, endpoint) in table() {
+        router = router.route(path, guard::guarded(endpoint, needs, &handle));
     }
     let metrics = Arc::clone(&gateway.metrics);
     let control = api::on_gateway(handle.clone(), metrics, gateway.traffic.clone());
@@ -105,7 +123,7 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .with_state(gateway)
         .merge(control)
-        .layer(middleware::from_fn_with_state(handle, browser::guard))
+        .layer(from_fn_with_state(handle, browser::guard))
 }
 
 pub async fn unknown_path(State(gateway): State<Arc<Gateway>>, uri: Uri) -> Response {

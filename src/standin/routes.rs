@@ -36,6 +36,7 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completion))
         .route("/v1/messages", post(messages))
+        .route("/v1/messages/count_tokens", post(count_tokens))
         .route("/v1/embeddings", post(embeddings))
         .layer(from_fn_with_state(Arc::clone(&engine), faults))
         .route("/v1/models", get(models))
@@ -206,6 +207,15 @@ async fn begin(engine: Arc<Engine>, kind: Kind, request: Inference, name: String
         max_tokens: request.max_completion_tokens.or(request.max_tokens),
     };
     Reply::begin(engine, asked).await
+}
+
+async fn count_tokens(State(engine): State<Arc<Engine>>, body: Bytes) -> Response {
+    match read(&engine, &body) {
+        Ok((request, _)) => {
+            axum::Json(json!({ "input_tokens": words(&request.messages) })).into_response()
+        }
+        Err(refused) => *refused,
+    }
 }
 
 async fn embeddings(State(engine): State<Arc<Engine>>, body: Bytes) -> Response {

@@ -51,8 +51,8 @@ llama) # a real llama-server and tiny models; prints the server's path
     done
     echo "$server"
     ;;
-python) # the official client, the hub's, a JSON Schema validator; prints the interpreter's path
-    venv openai huggingface_hub jsonschema pyyaml
+python) # the official clients, the hub's, a fuzzer, a JSON Schema validator; prints the interpreter's path
+    venv openai anthropic==2.12.0 ollama==0.6.3 schemathesis==4.32.5 huggingface_hub jsonschema pyyaml
     echo "$VENV/bin/python"
     ;;
 prometheus)
