@@ -5,7 +5,7 @@
 //! nothing queues up while a registry is away (it is told what holds when it is back), one that is
 //! dead holds up nobody, and one instance is told at most once more than needed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::reachable;
@@ -124,13 +124,19 @@ fn ready_now(handle: &Handle) -> Services {
 }
 
 /// What is to be told next: what went first, so that an endpoint is free before it is given anew.
-fn next(told: &Told, ready: &Services) -> Option<(&'static str, Service)> {
-    let gone = told.iter().find(|(name, (service, _))| ready.get(*name) != Some(service));
+/// `failed`: models about which the registry would not hear just now; the others go on.
+fn next(
+    told: &Told,
+    ready: &Services,
+    failed: &BTreeSet<ModelName>,
+) -> Option<(&'static str, Service)> {
+    let mut told_of = told.iter().filter(|(name, _)| !failed.contains(*name));
+    let gone = told_of.find(|(name, (service, _))| ready.get(*name) != Some(service));
     if let Some((_, (service, _))) = gone {
         return Some(("deregister", service.clone()));
     }
     let heard = |name: &ModelName| told.get(name).is_some_and(|(_, certain)| *certain);
-    let new = ready.iter().find(|(name, _)| !heard(name));
+    let new = ready.iter().find(|(name, _)| !heard(name) && !failed.contains(*name));
     new.map(|(_, service)| ("register", service.clone()))
 }
 
@@ -159,15 +165,31 @@ async fn tell(
     };
     let mut pauses = self::pauses();
     let mut failing = false;
+    // About whom it would not hear, and when it is asked again.
+    let (mut failed, mut again) = (BTreeSet::new(), None);
     while !stop.is_cancelled() {
         let wanted = services.borrow_and_update().clone();
-        let Some((verb, service)) = next(&told, &wanted) else {
+        let Some((verb, service)) = next(&told, &wanted, &failed) else {
+            let due = async {
+                match again {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
+                () = due => {
+                    again = None;
+                    failed.clear();
+                }
                 changed = services.changed() => if changed.is_err() { break },
                 () = stop.cancelled() => {}
             }
             continue;
         };
+        if verb == "register" {
+            // Cut off by our end it may have been heard, too.
+            told.insert(service.model_id.clone(), (service.clone(), false));
+        }
         let called = tokio::select! {
             called = call(&client, &registry, verb, &service) => called,
             () = stop.cancelled() => break,
@@ -177,7 +199,9 @@ async fn tell(
                 if std::mem::take(&mut failing) {
                     tracing::info!("announce {}: it answers again", registry.url);
                 }
-                pauses = self::pauses();
+                if failed.is_empty() {
+                    pauses = self::pauses();
+                }
                 match verb {
                     "register" => drop(told.insert(service.model_id.clone(), (service, true))),
                     _ => drop(told.remove(&service.model_id)),
@@ -187,13 +211,9 @@ async fn tell(
                 if !std::mem::replace(&mut failing, true) {
                     tracing::warn!("announce {}: {why}; trying again", registry.url);
                 }
-                if verb == "register" {
-                    told.insert(service.model_id.clone(), (service, false));
-                }
-                tokio::select! {
-                    () = sleep(pauses.next().unwrap_or(RETRY_MAX)) => {}
-                    () = stop.cancelled() => {}
-                }
+                failed.insert(service.model_id);
+                let pause = || Instant::now() + pauses.next().unwrap_or(RETRY_MAX);
+                again = Some(again.unwrap_or_else(pause));
             }
         }
     }
@@ -277,7 +297,11 @@ mod tests {
             known.map(|(name, service)| (name, (service, certain))).collect()
         };
         let ready = Services::from([service("b", "i3"), service("c", "i4")]);
-        let step = |told: Told| next(&told, &ready).map(|(verb, it)| (verb, it.instance));
+        let step_without = |told: Told, failed: &[&str]| {
+            let failed = failed.iter().map(|name| ModelName::new(*name)).collect();
+            next(&told, &ready, &failed).map(|(verb, it)| (verb, it.instance))
+        };
+        let step = |told: Told| step_without(told, &[]);
         let go = |instance: &str| Some(("deregister", instance.to_owned()));
         let come = |instance: &str| Some(("register", instance.to_owned()));
         assert_eq!(step(told(&[service("a", "i1"), service("b", "i2")], true)), go("i1"));
@@ -288,5 +312,8 @@ mod tests {
         let all = [service("b", "i3"), service("c", "i4")];
         assert_eq!(step(told(&all, false)), come("i3"), "once more");
         assert_eq!(step(told(&all, true)), None);
+        assert_eq!(step_without(Told::new(), &["b"]), come("i4"), "one refused, the others not");
+        assert_eq!(step_without(told(&[service("a", "i1")], true), &["a"]), come("i3"));
+        assert_eq!(step_without(Told::new(), &["b", "c"]), None);
     }
 }

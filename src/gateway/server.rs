@@ -10,6 +10,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
 use axum::response::IntoResponse;
+use futures_util::future::BoxFuture;
 use http::{Request, StatusCode};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -41,25 +42,26 @@ pub async fn serve(
     shutdown: CancellationToken,
     grace: Duration,
 ) {
-    serve_until(listener, router, shutdown, move || grace, CancellationToken::new()).await;
+    let grace = async move { sleep(grace).await };
+    serve_until(listener, router, shutdown, grace, CancellationToken::new()).await;
 }
 
-/// As [`serve`]; `grace` is asked when it begins, and `hurry` ends it.
+/// As [`serve`]; `grace` is first polled when it begins, and `hurry` ends it.
 pub async fn serve_until(
     listener: TcpListener,
     router: Router,
     shutdown: CancellationToken,
-    grace: impl Fn() -> Duration + Send + Sync + 'static,
+    grace: impl Future<Output = ()> + Send + 'static,
     hurry: CancellationToken,
 ) {
-    let end = End { shutdown, grace: Box::new(grace), hurry };
+    let end = End { shutdown, grace: Box::pin(grace), hurry };
     serve_within(Bounds::default(), listener, router, end).await;
 }
 
 /// When serving ends, and how.
 struct End {
     shutdown: CancellationToken,
-    grace: Box<dyn Fn() -> Duration + Send + Sync>,
+    grace: BoxFuture<'static, ()>,
     hurry: CancellationToken,
 }
 
@@ -117,7 +119,8 @@ async fn serve_within(
     closing.cancel();
     let all = u32::try_from(bounds.connections).unwrap_or(u32::MAX);
     let in_order = tokio::select! {
-        in_order = timeout(grace(), serving.acquire_many(all)) => in_order.is_ok(),
+        in_order = serving.acquire_many(all) => in_order.is_ok(),
+        () = grace => false,
         () = hurry.cancelled() => false,
     };
     if !in_order {
@@ -227,7 +230,7 @@ mod tests {
         let router = Router::new().fallback(|| async { "hello" });
         let shutdown = CancellationToken::new();
         let hurry = CancellationToken::new();
-        let grace = Box::new(|| Duration::from_secs(1));
+        let grace = Box::pin(async { sleep(Duration::from_secs(1)).await });
         let end = End { shutdown: shutdown.clone(), grace, hurry };
         let server = serve_within(bounds, listener, router, end);
         (address, shutdown, tokio::spawn(server))

@@ -222,6 +222,11 @@ impl Owner {
                 let before = self.shared.catalog.swap(Arc::clone(&catalog));
                 let changes = changes(&before, &catalog).to_string();
                 self.shared.logs.keep_only(&catalog);
+                // What is counted of models that are gone is in the store.
+                self.facts.retain(|name, _| {
+                    catalog.models.contains_key(name)
+                        || self.instances.values().any(|live| live.spec.name == *name)
+                });
                 for (name, facts) in facts_before(&catalog, &self.shared.store) {
                     self.facts.entry(name).or_insert(facts);
                 }

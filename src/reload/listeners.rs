@@ -11,6 +11,7 @@ use axum::Router;
 use axum::extract::Request;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tower::{ServiceExt, service_fn};
 
@@ -203,12 +204,19 @@ impl Listeners {
         inference: bool,
     ) {
         let (handle, ending) = (self.handle.clone(), self.stop.clone());
-        let grace = move || {
+        let grace = async move {
+            if !inference {
+                return sleep(CONTROL_GRACE).await;
+            }
             let swap = handle.catalog().settings.swap.clone();
-            match (inference, ending.is_cancelled()) {
-                (true, true) => swap.drain_timeout.min(swap.shutdown_timeout),
-                (true, false) => swap.drain_timeout,
-                (false, _) => CONTROL_GRACE,
+            // Also one that a reload closed before has no more time than the others at the end.
+            let at_the_end = async {
+                ending.cancelled().await;
+                sleep(swap.shutdown_timeout).await;
+            };
+            tokio::select! {
+                () = sleep(swap.drain_timeout) => {}
+                () = at_the_end => {}
             }
         };
         let hurry = self.hurry.clone();
@@ -252,7 +260,7 @@ async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
                         BIND_WITHIN.as_secs()
                     );
                 }
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                sleep(Duration::from_millis(100)).await;
             }
             Err(error) => {
                 return Err(error).with_context(|| format!("{key}: cannot listen on {address}"));

@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::doors::FrontDoors;
@@ -25,6 +26,8 @@ use crate::scheduler::event::EnsureKind;
 use crate::store::Registration;
 use crate::units::ModelName;
 
+/// Whether the store holds what is not in force.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// Models that became warm-up models wait this long for room before their ask is forgotten.
 const WARMUP_WITHIN: Duration = Duration::from_secs(24 * 3600);
 
@@ -33,6 +36,8 @@ struct Owner {
     /// The file as it was when it was last accepted: patches and registrations go over this one,
     /// so that a file that somebody is editing takes no part.
     text: String,
+    /// What the store held when it was last looked at.
+    kept: Overlay,
     handle: Handle,
     listeners: Listeners,
     doors: FrontDoors,
@@ -46,6 +51,7 @@ enum Keep {
     Nothing,
     Patches(BTreeMap<String, Value>),
     Registered(Registration),
+    /// With the patches that are left.
     Unregistered(ModelName, BTreeMap<String, Value>),
 }
 
@@ -64,8 +70,9 @@ pub async fn start(
     let now = Arc::new(ArcSwap::from_pointee(in_force));
     handle.set_reloads(Reloads { to: asks.clone(), now: Arc::clone(&now) });
     let doors = FrontDoors::new(gateway, handle.clone());
-    let text = built.text;
-    let mut owner = Owner { source, text, handle, listeners, doors, watch: None, asks, now };
+    let (text, kept) = (built.text, built.overlay);
+    let watch = None;
+    let mut owner = Owner { source, text, kept, handle, listeners, doors, watch, asks, now };
     let catalog = owner.handle.catalog();
     owner.doors.follow(&catalog, &mut owner.listeners).await;
     owner.follow_file(&catalog);
@@ -76,14 +83,23 @@ pub async fn start(
 
 impl Owner {
     async fn run(mut self, mut inbox: mpsc::Receiver<Ask>, stop: CancellationToken) {
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let ask = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 ask = inbox.recv() => ask,
+                _ = look.tick() => {
+                    self.follow_store().await;
+                    continue;
+                }
             };
             let Some(Ask { what, reply }) = ask else { break };
             let changed = self.change(what).await;
+            if changed.is_ok() {
+                self.kept = self.overlay();
+            }
             if let Some(reply) = reply {
                 // Whoever left meanwhile finds it done.
                 let _ = reply.send(changed);
@@ -132,8 +148,29 @@ impl Owner {
         }
     }
 
+    /// The store says what was acknowledged: more than is in force if its file was away.
     fn overlay(&self) -> Overlay {
-        self.now.load().overlay.clone()
+        Overlay::of(self.handle.store())
+    }
+
+    /// A file that could not be read at the start is back, or a commit came late.
+    async fn follow_store(&mut self) {
+        let kept = self.overlay();
+        if kept == self.kept {
+            return;
+        }
+        self.kept = kept.clone();
+        let changed = match self.source.build(self.text.clone(), kept, Misfits::LeaveOut) {
+            Ok(built) => self.apply(built, Keep::Nothing).await,
+            Err(why) => Err(why),
+        };
+        match changed {
+            Ok(changed) => {
+                warn_of(&self.source, &changed);
+                tracing::info!("what the store holds is in force again: {}", changed.changes);
+            }
+            Err(why) => tracing::error!("{why}\nwhat the store holds is not all in force"),
+        }
     }
 
     async fn reload(&mut self) -> Result<Changed, Rejected> {
@@ -221,8 +258,8 @@ impl Owner {
         self.listeners.follow(&catalog.settings, bound);
         self.doors.follow(&catalog, &mut self.listeners).await;
         self.warm_up(&running, &catalog);
-        self.follow_file(&catalog);
         self.text = built.text;
+        self.follow_file(&catalog);
         let left_out = in_force.left_out.clone();
         self.now.store(Arc::new(in_force));
         let warnings = built.loaded.warnings;
@@ -236,10 +273,7 @@ impl Owner {
             Keep::Patches(patches) => store.put_patches(patches).await?,
             Keep::Registered(registration) => store.put_registered(registration).await?,
             Keep::Unregistered(model, patches) => {
-                store.delete_registered(model.as_str()).await?;
-                if patches != store.patches() {
-                    store.put_patches(patches).await?;
-                }
+                store.delete_registered(model.as_str(), patches).await?;
             }
         }
         Ok(())
@@ -259,7 +293,15 @@ impl Owner {
             self.watch = None;
         } else if self.watch.is_none() {
             match watch(&self.source.path, self.asks.clone()) {
-                Ok(watch) => self.watch = Some(watch),
+                Ok(watch) => {
+                    self.watch = Some(watch);
+                    // It may have changed between being read and being watched.
+                    if self.source.read().is_ok_and(|text| text != self.text) {
+                        let what = What::Reload { why: "the file changed" };
+                        // Full of other changes: any of them that reloads does the same.
+                        let _ = self.asks.try_send(Ask { what, reply: None });
+                    }
+                }
                 Err(why) => tracing::warn!("{why}; reload with SIGHUP or POST /config/reload"),
             }
         }

@@ -217,7 +217,10 @@ impl Keeper {
             return;
         }
         let Some(disk) = &mut self.disk else { return };
-        match disk.prune(&self.retention) {
+        self.shared.lock().busy_since = Some(Instant::now());
+        let pruned = disk.prune(&self.retention);
+        self.shared.lock().busy_since = None;
+        match pruned {
             Ok(more) => {
                 self.prune_at = Instant::now() + if more { PRUNE_MORE } else { PRUNE_EVERY };
             }

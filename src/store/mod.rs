@@ -314,13 +314,15 @@ impl Store {
         self.commit(Change::Put(key, text(&registration))).await
     }
 
-    /// Whether there was one.
-    pub async fn delete_registered(&self, model_id: &str) -> Result<bool, StoreFault> {
-        let key = (Kind::Registered, model_id.to_owned());
-        if !self.rows().kept.contains_key(&key) {
-            return Ok(false);
-        }
-        self.commit(Change::Delete(key)).await.map(|()| true)
+    /// Also replaces the patches, as some may be of that model: both or neither. On disk when it
+    /// answers.
+    pub async fn delete_registered(
+        &self,
+        model_id: &str,
+        patches: BTreeMap<String, Value>,
+    ) -> Result<(), StoreFault> {
+        let gone = Change::Delete((Kind::Registered, model_id.to_owned()));
+        self.commit(Change::Both(Box::new(gone), Box::new(replace(patches)))).await
     }
 
     /// Configuration keys that were patched, by their path (`swap.max_wait`).
@@ -330,8 +332,7 @@ impl Store {
 
     /// Replaces all of them. On disk when it answers.
     pub async fn put_patches(&self, patches: BTreeMap<String, Value>) -> Result<(), StoreFault> {
-        let bodies = patches.into_iter().map(|(name, value)| (name, value.to_string())).collect();
-        self.commit(Change::Replace(Kind::Patch, bodies)).await
+        self.commit(replace(patches)).await
     }
 
     /// Extended TTLs that are not over yet.
@@ -448,6 +449,11 @@ impl Store {
     fn rows(&self) -> std::sync::MutexGuard<'_, Rows> {
         self.0.shared.lock()
     }
+}
+
+fn replace(patches: BTreeMap<String, Value>) -> Change {
+    let bodies = patches.into_iter().map(|(name, value)| (name, value.to_string()));
+    Change::Replace(Kind::Patch, bodies.collect())
 }
 
 fn hangs(path: &Path, since: Duration) -> String {

@@ -58,6 +58,7 @@ pub enum Change {
     Delete(Key),
     /// All of this kind.
     Replace(Kind, BTreeMap<String, String>),
+    Both(Box<Change>, Box<Change>),
 }
 
 pub type Ack<T> = oneshot::Sender<Result<T, StoreFault>>;
@@ -262,6 +263,11 @@ impl Rows {
         match change {
             Change::Put(key, body) => vec![(key, Some(body))],
             Change::Delete(key) => vec![(key, None)],
+            Change::Both(one, other) => {
+                let mut entries = self.entries_of(*one);
+                entries.extend(self.entries_of(*other));
+                entries
+            }
             Change::Replace(kind, wanted) => {
                 let gone =
                     self.kept.keys().filter(|(k, name)| *k == kind && !wanted.contains_key(name));
@@ -321,6 +327,8 @@ impl Rows {
         let (mut change, mut reads) = (None, Vec::new());
         while let Some(job) = self.jobs.pop_front() {
             match job {
+                // Who asked was told that it could not be kept.
+                Job::Change(_, ack) if ack.is_closed() => {}
                 // What the next one replaces is known once this one is in force.
                 Job::Change(..) if change.is_some() => {
                     self.jobs.push_front(job);

@@ -65,11 +65,9 @@ async fn everything_is_there_again_after_a_restart_and_ids_go_on() {
     store.put_registered(registration.clone()).await.unwrap();
     let gone = Registration { model_id: "bob".to_owned(), ..Registration::default() };
     store.put_registered(gone).await.unwrap();
-    assert!(store.delete_registered("bob").await.unwrap());
-    assert!(!store.delete_registered("bob").await.unwrap());
     let patches = BTreeMap::from([("swap.max_wait".to_owned(), Value::from("9s"))]);
     store.put_patches(BTreeMap::from([("gone".to_owned(), Value::Null)])).await.unwrap();
-    store.put_patches(patches.clone()).await.unwrap();
+    store.delete_registered("bob", patches.clone()).await.unwrap();
     let ada = ModelName::new("ada");
     let (later, earlier) = (unix_ms() + 60_000, unix_ms() - 1);
     store.put_ttl_until(&ada, Some(later));
@@ -341,4 +339,18 @@ fn bytes_learned_of_another_engine_are_forgotten_and_durations_are_not() {
     assert_eq!(left.start, Some(Duration::from_secs(9)));
     let old: Figures = serde_json::from_str(&written.replace("spec", "before")).unwrap();
     assert_eq!(old.for_spec(&spec).learned.footprint, None, "nobody knows of which engine");
+}
+
+#[test]
+fn a_change_whose_caller_was_told_that_it_failed_is_not_kept_later() {
+    let mut rows = Rows::default();
+    rows.place = Place::Disk;
+    let put = |name: &str| Change::Put((Kind::Registered, name.to_owned()), "{}".to_owned());
+    let ((late, gone), (ack, _waits)) = (oneshot::channel(), oneshot::channel());
+    rows.submit(Job::Change(put("late"), late)).unwrap();
+    rows.submit(Job::Change(put("wanted"), ack)).unwrap();
+    drop(gone);
+    let batch = rows.take_batch();
+    let entries = batch.change.unwrap().0;
+    assert_eq!(entries, [((Kind::Registered, "wanted".to_owned()), Some("{}".to_owned()))]);
 }

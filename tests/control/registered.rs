@@ -2,6 +2,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 
 use super::support::{EXE, World, gpu, serve, standin};
+use super::until;
 
 fn settings() -> String {
     let engine = format!(
@@ -151,5 +152,27 @@ async fn nothing_that_could_be_run_can_be_registered() {
     assert_eq!(listed(&world).await, ["ada"]);
     assert_eq!(delete(&world, "/models/ada").await.0, 409, "it comes from the file");
     assert_eq!(delete(&world, "/models/nobody").await.0, 404);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_registered_and_patched_comes_back_with_a_store_that_was_away_at_the_start() {
+    let mut world = world().await;
+    let (status, answer) =
+        world.post("/models/register", json!({ "model_id": "bob", "template": "chat" })).await;
+    assert_eq!(status, 201, "{answer:#}");
+    let (status, _) = world.patch(json!({ "swap": { "max_wait": "41s" } })).await;
+    assert_eq!(status, 200);
+    let (store, aside) = (world.dir.path().join("wharf.db"), world.dir.path().join("aside.db"));
+    std::fs::rename(&store, &aside).unwrap();
+    std::fs::write(&store, "no database").unwrap();
+    world.server.kill_and_restart().await.unwrap();
+    assert_eq!(listed(&world).await, ["ada"], "{}", world.log());
+    std::fs::rename(&aside, &store).unwrap();
+    until("bob is back", async || (listed(&world).await == ["ada", "bob"]).then_some(())).await;
+    let (status, answer) = world.patch(json!({ "swap": { "min_residency": "7s" } })).await;
+    assert_eq!(status, 200, "{answer:#}");
+    let patches = json!({ "swap.max_wait": "41s", "swap.min_residency": "7s" });
+    assert_eq!(world.config().await["patches"], patches, "{}", world.log());
     world.stop().await;
 }

@@ -240,3 +240,23 @@ async fn a_watched_file_is_read_again_when_an_editor_replaces_it() {
     assert!(world.log().contains("configuration reloaded (the file changed)"), "{}", world.log());
     tokio::time::timeout(Duration::from_secs(60), world.stop()).await.expect("a clean stop");
 }
+
+#[tokio::test]
+async fn an_address_that_a_reload_closed_does_not_hold_up_the_end() {
+    let times = "\nswap: { drain_timeout: 10m, shutdown_timeout: 1s }";
+    // Its answer takes minutes.
+    let slow = standin("ada", "4GiB", "--load 50ms --tokens-per-second 0.05");
+    let world = serve(&(gpu("24GiB", "50ms") + times), &slow, &[]).await;
+    let talk = world.server.talk.clone();
+    let stream = tokio::spawn({
+        let talk = talk.clone();
+        async move { talk.chat("ada", true, &[]).await }
+    });
+    world.until("the stream runs", |status| status["in_flight"] == 1).await;
+    let old = talk.gateway.trim_start_matches("http://").to_owned();
+    let new = format!("127.0.0.1:{}", free_port());
+    let (status, answer) = reload(&world, &world.yaml().replace(&old, &new)).await;
+    assert_eq!(status, 200, "{answer:#}");
+    tokio::time::timeout(Duration::from_secs(45), world.stop()).await.expect("a prompt end");
+    stream.abort();
+}
