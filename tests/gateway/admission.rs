@@ -31,6 +31,7 @@ async fn bad_bodies_are_400_and_say_where() {
     for (body, code, part) in [
         ("{\"model\":\"mistral\",}", "invalid_json", "line 1 column 20"),
         ("{\"model\":\"mistral\",\"model\":\"mistral\"}", "invalid_json", "duplicate"),
+        ("{\"model\":\"mistral\",\"Model\":\"x\"}", "invalid_json", "written `model`"),
         ("[1]", "invalid_json", "object"),
         ("", "invalid_json", "empty"),
         ("{\"messages\":[]}", "model_missing", "\"model\""),
@@ -57,6 +58,22 @@ async fn unknown_models_are_404_with_the_nearest_names() {
     assert!(error(&world, unknown("gpt-4")).await.2.contains("\"gpt-4o\""), "aliases too");
     assert!(error(&world, unknown("zzzzzzzz")).await.2.contains("known are"));
     assert!(error(&world, unknown(&"x".repeat(100_000))).await.2.len() < 1000);
+}
+
+#[tokio::test]
+async fn unlisted_models_are_not_told_to_who_guesses() {
+    let change = |to: &mut Catalog| {
+        let mut spec = to.models["mistral"].as_ref().clone();
+        spec.unlisted = true;
+        to.models.insert("mistral".into(), Arc::new(spec));
+    };
+    let world = World::with(change, Limits::default()).await;
+    for name in ["mistrl", "gpt-4", "zzzzzzzz"] {
+        let request = world.post(CHAT, format!("{{\"model\":\"{name}\"}}"));
+        let (status, _, message) = error(&world, request).await;
+        assert_eq!(status, 404);
+        assert!(!message.contains("mistral") && !message.contains("gpt-4o"), "{message}");
+    }
 }
 
 #[tokio::test]
