@@ -14,8 +14,8 @@ use crate::units::{ModelName, Priority};
 
 const NAMES_SHOWN_MAX: usize = 12;
 
-/// The model behind a name, an alias or `group/model`. Names that the
-/// key may not use, and unlisted ones, are not offered.
+/// The model behind a name, an alias or `group/model`. Names that the key may not use, and unlisted
+/// ones, are not offered.
 pub fn model<'c>(
     catalog: &'c Catalog,
     requested: &str,
