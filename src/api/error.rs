@@ -11,6 +11,8 @@ use crate::units::ModelName;
 
 /// Names listed in an answer to an unknown one.
 const NAMES_MAX: usize = 50;
+/// Longer names are cut in messages.
+const WANTED_SHOWN_MAX: usize = 128;
 
 /// 400 for one part of the request.
 pub fn bad(param: &'static str, message: impl Into<String>) -> Reject {
@@ -47,7 +49,8 @@ pub fn unknown_model(catalog: &Catalog, wanted: &str) -> Reject {
     let known = catalog.models.keys().map(ModelName::as_str);
     let aliases = catalog.aliases.keys().map(String::as_str);
     let near = nearest(wanted, known.clone().chain(aliases));
-    let mut message = format!("model \"{wanted}\" is not configured");
+    let shown: String = wanted.chars().take(WANTED_SHOWN_MAX).collect();
+    let mut message = format!("model \"{shown}\" is not configured");
     if !near.is_empty() {
         message.push_str(&format!("; did you mean {}?", near.join(" or ")));
     }

@@ -11,13 +11,14 @@ use super::parse::NAME_SHOWN_MAX;
 use super::reject::Reject;
 use super::{auth, parse};
 use crate::config::catalog::{ApiKey, Asked, Catalog, ModelSpec, Scope, StartRule};
-use crate::units::Priority;
+use crate::units::{ModelName, Priority};
 
 const NAMES_SHOWN_MAX: usize = 12;
 /// How often a request may be passed on from one Wharf to the next: a loop ends here.
 const HOPS_MAX: u32 = 3;
 
-/// The model behind a name, an alias or `group/model`. Names that the key may not use are not disclosed.
+/// The model behind a name, an alias or `group/model`. Names that the key may not use, and unlisted
+/// ones, are not offered.
 pub fn model<'c>(
     catalog: &'c Catalog,
     requested: &str,
@@ -59,11 +60,12 @@ fn unknown(catalog: &Catalog, requested: &str, key: Option<&ApiKey>) -> Reject {
         );
         return Reject::new(StatusCode::SERVICE_UNAVAILABLE, "peer_unavailable", message);
     }
-    let names = catalog.models.values().map(|spec| (spec.name.as_str(), &spec.name));
+    let is_listed = |model: &ModelName| catalog.model(model).is_some_and(|spec| !spec.unlisted);
+    let names = catalog.models.keys().map(|model| (model.as_str(), model));
     let aliases = catalog.aliases.iter().map(|(alias, model)| (alias.as_str(), model));
     let usable = names
         .chain(aliases)
-        .filter(|(name, model)| auth::may_use(key, model.as_str(), name))
+        .filter(|(name, model)| is_listed(model) && auth::may_use(key, model.as_str(), name))
         .map(|(name, _)| name);
     let routes = catalog.routes.iter().filter(|(name, route)| may_see(catalog, name, route, key));
     let usable: Vec<&str> = usable.chain(routes.map(|(name, _)| name.as_str())).collect();

@@ -1,5 +1,7 @@
 //! One inference request from its head to its lease and its upstream answer.
 
+mod passing;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +29,8 @@ use crate::config::catalog::{ApiKey, Catalog, ModelSpec, Scope, WaitingSettings,
 use crate::orchestrator::{Gate, Lease, RequestOptions};
 use crate::scheduler::action::Refusal;
 use crate::units::{RequestId, Time};
+
+pub use passing::Passing;
 
 /// The scheduler ends every wait; this bounds it if it should not.
 const WAIT_BACKSTOP: Duration = Duration::from_secs(30);
@@ -203,45 +207,7 @@ pub struct Job {
     others: Option<Box<Others>>,
 }
 
-/// A request that is passed on as it came, by a path that names its model.
-pub struct Passing<'a> {
-    pub catalog: &'a Catalog,
-    pub spec: Arc<ModelSpec>,
-    pub key: Option<&'a ApiKey>,
-    pub wishes: Wishes,
-    pub account: Account,
-    pub outgoing: Outgoing,
-    pub held: Held,
-    pub peer: Option<std::net::SocketAddr>,
-    pub arrived: Time,
-    pub is_visit: bool,
-    pub queue: Option<Queue>,
-}
-
 impl Job {
-    pub fn passing(gateway: &Arc<Gateway>, passing: Passing<'_>) -> Job {
-        let Passing { catalog, spec, key, wishes, .. } = passing;
-        Job {
-            account: passing.account,
-            gateway: Arc::clone(gateway),
-            api: Api::Other,
-            options: options(&spec, &wishes, key),
-            waiting: None,
-            queue_timeout: catalog.settings.queue.timeout,
-            spec,
-            outgoing: passing.outgoing,
-            held: passing.held,
-            remove_usage: false,
-            viewer: auth::viewer(key, passing.peer),
-            arrived: passing.arrived,
-            company: None,
-            is_visit: passing.is_visit,
-            queue: passing.queue,
-            following: None,
-            others: None,
-        }
-    }
-
     /// To the head of the upstream answer. Dropping the future frees everything.
     pub async fn run(mut self, stage: watch::Sender<Stage>) -> Result<Answer, Reject> {
         let cancelled = self.account.cancelled().clone();

@@ -4,9 +4,11 @@
 //! wrote it.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::ops::Range;
 
 use bytes::Bytes;
+use serde::de::{self, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
@@ -37,15 +39,87 @@ pub enum Spelling {
     },
 }
 
-/// Only these fields are read; a second one of the same name is refused by serde.
-#[derive(Deserialize)]
-#[serde(expecting = "a JSON object")]
+/// Only these fields are read; a second one of the same name is refused.
+#[derive(Default)]
 struct Fields<'a> {
-    #[serde(borrow, default, deserialize_with = "present")]
     model: Option<&'a RawValue>,
     stream: Option<bool>,
-    #[serde(borrow, default, deserialize_with = "present")]
     stream_options: Option<&'a RawValue>,
+}
+
+enum Field {
+    Model,
+    Stream,
+    StreamOptions,
+    Other,
+}
+
+impl<'de> Deserialize<'de> for Field {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Field, D::Error> {
+        struct Name;
+        impl Visitor<'_> for Name {
+            type Value = Field;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a field's name")
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Field, E> {
+                match name {
+                    "model" => Ok(Field::Model),
+                    "stream" => Ok(Field::Stream),
+                    "stream_options" => Ok(Field::StreamOptions),
+                    // Servers written in Go take it for `model`, and of two the last one.
+                    name if name.eq_ignore_ascii_case("model") => {
+                        Err(E::custom(format!("the field `{name}` must be written `model`")))
+                    }
+                    _ => Ok(Field::Other),
+                }
+            }
+        }
+        source.deserialize_identifier(Name)
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Fields<'a>, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Fields<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+                let mut fields = Fields::default();
+                let mut has_stream = false;
+                // `null` counts as present: an edit must not add the key a second time.
+                while let Some(field) = map.next_key()? {
+                    let twice = match field {
+                        Field::Model => fields.model.replace(map.next_value()?).map(|_| "model"),
+                        Field::Stream => {
+                            fields.stream = map.next_value()?;
+                            std::mem::replace(&mut has_stream, true).then_some("stream")
+                        }
+                        Field::StreamOptions => fields
+                            .stream_options
+                            .replace(map.next_value()?)
+                            .map(|_| "stream_options"),
+                        Field::Other => {
+                            map.next_value::<IgnoredAny>()?;
+                            None
+                        }
+                    };
+                    if let Some(name) = twice {
+                        return Err(de::Error::duplicate_field(name));
+                    }
+                }
+                Ok(fields)
+            }
+        }
+        source.deserialize_map(Object)
+    }
 }
 
 #[derive(Deserialize)]
@@ -252,6 +326,8 @@ mod tests {
             ("{\"model\":\"a\"", "invalid_json", "line 1 column 12"),
             ("{\"model\":\"a\",\"model\":\"b\"}", "invalid_json", "duplicate field `model`"),
             ("{\"model\":\"a\",\"mod\\u0065l\":\"b\"}", "invalid_json", "duplicate field `model`"),
+            ("{\"model\":\"a\",\"Model\":\"b\"}", "invalid_json", "written `model`"),
+            ("{\"MOD\\u0045L\":\"b\"}", "invalid_json", "written `model`"),
             ("{\"model\":\"a\"} x", "invalid_json", "trailing"),
             ("{\"model\":\"a\",\"stream\":\"yes\"}", "invalid_json", "line 1 column"),
             ("{\"messages\":[]}", "model_missing", "GET /v1/models"),

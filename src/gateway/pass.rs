@@ -70,7 +70,10 @@ pub async fn comfyui(State(gateway): State<Arc<Gateway>>, request: Request) -> R
 /// The model stands in the query or in the body, as in `/v1/audio/voices?model=`.
 pub async fn named(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
     let (uri, method) = (request.uri(), request.method());
-    if uri.path() == "/sdapi/v1/sd-models" && method == Method::GET && in_query(uri).is_none() {
+    if uri.path() == "/sdapi/v1/sd-models"
+        && method == Method::GET
+        && in_query(uri).next().is_none()
+    {
         return match pages::sd_models(&gateway, request.headers()) {
             Ok(list) => list.into_response(),
             Err(reject) => reject.into_response(),
@@ -200,7 +203,7 @@ impl Arriving<'_> {
                 Ok(Way { spec, rest: raw.to_owned(), base: prefix.to_owned() })
             }
             Names::InQueryOrBody => {
-                let name = match in_query(&self.head.uri) {
+                let name = match in_query(&self.head.uri).next() {
                     Some(name) => name,
                     None => self
                         .named_in_body()?
@@ -333,18 +336,47 @@ impl Arriving<'_> {
         if matches!(spec.engine, EngineKind::Http | EngineKind::Llamacpp) {
             return Ok(());
         }
-        let Some(name) = self.named_in_body()? else { return Ok(()) };
-        let is_same = name == spec.served_name()
-            || self.catalog.resolve(&name).is_some_and(|named| named.name == spec.name);
-        if is_same {
-            return Ok(());
+        self.check_encoding(spec)?;
+        let in_body = self.named_in_body()?;
+        // Left out, it is the base of an adapter, or (of Ollama's `/api/show`) in another field.
+        let must_name = spec.adapter.is_some() || spec.engine == EngineKind::Ollama;
+        if in_body.is_none() && must_name && self.head.method == Method::POST {
+            return Err(nameless("the body").model(&spec.name));
         }
+        let mut named = in_query(&self.head.uri).chain(in_body);
+        let Some(name) = named.find(|name| !self.is_known_as(spec, name)) else { return Ok(()) };
         let shown: String = name.chars().take(parse::NAME_SHOWN_MAX).collect();
         let message = format!(
-            "the path names model \"{}\" and the body \"{shown}\"; name one of them in both",
+            "this request is one to model \"{}\" and names \"{shown}\" too; name one of them",
             spec.name
         );
         Err(Reject::bad_request("model_mismatch", message).param("model").model(&spec.name))
+    }
+
+    /// Whether the server of `spec` can take `name` for no other model.
+    fn is_known_as(&self, spec: &ModelSpec, name: &str) -> bool {
+        let is_others = || self.catalog.models.values().any(|other| other.served_name() == name);
+        name == spec.served_name()
+            || (self.catalog.resolve(name).is_some_and(|named| named.name == spec.name)
+                && !is_others())
+    }
+
+    /// A body that is read here must be read alike there: Python's servers take JSON in UTF-16 too.
+    fn check_encoding(&self, spec: &ModelSpec) -> Result<(), Reject> {
+        let body = &self.body.bytes;
+        let is_wide = body.iter().take(4).any(|byte| *byte == 0)
+            || [&b"\xef\xbb\xbf"[..], b"\xfe\xff", b"\xff\xfe"].iter().any(|m| body.starts_with(m));
+        let is_coded =
+            self.head.headers.get_all(header::CONTENT_ENCODING).iter().any(|coding| {
+                !body.is_empty() && !coding.as_bytes().eq_ignore_ascii_case(b"identity")
+            });
+        if !is_wide && !is_coded {
+            return Ok(());
+        }
+        let message = "the body must come as it is: UTF-8 without a byte order mark, and no \
+                       `Content-Encoding`";
+        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        Err(Reject::new(status, "body_encoding", message).model(&spec.name))
     }
 
     /// `model` of a JSON object or a multipart form, where there is one.
@@ -387,10 +419,14 @@ fn nameless(place: &str) -> Reject {
     Reject::bad_request("model_missing", message).param("model")
 }
 
-fn in_query(uri: &Uri) -> Option<String> {
-    let pairs = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
-    let (_, value) = pairs.into_iter().find(|(key, _)| *key == "model")?;
-    path::decoded(&value.replace('+', " ")).filter(|name| !name.is_empty())
+/// Every `model=` of the query: servers differ in which one they take.
+fn in_query(uri: &Uri) -> impl Iterator<Item = String> {
+    let pairs = uri.query().unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
+    let plain = |text: &str| path::decoded(&text.replace('+', " "));
+    pairs
+        .filter(move |(key, _)| plain(key).is_some_and(|key| key == "model"))
+        .filter_map(move |(_, value)| plain(value))
+        .filter(|name| !name.is_empty())
 }
 
 /// So that the relative links of a page work.

@@ -46,10 +46,14 @@ impl Sockets {
     /// `None`: a request like any other.
     pub fn asked(&self, head: &mut request::Parts) -> Result<Option<Client>, Reject> {
         let Some(asked) = head.headers.get(header::UPGRADE) else { return Ok(None) };
+        // Java's HTTP client asks for `h2c` with every request: whoever speaks none of it ignores it.
+        if !names(&head.headers, &header::UPGRADE, "websocket") {
+            return Ok(None);
+        }
         if !asked.as_bytes().eq_ignore_ascii_case(b"websocket") {
             let asked = String::from_utf8_lossy(asked.as_bytes());
             let asked: String = asked.chars().take(60).collect();
-            let message = format!("`Upgrade: {asked}` is not spoken here, only `websocket`");
+            let message = format!("`Upgrade: {asked}` must name `websocket` alone");
             return Err(Reject::bad_request("upgrade_not_supported", message));
         }
         let is_handshake = head.method == Method::GET
@@ -88,6 +92,7 @@ pub fn ask(headers: &mut HeaderMap) {
 /// Answers the client as the engine did, and joins the two connections.
 pub fn join(mut answer: Answer, client: Client, limits: &Limits) -> Response {
     let mut headers = answer.head.headers.clone();
+    answer.account.answered(answer.head.status, &headers, false);
     forward::response_headers(&mut headers);
     ask(&mut headers);
     headers.extend(named(answer.account.model().as_str()));

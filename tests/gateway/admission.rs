@@ -31,6 +31,7 @@ async fn bad_bodies_are_400_and_say_where() {
     for (body, code, part) in [
         ("{\"model\":\"mistral\",}", "invalid_json", "line 1 column 20"),
         ("{\"model\":\"mistral\",\"model\":\"mistral\"}", "invalid_json", "duplicate"),
+        ("{\"model\":\"mistral\",\"Model\":\"x\"}", "invalid_json", "written `model`"),
         ("[1]", "invalid_json", "object"),
         ("", "invalid_json", "empty"),
         ("{\"messages\":[]}", "model_missing", "\"model\""),
@@ -60,6 +61,22 @@ async fn unknown_models_are_404_with_the_nearest_names() {
 }
 
 // contract: RULE errors have one shape, unknown paths are JSON 404
+#[tokio::test]
+async fn unlisted_models_are_not_told_to_who_guesses() {
+    let change = |to: &mut Catalog| {
+        let mut spec = to.models["mistral"].as_ref().clone();
+        spec.unlisted = true;
+        to.models.insert("mistral".into(), Arc::new(spec));
+    };
+    let world = World::with(change, Limits::default()).await;
+    for name in ["mistrl", "gpt-4", "zzzzzzzz"] {
+        let request = world.post(CHAT, format!("{{\"model\":\"{name}\"}}"));
+        let (status, _, message) = error(&world, request).await;
+        assert_eq!(status, 404);
+        assert!(!message.contains("mistral") && !message.contains("gpt-4o"), "{message}");
+    }
+}
+
 #[tokio::test]
 async fn unknown_paths_and_methods_are_json() {
     let world = World::new().await;

@@ -374,6 +374,11 @@ async fn a_body_may_name_no_other_model_than_the_path() {
     request.headers_mut().insert("content-type", kind);
     let (status, code, _) = world.send(request).await.error().await;
     assert_eq!((status, code.as_str()), (400, "model_mismatch"));
+    for query in ["model=sql", "model=mistral&model=sql", "mod%65l=s%71l"] {
+        let request = ask(&world, "GET", &format!("/upstream/mistral/v1/audio/voices?{query}"));
+        let (status, code, _) = world.send(request).await.error().await;
+        assert_eq!((status, code.as_str()), (400, "model_mismatch"), "{query}");
+    }
     assert!(world.engine.has_none());
     for (path, body) in [
         ("/upstream/sql/v1/completions", r#"{"model":"sql-lora"}"#),
@@ -388,6 +393,41 @@ async fn a_body_may_name_no_other_model_than_the_path() {
         world.engine.request().await.answer_json("{}").await;
         assert_eq!(reply.await.unwrap().status(), 200, "{path} {body}");
     }
+}
+
+/// What is no UTF-8 here is JSON to Python's servers.
+#[tokio::test]
+async fn a_body_is_read_here_as_the_engine_reads_it() {
+    let mut world = every_engine(Vec::new()).await;
+    let body = r#"{"model":"sql"}"#;
+    let wide = |bytes: fn(u16) -> [u8; 2]| body.encode_utf16().flat_map(bytes).collect::<Vec<u8>>();
+    let bodies = [
+        ("utf-8 with a mark", [b"\xef\xbb\xbf", body.as_bytes()].concat(), None),
+        ("utf-16le", wide(u16::to_le_bytes), None),
+        ("utf-16be", wide(u16::to_be_bytes), None),
+        ("gzip", b"\x1f\x8b\x08".to_vec(), Some("gzip")),
+    ];
+    for (what, body, coding) in bodies {
+        let mut request = ask(&world, "POST", "/upstream/mistral/v1/completions");
+        *request.body_mut() = Full::from(body);
+        if let Some(coding) = coding {
+            request.headers_mut().insert("content-encoding", coding.parse().unwrap());
+        }
+        let (status, code, _) = world.send(request).await.error().await;
+        assert_eq!((status, code.as_str()), (415, "body_encoding"), "{what}");
+    }
+    assert!(world.engine.has_none());
+}
+
+/// Ollama's `/api/show` has an older field for it.
+#[tokio::test]
+async fn who_leaves_out_the_model_gets_no_other_one() {
+    let mut world = every_engine(Vec::new()).await;
+    let mut request = ask(&world, "POST", "/upstream/ollama/api/show");
+    *request.body_mut() = Full::from(r#"{"name":"other"}"#);
+    let (status, code, _) = world.send(request).await.error().await;
+    assert_eq!((status, code.as_str()), (400, "model_missing"));
+    assert!(world.engine.has_none());
 }
 
 #[tokio::test]

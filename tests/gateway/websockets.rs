@@ -90,6 +90,9 @@ async fn bytes_pass_both_ways_unframed_and_the_lease_lasts_as_long() {
     drop(client);
     assert!(engine.read().await.is_empty());
     until("the lease ends", || gate.in_flight() == 0).await;
+    let rows = || world.handle.store().activity(0, 10);
+    until("its row is there", || rows().len() == 1).await;
+    assert_eq!((rows()[0].status, rows()[0].outcome.as_str()), (101, "ok"));
 }
 
 #[tokio::test]
@@ -172,13 +175,30 @@ async fn an_engine_that_declines_answers_as_it_likes() {
     assert!(answer.starts_with("HTTP/1.1 502 "), "{answer}");
 }
 
+/// As Java's HTTP client asks with every request.
+#[tokio::test]
+async fn an_upgrade_that_is_not_spoken_is_ignored() {
+    let mut world = World::new().await;
+    world.ready();
+    let asked = "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAA\r\n";
+    let mut client = open(&world, "/upstream/mistral/health", asked).await;
+    let exchange = world.engine.request().await;
+    assert!(
+        !exchange.head.contains("h2c") && !exchange.head.contains("http2"),
+        "{}",
+        exchange.head
+    );
+    exchange.answer_json("{}").await;
+    let answer = String::from_utf8(read(&mut client).await).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+}
+
 #[tokio::test]
 async fn other_upgrades_and_foreign_pages_are_refused() {
     let mut world = World::new().await;
     world.ready();
     let path = "/upstream/mistral/v1/realtime";
     for (headers, status, code) in [
-        ("connection: upgrade\r\nupgrade: h2c\r\n", 400, "upgrade_not_supported"),
         ("connection: upgrade\r\nupgrade: tcp, websocket\r\n", 400, "upgrade_not_supported"),
         ("upgrade: websocket\r\nsec-websocket-key: x\r\n", 400, "upgrade_not_supported"),
         ("connection: upgrade\r\nupgrade: websocket\r\n", 400, "upgrade_not_supported"),

@@ -43,7 +43,8 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Map<String, Value> {
     }))
 }
 
-/// `GET /models/{id}/health`, and `GET /health` of a model's front door. The second: it is ready.
+/// `GET /models/{id}/health`; for readers, as a fault's message may quote its log. The second: it is
+/// ready.
 pub fn model_health(at: &Snapshot<'_>, spec: &ModelSpec) -> (Value, bool) {
     let residency = at.residency(&spec.name);
     let facts = at.view.models.get(&spec.name).cloned().unwrap_or_default();
