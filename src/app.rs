@@ -30,6 +30,7 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
     refuse_open_control(settings.orchestrator, &catalog)?;
     // Heard from here on: who stops us while we start must not leave engines behind.
     let mut signals = stop_signals()?;
+    let hangup = signal(SignalKind::hangup())?;
     // Before anything is started: a taken port must cost nothing.
     let bound = Bound::all(settings).await?;
     let metrics = Arc::new(Metrics::new());
@@ -54,7 +55,7 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
 
     let sampling = tokio::spawn(performance::sample(handle.clone()));
     let discovering = tokio::spawn(orchestrator::discover_peers(handle.clone()));
-    let hangups = tokio::spawn(reload_on_sighup(handle.clone()));
+    let hangups = tokio::spawn(reload_on_sighup(hangup, handle.clone()));
     let signal_name = tokio::select! {
         name = wait_for_stop(&mut signals) => name,
         // Only after a panic. The engines live on: whoever starts us again adopts them.
@@ -158,8 +159,7 @@ async fn wait_for_stop((terminate, interrupt): &mut (Signal, Signal)) -> &'stati
 }
 
 /// A bad file changes nothing and says why.
-async fn reload_on_sighup(handle: Handle) {
-    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+async fn reload_on_sighup(mut hangup: Signal, handle: Handle) {
     while hangup.recv().await.is_some() {
         if let Some(reloads) = handle.reloads() {
             // Its owner told the log what came of it.

@@ -24,7 +24,8 @@ pub async fn plan(State(api): State<Api>, Body(body): Body<PlanBody>) -> Result<
     let Some(wanted) = body.model.filter(|model| !model.is_empty()) else {
         return Err(bad("model", "the body must name a model: {\"model\":\"…\"}"));
     };
-    let spec = catalog.resolve(&wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
+    let asked = catalog.asked(&wanted).ok_or_else(|| unknown_model(&catalog, &wanted))?;
+    let spec = asked.spec;
     match api.handle.forecast(spec.name.clone()).await {
         Some(forecast) => Ok(Json(forecast_json(&api, spec, &forecast)).into_response()),
         None => Err(unknown_model(&catalog, &wanted)),
