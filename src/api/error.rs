@@ -54,6 +54,11 @@ pub fn unknown_model(catalog: &Catalog, wanted: &str) -> Reject {
     if !near.is_empty() {
         message.push_str(&format!("; did you mean {}?", near.join(" or ")));
     }
+    if let Some(route) = catalog.routes.get(wanted) {
+        let models = route.models.join(", ");
+        message = format!("\"{shown}\" is a route, no model: name one of its models ({models})");
+        return not_found("model_not_found", message).param("model").model(shown);
+    }
     let listed: Vec<&str> = known.take(NAMES_MAX).collect();
     message.push_str(&format!(
         "{} known are {}",

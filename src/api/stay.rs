@@ -20,12 +20,14 @@ use crate::scheduler::action::Answer;
 const EXTENSION_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
 #[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ExtendBody {
     /// Left out: as long as the model's own ttl.
     minutes: Option<f64>,
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PinBody {
     pinned: Option<bool>,
 }

@@ -43,12 +43,19 @@ pub fn changes(old: &Catalog, new: &Catalog) -> Changes {
             both().filter(|(before, now)| !now.is_same(before) && now.runs_like(before) == runs_on);
         edited.map(|(_, now)| now.name.to_string()).collect()
     };
+    let mut settings = settings(&old.settings, &new.settings);
+    let parts = [
+        ("groups", old.groups != new.groups),
+        ("peers", old.peers != new.peers),
+        ("routes", old.routes != new.routes),
+    ];
+    settings.extend(parts.iter().filter(|(_, differ)| *differ).map(|(key, _)| (*key).to_owned()));
     Changes {
         added: missing_in(old, new),
         removed: missing_in(new, old).into_iter().filter(|name| !stays(name)).collect(),
         changed: edited(false),
         adjusted: edited(true),
-        settings: settings(&old.settings, &new.settings),
+        settings,
     }
 }
 

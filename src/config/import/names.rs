@@ -27,7 +27,14 @@ fn preload(keys: &mut Keys<'_>, file: &File, draft: &mut Draft) {
                         model.comment("Loaded at start, and again when there is room for it.");
                         model.set("warmup", Out::plain("true"));
                         // Both would contradict each other.
+                        let before = model.entries.len();
                         model.entries.retain(|entry| entry.key != "ttl");
+                        if model.entries.len() < before {
+                            let path = format!("models.{name}.ttl");
+                            let why = "a model that is loaded at start stays loaded";
+                            let fix = "to let it leave: remove `warmup`, set its `ttl` again";
+                            draft.note(file, item.place, &path, why, fix);
+                        }
                     }
                     None => {
                         let why = format!("no model is called `{name}`");
