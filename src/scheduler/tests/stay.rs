@@ -38,7 +38,7 @@ fn ready(models: Vec<ModelSpec>, model: &str) -> Sim {
 
 fn why(answer: Option<&Answer>) -> &str {
     match answer {
-        Some(Answer::Declined { why }) => why,
+        Some(Answer::Declined { why } | Answer::WithoutTtl { why }) => why,
         other => panic!("{other:?}"),
     }
 }
