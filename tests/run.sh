@@ -4,7 +4,7 @@
 #   tests/run.sh              everything
 #   tests/run.sh quick        fmt, clippy, unit, simulation and end-to-end tests with stand-ins
 #
-# WHARF_SIM_SEEDS=n sets how many random days are simulated (600; in release builds 10000).
+# WHARF_SIM_SEEDS=n sets how many random days are simulated (200; in release builds 10000).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mode=${1:-all}

@@ -1,6 +1,6 @@
 //! Deterministic simulation of the scheduler on a virtual clock.
 //!
-//! `cargo test --test sim` runs 600 random scenarios, `cargo test --release --test sim` the full
+//! `cargo test --test sim` runs 200 random scenarios (and as many with groups), `cargo test --release --test sim` the full
 //! 10,000; `WHARF_SIM_SEEDS` and `WHARF_SIM_FROM` choose others. `WHARF_SIM_SEED=123` replays one
 //! and prints the end of its trace (`WHARF_SIM_TRACE=all`: the whole). Seeds that once found
 //! something stand in `regressions.txt` and run first.

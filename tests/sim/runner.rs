@@ -156,7 +156,7 @@ fn summary(world: &World) -> String {
 
 fn seeds() -> u64 {
     let asked = std::env::var("WHARF_SIM_SEEDS").ok().and_then(|n| n.parse().ok());
-    asked.unwrap_or(if cfg!(debug_assertions) { 600 } else { 10_000 })
+    asked.unwrap_or(if cfg!(debug_assertions) { 200 } else { 10_000 })
 }
 
 fn regressions() -> Vec<u64> {
