@@ -126,7 +126,7 @@ pub const STAY: &[Named] = &[
             ("message", "string", ""),
             ("model_id", "string", ""),
             ("ttl_remaining_minutes", "number", ""),
-            ("ttl_until", "time", ""),
+            ("ttl_until", "time?", "null: no ttl runs"),
             ("grace_seconds", "number", ""),
             ("bounded", "boolean", "less than asked for, by ttl_bounds"),
         ],
