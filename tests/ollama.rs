@@ -122,21 +122,10 @@ async fn an_ollama_that_does_not_run_is_named_with_the_fix() {
 /// Its own client, through the pass-through. Needs WHARF_TEST_PYTHON with the package ollama.
 #[tokio::test]
 async fn ollamas_own_client_works_and_can_neither_load_nor_unload_nor_keep() {
-    let Ok(python) = std::env::var("WHARF_TEST_PYTHON") else {
-        support::skip("official ollama client: WHARF_TEST_PYTHON is not set");
-        return;
-    };
+    let Some(python) = support::python("ollama") else { return };
     let ollama = Ollama::start(&["--name", "qwen:7b", "--name", "llama3"]).await;
     let world = two(&ollama).await;
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/ollama_client.py");
     let url = format!("{}/upstream/qwen", world.server.talk.gateway);
-    let output = tokio::process::Command::new(python).args([script, &url]).output().await.unwrap();
-    println!("{}", String::from_utf8_lossy(&output.stdout));
-    assert!(
-        output.status.success(),
-        "{}\n{}",
-        String::from_utf8_lossy(&output.stderr),
-        world.log()
-    );
+    support::run_script(&python, "ollama_client.py", &[&url], &world).await;
     world.stop().await;
 }

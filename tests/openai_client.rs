@@ -7,10 +7,7 @@ use support::{gpu, serve, standin};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_official_python_client_works_and_raises_its_typed_exceptions() {
-    let Ok(python) = std::env::var("WHARF_TEST_PYTHON") else {
-        support::skip("official openai client: WHARF_TEST_PYTHON is not set");
-        return;
-    };
+    let Some(python) = support::python("openai") else { return };
     let models = standin("ada", "14GiB", "--load 200ms")
         + &standin("bob", "14GiB", "--load 200ms")
         + &standin("broken", "4GiB", "--load 50ms --fatal-line 'CUDA out of memory' --exit-code 1");
@@ -29,20 +26,9 @@ async fn the_official_python_client_works_and_raises_its_typed_exceptions() {
     let settings = format!("{}\nauth:\n  keys:\n{keys}", gpu("24GiB", "10ms"));
     let few = standin("ada", "4GiB", "") + &standin("bob", "4GiB", "");
     let keyed = serve(&settings, &few, &[]).await;
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/openai_client.py");
-    let output = tokio::process::Command::new(python)
-        .args([script, &world.server.talk.gateway, "ada", "bob", "broken"])
-        .arg(&keyed.server.talk.gateway)
-        .output()
-        .await
-        .unwrap();
-    println!("{}", String::from_utf8_lossy(&output.stdout));
-    assert!(
-        output.status.success(),
-        "{}\n{}",
-        String::from_utf8_lossy(&output.stderr),
-        world.log()
-    );
+    let gateways = [&*world.server.talk.gateway, &*keyed.server.talk.gateway];
+    let args = [gateways[0], "ada", "bob", "broken", gateways[1]];
+    support::run_script(&python, "openai_client.py", &args, &world).await;
     keyed.stop().await;
     world.stop().await;
 }

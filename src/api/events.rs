@@ -182,8 +182,8 @@ impl LlamaSwap {
                 self.ready.push_back(models(&self.api));
             }
             News::Activity { id } => {
-                let rows = self.api.handle.store().activity(id.saturating_sub(1), usize::MAX);
-                let row = rows.iter().filter(|row| row.id == *id).map(render::llama_swap::activity);
+                let row = self.api.handle.store().activity_row(*id);
+                let row = row.iter().map(render::llama_swap::activity);
                 // Its older clients read rows, its newer ones fetch by id.
                 self.ready.push_back(("metrics", row.collect()));
                 self.ready.push_back(("activity", json!({ "id": id })));

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-use crate::config::catalog::{Catalog, EngineKind, ModelSpec, RuntimeSpec, SwapMode};
+use crate::config::catalog::{Catalog, ModelSpec, SwapMode};
 use crate::config::{self, ConfigErrors, Loaded, Override, Problem, Report, Severity};
 
 /// Exit codes: 0 the configuration can be used, 1 it cannot, 2 the file cannot be read.
@@ -70,8 +70,8 @@ fn summary(catalog: &Catalog, overrides: &[Override]) -> String {
         }
         counts.iter().map(|(name, n)| format!("{n} {name}")).collect::<Vec<_>>().join(", ")
     };
-    let engines: Vec<&str> = models.iter().map(|m| engine(m.engine)).collect();
-    let runtimes: Vec<&str> = models.iter().map(|m| runtime(&m.runtime)).collect();
+    let engines: Vec<&str> = models.iter().map(|m| m.engine.as_str()).collect();
+    let runtimes: Vec<&str> = models.iter().map(|m| m.runtime.as_str()).collect();
     let warm = models.iter().filter(|m| m.warmup).count();
     let several =
         |n: usize, one: &str, more: &str| format!("{n} {}", if n == 1 { one } else { more });
@@ -94,25 +94,6 @@ fn summary(catalog: &Catalog, overrides: &[Override]) -> String {
         let _ = write!(text, "\n    {key} = {value} (from {variable})");
     }
     text
-}
-
-fn engine(kind: EngineKind) -> &'static str {
-    match kind {
-        EngineKind::Vllm => "vllm",
-        EngineKind::Llamacpp => "llamacpp",
-        EngineKind::Ollama => "ollama",
-        EngineKind::Openai => "openai",
-        EngineKind::Http => "http",
-    }
-}
-
-fn runtime(spec: &RuntimeSpec) -> &'static str {
-    match spec {
-        RuntimeSpec::Docker(_) => "docker",
-        RuntimeSpec::Process(_) => "process",
-        RuntimeSpec::External(_) => "external",
-        RuntimeSpec::Ollama(_) => "ollama",
-    }
 }
 
 #[derive(Serialize)]
@@ -169,8 +150,8 @@ fn as_json(file: &str, loaded: Result<Loaded, ConfigErrors>) -> Outcome {
 fn json_model(spec: &ModelSpec) -> JsonModel<'_> {
     JsonModel {
         name: spec.name.as_str(),
-        engine: engine(spec.engine),
-        runtime: runtime(&spec.runtime),
+        engine: spec.engine.as_str(),
+        runtime: spec.runtime.as_str(),
         aliases: &spec.aliases,
         line: spec.line,
     }

@@ -318,6 +318,19 @@ pub enum EngineKind {
     Http,
 }
 
+impl EngineKind {
+    /// As it is written in models.yaml.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            EngineKind::Vllm => "vllm",
+            EngineKind::Llamacpp => "llamacpp",
+            EngineKind::Ollama => "ollama",
+            EngineKind::Openai => "openai",
+            EngineKind::Http => "http",
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RuntimeSpec {
@@ -325,6 +338,17 @@ pub enum RuntimeSpec {
     Process(ProcessSpec),
     External(ExternalSpec),
     Ollama(OllamaSpec),
+}
+
+impl RuntimeSpec {
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            RuntimeSpec::Docker(_) => "docker",
+            RuntimeSpec::Process(_) => "process",
+            RuntimeSpec::External(_) => "external",
+            RuntimeSpec::Ollama(_) => "ollama",
+        }
+    }
 }
 
 /// Its `Debug` leaves out what may hold secrets: arguments and environment.

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use tokio_util::sync::CancellationToken;
@@ -115,13 +116,15 @@ impl Arrival {
         Account { model, cancel: cancel.unwrap_or_default(), record }
     }
 
-    /// It never came as far as an account.
-    pub fn turned_away(mut self, reject: &Reject) {
+    /// It never came as far as an account; answers with what its client is told.
+    pub fn turned_away(mut self, gateway: &Gateway, reject: Reject) -> Response {
         if let Some(mut record) = self.0.take() {
             tracing::debug!(request = record.id(), code = reject.code(), "request refused");
-            record.refused(reject);
+            record.refused(&reject);
             record.close(None, reject.code());
         }
+        gateway.metrics.refused(reject.code());
+        reject.into_response()
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{ConnectInfo, Request};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use http::{HeaderValue, StatusCode, request};
 use hyper::body::Incoming;
 use tokio::sync::watch;
@@ -49,11 +49,7 @@ pub async fn infer(
     let mut arrival = Arrival::open(&gateway, request.method(), inference.path, &id);
     let mut response = match admit(&gateway, inference, request, &id, &mut arrival).await {
         Ok(job) => wait::respond(job).await,
-        Err(reject) => {
-            arrival.turned_away(&reject);
-            gateway.metrics.refused(reject.code());
-            reject.into_response()
-        }
+        Err(reject) => arrival.turned_away(&gateway, reject),
     };
     response.headers_mut().insert("x-request-id", id);
     response

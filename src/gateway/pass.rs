@@ -105,11 +105,7 @@ async fn pass(
     let mut response = match received {
         Ok(Arrived::Elsewhere(response)) => response,
         Ok(Arrived::Ready(ready)) => ready.respond(wants_page).await,
-        Err(reject) => {
-            arrival.turned_away(&reject);
-            gateway.metrics.refused(reject.code());
-            reject.into_response()
-        }
+        Err(reject) => arrival.turned_away(&gateway, reject),
     };
     response.headers_mut().insert("x-request-id", id);
     response
@@ -301,8 +297,7 @@ impl Arriving<'_> {
     fn check(&self, spec: &ModelSpec, target: &Target) -> Result<(), Reject> {
         let settings = &self.catalog.settings;
         let (method, shown) = (&self.head.method, &target.plain);
-        let engine = serde_json::to_value(spec.engine).unwrap_or_default();
-        let engine = engine.as_str().unwrap_or_default();
+        let engine = spec.engine.as_str();
         let refused = |why: String| {
             let message = format!("{method} {shown} of engine {engine} is not passed on: {why}");
             Err(Reject::new(StatusCode::FORBIDDEN, "path_not_allowed", message).model(&spec.name))

@@ -175,6 +175,29 @@ impl Shared {
         self.epoch_unix_ms.load(Ordering::Relaxed) + time.0
     }
 
+    pub(super) fn new(catalog: Arc<Catalog>, epoch: Instant, store: Store, logs: Logs) -> Shared {
+        let shared = Shared {
+            epoch,
+            epoch_unix_ms: AtomicU64::new(0),
+            catalog: ArcSwap::from(catalog),
+            gates: ArcSwap::default(),
+            view: ArcSwap::default(),
+            store,
+            feed: Feed::default(),
+            logs,
+            performance: Performance::default(),
+            uses: Uses::default(),
+            next_request: AtomicU64::new(1),
+            next_ask: AtomicU64::new(1),
+            contexts: Mutex::default(),
+            front_doors: ArcSwap::default(),
+            reloads: OnceLock::new(),
+            published: watch::Sender::default(),
+        };
+        shared.follow_wall_clock();
+        shared
+    }
+
     /// The owner's time of a wall-clock time; `None`: before this run.
     pub(super) fn time_of(&self, unix_ms: u64) -> Option<Time> {
         unix_ms.checked_sub(self.epoch_unix_ms.load(Ordering::Relaxed)).map(Time)
@@ -191,7 +214,7 @@ impl Shared {
     }
 }
 
-pub(super) fn unix_ms() -> u64 {
+fn unix_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,22 +1,17 @@
 //! A handle without an owner, for tests that play the owner themselves.
 
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::Arc;
 use std::time::Instant;
 
-use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
-use super::adapters::Uses;
 use super::gate::{self, Gate, Lease};
-use super::handle::{Gates, Handle, Inbox, Message, Shared, unix_ms};
+use super::handle::{Gates, Handle, Inbox, Message, Shared};
 use super::view::View;
 use crate::config::catalog::Catalog;
 use crate::scheduler::event::GateCount;
 use crate::store::Store;
-use crate::telemetry::feed::Feed;
 use crate::telemetry::logs::Logs;
-use crate::telemetry::performance::Performance;
 use crate::units::{InstanceId, ModelName};
 
 /// For tests of the gateway and the API, which play the owner themselves: nothing here runs in the
@@ -26,24 +21,8 @@ impl Handle {
     /// A handle whose messages arrive at the returned receiver.
     pub fn for_tests(catalog: Arc<Catalog>) -> (Handle, mpsc::UnboundedReceiver<Message>) {
         let (inbox, messages) = Inbox::new();
-        let shared = Shared {
-            epoch: Instant::now(),
-            epoch_unix_ms: AtomicU64::new(unix_ms()),
-            catalog: ArcSwap::from(catalog),
-            gates: ArcSwap::default(),
-            view: ArcSwap::default(),
-            store: Store::in_memory(),
-            feed: Feed::default(),
-            logs: Logs::default(),
-            performance: Performance::default(),
-            uses: Uses::default(),
-            next_request: AtomicU64::new(1),
-            next_ask: AtomicU64::new(1),
-            contexts: Mutex::default(),
-            front_doors: ArcSwap::default(),
-            reloads: OnceLock::new(),
-            published: watch::Sender::default(),
-        };
+        let store = Store::in_memory();
+        let shared = Shared::new(catalog, Instant::now(), store, Logs::default());
         (Handle { inbox, shared: Arc::new(shared) }, messages)
     }
 

@@ -1,17 +1,14 @@
 //! Builds the owner from its parts, reconciles with what an earlier run left, and lets it run.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::adapters::Uses;
 use super::docker::DockerState;
 use super::effects::{Effects, Slot};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
@@ -25,7 +22,7 @@ use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
 use super::state_dir::{LastIds, StateDir, StateError};
 use super::state_writer::StateWriter;
-use super::view::{ModelFacts, View};
+use super::view::ModelFacts;
 use crate::config::catalog::{Catalog, OnExit, StopSpec};
 use crate::config::peers::Discovered;
 use crate::gpu::{GpuKind, Gpus};
@@ -37,10 +34,8 @@ use crate::runtime::{Foreign, Identity, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{EnsureKind, Event, MemorySample};
 use crate::scheduler::{GpuInfo, NextIds, Scheduler, World};
 use crate::store::{Figures, Store};
-use crate::telemetry::feed::Feed;
 use crate::telemetry::logs::Logs;
 use crate::telemetry::metrics::Metrics;
-use crate::telemetry::performance::Performance;
 use crate::units::{ModelName, Time};
 
 const FOREIGN_EVERY: Duration = Duration::from_secs(15);
@@ -94,7 +89,7 @@ pub async fn start(
         .chain(named.values().map(|id| id.0))
         .fold(before.instance, u64::max);
     let world = world_of(&gpus);
-    let shared = Arc::new(shared(&catalog, epoch, store));
+    let shared = Arc::new(Shared::new(Arc::clone(&catalog), epoch, store, Logs::of_this_process()));
     let foreign = if uses_docker {
         follow_docker(&docker, inbox.clone(), state.installation.clone())
     } else {
@@ -183,29 +178,6 @@ fn world_of(gpus: &Gpus) -> World {
             .collect(),
         proof: gpus.kind() != GpuKind::None,
     }
-}
-
-fn shared(catalog: &Arc<Catalog>, epoch: Instant, store: Store) -> Shared {
-    let shared = Shared {
-        epoch,
-        epoch_unix_ms: AtomicU64::new(0),
-        catalog: ArcSwap::new(Arc::clone(catalog)),
-        gates: ArcSwap::new(Arc::new(Gates::new())),
-        view: ArcSwap::new(Arc::new(View::default())),
-        store,
-        feed: Feed::default(),
-        logs: Logs::of_this_process(),
-        performance: Performance::default(),
-        uses: Uses::default(),
-        next_request: AtomicU64::new(1),
-        next_ask: AtomicU64::new(1),
-        contexts: Mutex::default(),
-        front_doors: ArcSwap::default(),
-        reloads: OnceLock::new(),
-        published: watch::Sender::default(),
-    };
-    shared.follow_wall_clock();
-    shared
 }
 
 /// The state folder may be younger than the store.

@@ -243,6 +243,13 @@ impl Store {
         found
     }
 
+    /// One row, while it is in memory.
+    pub fn activity_row(&self, id: u64) -> Option<Activity> {
+        let rows = self.rows();
+        let mut newest = rows.activity.newest().take_while(|(row, _)| *row >= id);
+        newest.find(|(row, _)| *row == id).map(|(_, row)| row.clone())
+    }
+
     /// Never blocks on the disk.
     pub fn record_swap(&self, row: SwapRow) {
         self.change(|rows| rows.push_swap(row));

@@ -146,6 +146,25 @@ pub async fn status_of(base: &str, path: &str, key: Option<&str>) -> u16 {
     answer.split(' ').nth(1).and_then(|status| status.parse().ok()).expect(&answer)
 }
 
+/// The interpreter that has the official Python clients; without one the test is told as skipped.
+pub fn python(client: &str) -> Option<String> {
+    let python = std::env::var("WHARF_TEST_PYTHON").ok();
+    if python.is_none() {
+        skip(&format!("official {client} client: WHARF_TEST_PYTHON is not set"));
+    }
+    python
+}
+
+/// Runs a script of tests/support to its end, which must be a success.
+pub async fn run_script(python: &str, script: &str, args: &[&str], world: &World) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support").join(script);
+    let output = tokio::process::Command::new(python).arg(script).args(args).output().await;
+    let output = output.expect("the interpreter runs");
+    println!("{}", String::from_utf8_lossy(&output.stdout));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}\n{}", world.log());
+}
+
 /// A test that cannot run here is counted and named in the last lines of the test command.
 pub fn skip(why: &str) {
     eprintln!("SKIPPED: {why}");

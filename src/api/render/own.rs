@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Snapshot, object, seconds};
 use crate::api::ledger;
-use crate::config::catalog::{GpuRequest, ModelSpec, RuntimeSpec};
+use crate::config::catalog::{GpuRequest, ModelSpec};
 use crate::orchestrator::view::Leftover;
 use crate::scheduler::record::{ModelView, ResidencyView};
 use crate::units::ModelName;
@@ -18,7 +18,7 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Map<String, Value> {
         "description": spec.description,
         "engine": spec.engine,
         "engine_endpoint": facts.endpoint,
-        "runtime": runtime(&spec.runtime),
+        "runtime": spec.runtime.as_str(),
         "adapter_of": spec.adapter.as_ref().map(|adapter| &adapter.of),
         "pinned": view.map_or(spec.pinned, |view| view.pinned),
         "kept": view.is_some_and(|view| view.kept),
@@ -130,15 +130,6 @@ fn leftover(at: &Snapshot<'_>, left: &Leftover) -> Value {
         "since": at.wall(left.since),
         "retry_in_seconds": seconds(left.next_attempt.since(at.now)),
     })
-}
-
-fn runtime(spec: &RuntimeSpec) -> &'static str {
-    match spec {
-        RuntimeSpec::Docker(_) => "docker",
-        RuntimeSpec::Process(_) => "process",
-        RuntimeSpec::External(_) => "external",
-        RuntimeSpec::Ollama(_) => "ollama",
-    }
 }
 
 fn gpus_wanted(request: &GpuRequest) -> Value {
