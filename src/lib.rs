@@ -3,6 +3,7 @@
 pub mod units;
 
 pub mod config;
+pub mod replay;
 pub mod scheduler;
 
 pub mod engine;
