@@ -1,5 +1,7 @@
 //! Recorded traffic against the real scheduler, on a virtual clock (`wharf replay`).
 
+pub mod generate;
+
 use std::time::Duration;
 
 use crate::units::{Bytes, GpuId, ModelName, Time};
