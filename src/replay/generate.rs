@@ -29,23 +29,23 @@ const MODELS: usize = 75;
 const SHIFT: f64 = 2.3;
 const EXPONENT: f64 = 2.0;
 /// Standard deviation of the logarithm of each model's factor of the day.
-const DAY_DRIFT: f64 = 0.35;
+const DAY_DRIFT: f64 = 0.3;
 
 const HOUR: f64 = 3600.0;
-const SESSIONS_PER_DAY: f64 = 520.0;
+const SESSIONS_PER_DAY: f64 = 530.0;
 /// Relative load of the hours, from the first hour of the trace on.
 const DAY_CURVE: [f64; 24] = [
     115.0, 155.0, 23.0, 45.0, 190.0, 195.0, 210.0, 220.0, 55.0, 50.0, 45.0, 22.0, //
     10.0, 8.0, 4.0, 3.0, 2.0, 1.0, 0.3, 0.3, 0.3, 0.5, 2.0, 25.0,
 ];
 /// Standard deviation of the logarithm of each hour's own factor.
-const HOUR_NOISE: f64 = 0.35;
+const HOUR_NOISE: f64 = 0.45;
 
 /// Requests of a session, log-normal, and the seconds between them.
 const SESSION_MEDIAN: f64 = 1.3;
-const SESSION_SPREAD: f64 = 1.2;
+const SESSION_SPREAD: f64 = 1.1;
 const SESSION_MAX: usize = 100;
-const GAP_MEDIAN: f64 = 63.0;
+const GAP_MEDIAN: f64 = 80.0;
 const GAP_SPREAD: f64 = 1.25;
 
 /// Logarithm of a model's median seconds of service; some of the popular ones take far longer.
