@@ -1,6 +1,7 @@
 //! Recorded traffic against the real scheduler, on a virtual clock (`wharf replay`).
 
 pub mod generate;
+pub mod plot;
 pub mod read;
 
 use std::time::Duration;
