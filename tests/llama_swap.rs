@@ -17,6 +17,7 @@ use tower::ServiceExt as _;
 use wharf::config::catalog::*;
 use wharf::gateway::Traffic;
 use wharf::orchestrator::handle::Message;
+use wharf::replay::read::parse;
 use wharf::scheduler::action::Answer;
 use wharf::scheduler::event::Event;
 use wharf::scheduler::record::ResidencyView;
@@ -205,6 +206,7 @@ fn activity(model: &str) -> Activity {
         completion_tokens: Some(34),
         tokens_per_second: Some(17.5),
         duration_ms: 2500,
+        queue_ms: 500,
         ..Activity::default()
     }
 }
@@ -226,10 +228,17 @@ async fn activity_rows_have_its_field_names() {
                 "cache_tokens": -1, "input_tokens": 12, "output_tokens": 34,
                 "prompt_per_second": -1.0, "tokens_per_second": 17.5,
             },
-            "duration_ms": 2500, "has_capture": false,
+            "duration_ms": 2500, "queue_ms": 500, "has_capture": false,
         });
         assert_eq!(body[0], expected);
         assert_eq!(body[1]["model"], CODER, "oldest first");
+        // What a user saves of it can be replayed.
+        for saved in [body.to_string(), format!("{body:#}")] {
+            let trace = parse("metrics.json", saved.as_bytes()).expect("a trace");
+            let trace = trace.iter().map(|one| (one.at.0, one.model.as_str(), one.service));
+            let service = Duration::from_secs(2);
+            assert_eq!(trace.collect::<Vec<_>>(), [(0, MISTRAL, service), (0, CODER, service)]);
+        }
     }
 }
 

@@ -1,6 +1,9 @@
 //! Recorded traffic against the real scheduler, on a virtual clock (`wharf replay`).
 
 pub mod figures;
+pub mod generate;
+pub mod plot;
+pub mod read;
 pub mod sessions;
 pub mod setup;
 mod world;

@@ -124,6 +124,8 @@ pub fn activity(row: &Activity) -> Value {
             "tokens_per_second": row.tokens_per_second.unwrap_or(-1.0),
         },
         "duration_ms": row.duration_ms,
+        // Ours: of the duration, the time before the engine got it. `wharf replay` needs it.
+        "queue_ms": row.queue_ms,
         "has_capture": row.has_capture,
     })
 }

@@ -199,6 +199,7 @@ pub const LLAMA_SWAP: &[Named] = &[
             ("resp_status_code", "integer", ""),
             ("tokens", "#Tokens", ""),
             ("duration_ms", "integer", ""),
+            ("queue_ms", "integer", "of it, until the engine got the request"),
             ("has_capture", "boolean", ""),
         ],
     ),
