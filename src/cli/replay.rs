@@ -1,79 +1,118 @@
 //! `wharf replay`: recorded traffic against the real scheduler, on a virtual clock.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod show;
+mod world;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, bail};
+use serde_json::json;
 
-use crate::replay::figures::{self, Figures};
-use crate::replay::setup::{Costs, FOR_EVER, Machine, Setup, Size, Terms};
-use crate::replay::{self, Arrival};
+use crate::replay::figures::{Figures, figures};
+use crate::replay::sessions::{self, AGENTS_MAX, SessionFigures};
+use crate::replay::setup::Setup;
+use crate::replay::{self, Arrival, Run, WorldFault};
 use crate::scheduler::Policy;
-use crate::units::{Bytes, GpuId, ModelName, Time};
+use crate::units::{Bytes, Time};
+
+const AFTER_HELP: &str = "\
+The scheduler is the one that `wharf serve` runs; only the clock, the engines and the callers are
+modelled. Preflight and fetch take no time, starts and stops as long as you say, memory is free
+when a stop is complete, and nobody is refused unless --queue-timeout says so.
+
+Policies:
+  fair        Wharf's own
+  exhaustive  ready models serve all who come; only idle ones leave, the least recently used
+              first; next is the model that was asked for first
+  fifo        the same, and no request begins before one that came earlier
+
+Figures:
+  wait        from arrival to the start of service
+  turn        from arrival to the model's next tenure; who a tenure left behind waits anew.
+              Fair keeps a bound on it: max_wait + what models that fell due earlier may take
+              (tenure + drain + move each) + its own drain and move
+  starved     requests that waited longer than 10 times the mean of the run and than 60 s, or
+              were never served
+  work        seconds of service done until the last arrival, per hour
+
+Examples:
+  wharf replay trace.csv --slots 2 --load 20s
+  wharf replay trace.csv --gpus 24GiB,48GiB --sizes 8GiB,big=40GiB,huge=20GiBx2 --plot waits.svg
+  wharf replay activity.json --config models.yaml --policy fair --json | jq .policies[0].wait
+  wharf replay --generate 1 --limit 6000 --compress 10 --service-scale 0.2
+  wharf replay --generate 1 --limit 6000 --csv > trace.csv
+  wharf replay --sessions 8 --seed 1
+
+Exit codes: 0 it ran, 1 it did not.";
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct Args {
-    /// The recorded traffic: columns arrival_s,model,service_s
-    pub trace: PathBuf,
-    /// fair, exhaustive, fifo, or all side by side
-    #[arg(long, default_value = "all")]
+    /// The traffic: CSV with the columns arrival_s,model,service_s, or Wharf's own activity
+    /// (`GET /api/metrics`)
+    #[arg(required_unless_present_any = ["generate", "sessions"])]
+    pub trace: Option<PathBuf>,
+    /// Make the traffic up instead: one seed is one trace
+    #[arg(long, value_name = "SEED", conflicts_with = "trace")]
+    pub generate: Option<u64>,
+    /// Print the made-up trace and replay nothing
+    #[arg(long, requires = "generate")]
+    pub csv: bool,
+    /// Agents that wait for each answer (planner → coder → planner), 1 to 16, instead of a trace
+    #[arg(long, value_name = "N", conflicts_with_all = ["trace", "generate", "plot"])]
+    pub sessions: Option<usize>,
+    /// Of the agents
+    #[arg(long, default_value_t = 1, requires = "sessions")]
+    pub seed: u64,
+    #[arg(long, value_enum, default_value = "all")]
     pub policy: PolicyChoice,
-    /// The first N arrivals only
+    /// Only the first so many arrivals; made-up traces have 6000
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Arrival times are divided by this
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    /// Divide the times of arrival by this
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = factor)]
     pub compress: f64,
-    /// Service times are multiplied by this
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    /// Multiply the times of service by this
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = factor)]
     pub service_scale: f64,
-    /// One GPU on which so many models of equal size fit
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub slots: u32,
-    /// GPUs of these sizes instead
-    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = size, requires = "sizes", conflicts_with = "slots")]
-    pub gpus: Vec<Bytes>,
-    /// Sizes of models on each of their GPUs: 8GiB for all, MODEL=20GiB, MODEL=40GiBx2 on two GPUs
-    #[arg(long, value_name = "SIZES", value_delimiter = ',')]
-    pub sizes: Vec<String>,
-    /// What a start takes
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = duration)]
-    pub load: Duration,
-    /// What a stop takes
-    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
-    pub unload: Duration,
-    /// Requests that a model serves at once
-    #[arg(long, value_name = "N", default_value_t = 16)]
-    pub concurrency: u32,
-    /// Notice to leave falls due when a request has waited so long
-    #[arg(long, value_name = "TIME", value_parser = duration)]
-    pub max_wait: Option<Duration>,
-    /// Refuse who has waited so long
-    #[arg(long, value_name = "TIME", value_parser = duration)]
-    pub queue_timeout: Option<Duration>,
+    #[command(flatten)]
+    pub world: world::Args,
+    /// Draw waits and residency over time
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
 }
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum PolicyChoice {
     Fair,
     Exhaustive,
     Fifo,
+    /// Side by side
     All,
 }
 
 impl PolicyChoice {
-    fn policies(self) -> Vec<Policy> {
+    fn policies(self) -> &'static [Policy] {
         match self {
-            PolicyChoice::Fair => vec![Policy::Fair],
-            PolicyChoice::Exhaustive => vec![Policy::Exhaustive],
-            PolicyChoice::Fifo => vec![Policy::Fifo],
-            PolicyChoice::All => Policy::ALL.to_vec(),
+            PolicyChoice::Fair => &[Policy::Fair],
+            PolicyChoice::Exhaustive => &[Policy::Exhaustive],
+            PolicyChoice::Fifo => &[Policy::Fifo],
+            PolicyChoice::All => &Policy::ALL,
         }
+    }
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    let factor: f64 = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if factor.is_finite() && factor > 0.0 {
+        Ok(factor)
+    } else {
+        Err("expected a number greater than 0".to_owned())
     }
 }
 
@@ -85,119 +124,134 @@ fn duration(text: &str) -> Result<Duration, String> {
     crate::config::values::duration(text)
 }
 
+const GENERATED: usize = 6000;
+
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let arrivals = arrivals(args)?;
-    let setup = setup(args, &arrivals)?;
-    let gpus: Vec<GpuId> = setup.gpus.iter().map(|gpu| gpu.id).collect();
-    let mut all = Vec::new();
-    for policy in args.policy.policies() {
-        let run = replay::run(&setup, policy, &arrivals)?;
-        all.push(figures::figures(&run, &arrivals, &gpus));
+    if let Some(agents) = args.sessions {
+        return run_sessions(args, agents);
+    }
+    let Traffic { name, mut arrivals } = traffic(args)?;
+    if args.csv {
+        print!("{}", replay::generate::to_csv(&arrivals));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (setup, world) = args.world.setup(&name, &mut arrivals)?;
+    let runs =
+        side_by_side(args.policy.policies(), |policy| replay::run(&setup, policy, &arrivals))?;
+    let all: Vec<Figures> = runs.iter().map(|run| figures(run, &setup)).collect();
+    let scale = scale(args);
+    if let Some(path) = &args.plot {
+        draw(path, &format!("{name}{scale}: {world}"), &runs)?;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        let ratios = show::Ratios::of(&all);
+        let object = json!({
+            "traffic": name,
+            "world": world,
+            "compress": args.compress,
+            "service_scale": args.service_scale,
+            "policies": all,
+            "fair_to_exhaustive": ratios,
+        });
+        println!("{}", serde_json::to_string_pretty(&object)?);
     } else {
-        print!("{}", table(&all));
+        println!("{name}: {} arrivals{scale}\n{world}\n", arrivals.len());
+        print!("{}", show::table(&all));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn arrivals(args: &Args) -> anyhow::Result<Vec<Arrival>> {
-    let mut arrivals = read(&args.trace)?;
-    arrivals.sort_by_key(|a| a.at);
-    arrivals.truncate(args.limit.unwrap_or(usize::MAX));
-    if !(args.compress > 0.0 && args.service_scale >= 0.0) {
-        bail!("--compress must be greater than 0, and --service-scale not less");
+fn run_sessions(args: &Args, count: usize) -> anyhow::Result<ExitCode> {
+    if !(1..=AGENTS_MAX).contains(&count) {
+        bail!("--sessions {count}: expected 1 to {AGENTS_MAX} agents");
     }
+    let (setup, world) = args.world.for_sessions()?;
+    let agents = || sessions::agents(args.seed, count);
+    let runs = side_by_side(args.policy.policies(), |policy| {
+        replay::run_sessions(&setup, policy, agents())
+    })?;
+    let all: Vec<SessionFigures> =
+        runs.iter().map(|run| sessions::session_figures(run, count)).collect();
+    if args.json {
+        let object =
+            json!({ "sessions": count, "seed": args.seed, "world": world, "policies": all });
+        println!("{}", serde_json::to_string_pretty(&object)?);
+    } else {
+        println!(
+            "{count} agents with {} tasks each (seed {})\n{world}\n",
+            sessions::TASKS,
+            args.seed
+        );
+        print!("{}", show::session_table(&all));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Each policy has a thread of its own.
+fn side_by_side(
+    policies: &[Policy],
+    run: impl Fn(Policy) -> Result<Run, WorldFault> + Sync,
+) -> anyhow::Result<Vec<Run>> {
+    let run = &run;
+    let ran: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            policies.iter().map(|&policy| scope.spawn(move || run(policy))).collect();
+        threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
+    });
+    ran.into_iter()
+        .map(|ran| match ran {
+            Ok(run) => Ok(run?),
+            Err(_) => bail!("the scheduler broke one of its invariants: its message is above"),
+        })
+        .collect()
+}
+
+/// What is replayed, and what it is called.
+struct Traffic {
+    name: String,
+    arrivals: Vec<Arrival>,
+}
+
+fn traffic(args: &Args) -> anyhow::Result<Traffic> {
+    let (name, mut arrivals) = match (&args.trace, args.generate) {
+        (Some(path), _) => (path.display().to_string(), replay::read::read(path)?),
+        (None, Some(seed)) => {
+            let arrivals = replay::generate::generate(seed, args.limit.unwrap_or(GENERATED));
+            (format!("made up from seed {seed}"), arrivals)
+        }
+        (None, None) => bail!("a trace is missing"),
+    };
+    arrivals.truncate(args.limit.unwrap_or(usize::MAX));
     for arrival in &mut arrivals {
         arrival.at = Time((arrival.at.0 as f64 / args.compress).round() as u64);
-        let service = arrival.service.as_secs_f64() * args.service_scale;
-        arrival.service = Duration::from_millis((service * 1000.0).round() as u64);
+        let service = arrival.service.as_millis() as f64 * args.service_scale;
+        arrival.service = Duration::from_millis(service.round() as u64);
     }
-    Ok(arrivals)
+    Ok(Traffic { name, arrivals })
 }
 
-fn read(path: &Path) -> anyhow::Result<Vec<Arrival>> {
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("failed to read {}", path.display()))?;
-    let mut arrivals = Vec::new();
-    for (at, line) in text.lines().enumerate().skip(1) {
-        let wrong = || anyhow!("{}:{}: not arrival_s,model,service_s", path.display(), at + 1);
-        let cells: Vec<&str> = line.split(',').map(str::trim).collect();
-        let [arrival, model, service] = cells[..] else { return Err(wrong()) };
-        let seconds = |cell: &str| cell.parse::<f64>().map_err(|_| wrong());
-        arrivals.push(Arrival {
-            at: Time((seconds(arrival)? * 1000.0).round() as u64),
-            model: ModelName::new(model),
-            service: Duration::from_millis((seconds(service)? * 1000.0).round() as u64),
-        });
-    }
-    Ok(arrivals)
-}
-
-fn setup(args: &Args, arrivals: &[Arrival]) -> anyhow::Result<Setup> {
-    let models: BTreeSet<ModelName> = arrivals.iter().map(|a| a.model.clone()).collect();
-    let machine = if args.gpus.is_empty() {
-        Machine::Slots(args.slots)
-    } else {
-        Machine::Gpus { memory: args.gpus.clone(), sizes: sizes(args, &models)? }
-    };
-    let terms = Terms {
-        costs: Costs {
-            start: args.load,
-            stop: args.unload,
-            sleep: None,
-            wake: None,
-            residue: Bytes::ZERO,
-        },
-        concurrency: Some(args.concurrency),
-        max_wait: args.max_wait,
-        queue_timeout: args.queue_timeout.unwrap_or(FOR_EVER),
-    };
-    Ok(Setup::of_trace(&models, &machine, &terms)?)
-}
-
-fn sizes(args: &Args, models: &BTreeSet<ModelName>) -> anyhow::Result<BTreeMap<ModelName, Size>> {
-    let mut sizes = BTreeMap::new();
-    for text in &args.sizes {
-        let (name, rest) = text.rsplit_once('=').map_or((None, text.as_str()), |(n, r)| (Some(n), r));
-        let (bytes, gpus) = rest.rsplit_once('x').unwrap_or((rest, "1"));
-        let wrong = |why: String| anyhow!("--sizes {text}: {why}");
-        let bytes = size(bytes).map_err(wrong)?;
-        let gpus = gpus.parse().map_err(|_| wrong(format!("{gpus} is no number of GPUs")))?;
-        let size = Size { bytes, gpus };
-        match name {
-            Some(name) => {
-                sizes.insert(ModelName::new(name), size);
-            }
-            None => {
-                for model in models {
-                    sizes.entry(model.clone()).or_insert(size);
-                }
-            }
-        }
-    }
-    Ok(sizes)
-}
-
-fn table(all: &[Figures]) -> String {
+/// ", 10 times as fast, service × 0.2"
+fn scale(args: &Args) -> String {
     let mut text = String::new();
-    let mut row = |name: &str, of: &dyn Fn(&Figures) -> String| {
-        let cells: String = all.iter().map(|f| format!("{:>14}", of(f))).collect();
-        text.push_str(&format!("{name:<28}{cells}\n"));
-    };
-    row("", &|f| f.policy.clone());
-    row("wait, mean (s)", &|f| format!("{:.1}", f.wait.mean_s));
-    row("wait, p50 (s)", &|f| format!("{:.1}", f.wait.p50_s));
-    row("wait, p95 (s)", &|f| format!("{:.1}", f.wait.p95_s));
-    row("wait, p99 (s)", &|f| format!("{:.1}", f.wait.p99_s));
-    row("wait, max (s)", &|f| format!("{:.1}", f.wait.max_s));
-    row("loads", &|f| f.loads.to_string());
-    row("GPU busy", &|f| format!("{:.1} %", f.gpu_busy * 100.0));
-    row("GPU moving", &|f| format!("{:.1} %", f.gpu_moving * 100.0));
-    row("starved", &|f| f.starved.to_string());
-    row("refused, cut, unserved", &|f| format!("{}, {}, {}", f.refused, f.cut, f.unserved));
-    row("work per hour (s)", &|f| format!("{:.0}", f.work_s_per_hour));
-    row("makespan (s)", &|f| format!("{:.0}", f.makespan_s));
+    if args.compress != 1.0 {
+        text.push_str(&format!(", {} times as fast", args.compress));
+    }
+    if args.service_scale != 1.0 {
+        text.push_str(&format!(", service × {}", args.service_scale));
+    }
     text
+}
+
+fn draw(path: &Path, title: &str, runs: &[Run]) -> anyhow::Result<()> {
+    std::fs::write(path, replay::plot::plot(title, runs))
+        .with_context(|| format!("failed to write {}", path.display()))
+}
+
+/// What the modelled machine is, in a line.
+fn described(setup: &Setup, what: &str) -> String {
+    let gpus: Vec<String> = setup.gpus.iter().map(|gpu| gpu.total.to_string()).collect();
+    match gpus.as_slice() {
+        [one] => format!("a GPU of {one}, {what}"),
+        more => format!("{} GPUs ({}), {what}", more.len(), more.join(", ")),
+    }
 }

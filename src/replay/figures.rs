@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Arrival, Run, Stay, Visit};
-use crate::units::{Bytes, GpuId, ModelName, Time};
+use super::bound::{Turns, turns};
+use super::setup::Setup;
+use super::{Run, Stay, Visit};
+use crate::scheduler::Policy;
+use crate::units::{GpuId, ModelName, Time};
 
 /// Nobody starves in less.
 const STARVED_FLOOR: Duration = Duration::from_secs(60);
@@ -58,10 +61,15 @@ pub struct Figures {
     /// Seconds of service of requests that ended before the last arrival, per hour until then.
     pub work_s_per_hour: f64,
     pub makespan_s: f64,
+    /// The longest wait for a turn: a place on a ready model is not waited for here.
+    pub longest_turn_s: f64,
+    /// How the bound on that was kept, by the policy that has one.
+    pub bound: Option<Turns>,
     pub models: BTreeMap<ModelName, ModelFigures>,
 }
 
-pub fn figures(run: &Run, arrivals: &[Arrival], gpus: &[GpuId]) -> Figures {
+pub fn figures(run: &Run, setup: &Setup) -> Figures {
+    let gpus: Vec<GpuId> = setup.gpus.iter().map(|gpu| gpu.id).collect();
     let waits: Vec<(usize, Duration)> = waits(run);
     let all: Vec<Duration> = waits.iter().map(|(_, wait)| *wait).collect();
     let wait = spread(all);
@@ -75,7 +83,8 @@ pub fn figures(run: &Run, arrivals: &[Arrival], gpus: &[GpuId]) -> Figures {
         .map(|(at, _)| *at)
         .collect();
     let count = |of: fn(&Visit) -> bool| run.visits.iter().filter(|v| of(v)).count();
-    let (busy, moving) = shares(run, gpus);
+    let (busy, moving) = shares(run, &gpus);
+    let turns = turns(run, setup);
     Figures {
         policy: run.policy.clone(),
         arrivals: run.visits.len(),
@@ -90,8 +99,10 @@ pub fn figures(run: &Run, arrivals: &[Arrival], gpus: &[GpuId]) -> Figures {
         gpu_moving: moving,
         starved: starved.len(),
         starved_after_s: starved_after.as_secs_f64(),
-        work_s_per_hour: work(run, arrivals),
+        work_s_per_hour: work(run),
         makespan_s: run.ended.0 as f64 / 1000.0,
+        longest_turn_s: turns.longest_s,
+        bound: (run.policy == Policy::Fair.as_str()).then_some(turns),
         models: by_model(run, &waits, &starved),
     }
 }
@@ -151,13 +162,13 @@ fn by_model(
     models.into_iter().map(|(name, model)| (name, told(model))).collect()
 }
 
-fn work(run: &Run, arrivals: &[Arrival]) -> f64 {
+fn work(run: &Run) -> f64 {
     let Some(last) = run.visits.iter().map(|v| v.arrived).max() else { return 0.0 };
-    let done = |(visit, arrival): (&Visit, &Arrival)| {
-        let in_time = is_served(visit) && visit.ended.is_some_and(|ended| ended <= last);
-        if in_time { arrival.service.as_secs_f64() } else { 0.0 }
+    let done = |visit: &Visit| {
+        let (began, ended) = (visit.began?, visit.ended?);
+        (is_served(visit) && ended <= last).then(|| ended.since(began).as_secs_f64())
     };
-    let sum: f64 = run.visits.iter().zip(arrivals).map(done).sum();
+    let sum: f64 = run.visits.iter().filter_map(done).sum();
     if last == Time::ZERO { 0.0 } else { sum * 3600.0 / (last.0 as f64 / 1000.0) }
 }
 
@@ -199,9 +210,4 @@ fn covered(spans: impl Iterator<Item = (Time, Time)>) -> u64 {
         until = until.max(to);
     }
     sum
-}
-
-/// As `Bytes` shows it.
-pub fn bytes_moved(figures: &Figures) -> Bytes {
-    Bytes(figures.bytes_moved)
 }

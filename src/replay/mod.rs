@@ -1,5 +1,6 @@
 //! Recorded traffic against the real scheduler, on a virtual clock (`wharf replay`).
 
+pub mod bound;
 pub mod figures;
 pub mod generate;
 pub mod plot;
@@ -67,10 +68,6 @@ pub fn run(setup: &Setup, policy: Policy, arrivals: &[Arrival]) -> Result<Run, W
 }
 
 /// One policy's way with callers that wait for each answer.
-pub fn run_sessions(
-    setup: &Setup,
-    policy: Policy,
-    agents: Vec<Agent>,
-) -> Result<Run, WorldFault> {
+pub fn run_sessions(setup: &Setup, policy: Policy, agents: Vec<Agent>) -> Result<Run, WorldFault> {
     World::new(setup, policy).with_agents(agents).run()
 }

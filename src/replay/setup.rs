@@ -56,7 +56,10 @@ pub struct Size {
 pub enum Machine {
     /// One GPU, on which so many models fit, all of the same size.
     Slots(u32),
-    Gpus { memory: Vec<Bytes>, sizes: BTreeMap<ModelName, Size> },
+    Gpus {
+        memory: Vec<Bytes>,
+        sizes: BTreeMap<ModelName, Size>,
+    },
 }
 
 /// What holds for every model of a trace.
@@ -80,10 +83,15 @@ pub struct Setup {
     pub measured: BTreeMap<ModelName, Bytes>,
 }
 
+/// What a store has of a model: the moves that were seen, and its bytes.
+pub type Known = BTreeMap<ModelName, Learned>;
+
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SetupError {
-    #[error("no size is known for model {0}: name it in --sizes")]
+    #[error("no size is known for model {0}: --sizes {0}=8GiB says it")]
     NoSize(ModelName),
+    #[error("model {0} is not in the configuration")]
+    NoModel(ModelName),
     #[error("there is no GPU: --slots or --gpus say what there is")]
     NoGpu,
 }
@@ -125,6 +133,53 @@ impl Setup {
         Ok(Setup { catalog: Arc::new(catalog), gpus, costs, measured: BTreeMap::new() })
     }
 
+    /// The models of a configuration, with what was learned of them; `terms` stand in for moves
+    /// that were never seen. Requests that name an alias are given the model's name.
+    pub fn of_catalog(
+        catalog: &Catalog,
+        known: &Known,
+        memory: &[Bytes],
+        sizes: &BTreeMap<ModelName, Size>,
+        terms: &Terms,
+    ) -> Result<Setup, SetupError> {
+        if memory.is_empty() {
+            return Err(SetupError::NoGpu);
+        }
+        let mut catalog = catalog.clone();
+        never_refuse(&mut catalog, terms.queue_timeout);
+        if terms.max_wait.is_some() {
+            catalog.settings.swap.max_wait = terms.max_wait;
+        }
+        let (mut costs, mut measured) = (BTreeMap::new(), BTreeMap::new());
+        for (name, spec) in &catalog.models {
+            let learned = known.get(name).cloned().unwrap_or_default();
+            let sleeps = spec.engine == EngineKind::Vllm && spec.sleep.is_some();
+            let usual = terms.costs;
+            costs.insert(
+                name.clone(),
+                Costs {
+                    start: learned.start.unwrap_or(usual.start),
+                    stop: learned.stop.unwrap_or(usual.stop),
+                    sleep: learned.sleep.or(usual.sleep).or(Some(usual.stop)).filter(|_| sleeps),
+                    wake: learned.wake.or(usual.wake).or(Some(usual.stop)).filter(|_| sleeps),
+                    residue: learned.asleep.unwrap_or(usual.residue),
+                },
+            );
+            let said = sizes.get(name).map(|size| size.bytes);
+            match (spec.vram, learned.footprint.or(said)) {
+                (Vram::Declared(_), _) => {}
+                (Vram::Unknown | Vram::Rest, Some(bytes)) => {
+                    measured.insert(name.clone(), bytes);
+                }
+                (Vram::Unknown | Vram::Rest, None) if spec.gpus == GpuRequest::None => {}
+                (Vram::Unknown | Vram::Rest, None) => {
+                    return Err(SetupError::NoSize(name.clone()));
+                }
+            }
+        }
+        Ok(Setup { catalog: Arc::new(catalog), gpus: gpus_of(memory), costs, measured })
+    }
+
     pub(super) fn costs(&self, model: &ModelName) -> Costs {
         self.costs.get(model).copied().unwrap_or(Costs {
             start: Duration::ZERO,
@@ -152,11 +207,8 @@ impl Setup {
 
 /// GPUs of these sizes, in this order.
 pub fn gpus_of(memory: &[Bytes]) -> Vec<GpuInfo> {
-    let gpu = |(&total, id): (&Bytes, u16)| GpuInfo {
-        id: GpuId(id),
-        uuid: format!("GPU-{id}"),
-        total,
-    };
+    let gpu =
+        |(&total, id): (&Bytes, u16)| GpuInfo { id: GpuId(id), uuid: format!("GPU-{id}"), total };
     memory.iter().zip(0..).map(gpu).collect()
 }
 

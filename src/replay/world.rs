@@ -8,14 +8,15 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::time::Duration;
 
 use super::sessions::Agent;
 use super::setup::Setup;
 use super::{Arrival, Run, Stay, Visit};
 use crate::scheduler::action::{Action, Refusal};
-use crate::scheduler::event::{Done, Event, GateCount, Request};
+use crate::scheduler::event::{Done, EnsureKind, Event, GateCount, Request};
 use crate::scheduler::{NextIds, Policy, Scheduler, World as Told};
-use crate::units::{Bytes, GpuId, InstanceId, ModelName, Priority, RequestId, SwapId, Time};
+use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, Priority, RequestId, SwapId, Time};
 
 /// More wake-ups than this in a row without anything happening: the scheduler spins.
 const WAKES_MAX: u32 = 10_000;
@@ -23,7 +24,9 @@ const WAKES_MAX: u32 = 10_000;
 /// The scheduler did what its protocol forbids.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum WorldFault {
-    #[error("{policy}, at {at_s:.3} s: the scheduler asks to be woken again and again, for {cause}")]
+    #[error(
+        "{policy}, at {at_s:.3} s: the scheduler asks to be woken again and again, for {cause}"
+    )]
     Spins { policy: &'static str, at_s: f64, cause: String },
     #[error("{policy}, at {at_s:.3} s: {what}")]
     Protocol { policy: &'static str, at_s: f64, what: String },
@@ -50,6 +53,8 @@ struct Engine {
     model: ModelName,
     gpus: Vec<GpuId>,
     effect: Option<Effect>,
+    /// Its start was asked for.
+    launched: bool,
     /// Where `Run::stays` tells of it now; `None` before its start and while it sleeps.
     stay: Option<usize>,
     open: bool,
@@ -114,6 +119,11 @@ impl<'a> World<'a> {
         for (model, costs) in &setup.costs {
             let learned = costs.learned(setup.footprint(model));
             world.tell(Event::Remembered { model: model.clone(), learned });
+        }
+        let specs = setup.catalog.models.values().filter(|spec| spec.warmup);
+        for (ask, spec) in (0..).map(AskId).zip(specs) {
+            let (model, kind) = (spec.name.clone(), EnsureKind::Warmup);
+            world.tell(Event::EnsureAsked { ask, model, kind, deadline: Time::MAX });
         }
         world
     }
@@ -354,14 +364,14 @@ impl<'a> World<'a> {
             Action::CancelLeases { instance, why } => self.cut(instance, &why),
             Action::Preflight { swap, instance, model, gpus } => {
                 self.engines.insert(instance, Engine::new(model, gpus));
-                self.begin(swap, instance, std::time::Duration::ZERO, Done::Preflight(Ok(())));
+                self.begin(swap, instance, Duration::ZERO, Done::Preflight(Ok(())));
             }
             Action::Fetch { swap, instance, .. } => {
-                self.begin(swap, instance, std::time::Duration::ZERO, Done::Fetch(Ok(())));
+                self.begin(swap, instance, Duration::ZERO, Done::Fetch(Ok(())));
             }
             Action::StartInstance { swap, instance, model, gpus, footprint, .. } => {
                 let real = self.setup.footprint(&model);
-                let engine = Engine::new(model.clone(), gpus);
+                let engine = Engine { launched: true, ..Engine::new(model.clone(), gpus) };
                 self.engines.insert(instance, engine);
                 self.stay_begins(instance, footprint.unwrap_or(real));
                 let took = self.setup.costs(&model).start;
@@ -395,7 +405,7 @@ impl<'a> World<'a> {
         engine.count.in_flight += 1;
         engine.count.granted += 1;
         engine.count.last_used = self.now;
-        let over = engine.count.in_flight > engine.permits.max(1) && engine.permits > 0;
+        let over = engine.count.in_flight > engine.permits;
         if over || engine.model != self.visits[visit].model || self.visits[visit].began.is_some() {
             return self.forbid(format!("{request} is granted {instance}, which has no place"));
         }
@@ -447,7 +457,7 @@ impl<'a> World<'a> {
     fn leave(&mut self, swap: SwapId, instance: InstanceId, asleep: bool) {
         let Some(engine) = self.engines.get_mut(&instance) else {
             // Called off before anything was there.
-            return self.begin(swap, instance, std::time::Duration::ZERO, Done::Stop(Ok(())));
+            return self.begin(swap, instance, Duration::ZERO, Done::Stop(Ok(())));
         };
         if engine.count.in_flight > 0 {
             return self.forbid(format!("{instance} is stopped while it serves"));
@@ -457,24 +467,18 @@ impl<'a> World<'a> {
             self.stays[stay].left = Some(self.now);
         }
         let costs = self.setup.costs(&model);
-        // A sleeper's process ends as any other does.
-        let never_started = stay.is_none() && engine.count.granted == 0;
+        // (A sleeper's process ends as any other does.)
+        let never_started = !engine.launched;
         let (took, done) = match asleep {
             true => (costs.sleep.unwrap_or_default(), Done::Sleep(Ok(Some(costs.residue)))),
-            false if never_started => (std::time::Duration::ZERO, Done::Stop(Ok(()))),
+            false if never_started => (Duration::ZERO, Done::Stop(Ok(()))),
             false => (costs.stop, Done::Stop(Ok(()))),
         };
         self.begin(swap, instance, took, done);
     }
 
     /// Takes the place of an effect under way, which then does not report any more.
-    fn begin(
-        &mut self,
-        swap: SwapId,
-        instance: InstanceId,
-        took: std::time::Duration,
-        done: Done,
-    ) {
+    fn begin(&mut self, swap: SwapId, instance: InstanceId, took: Duration, done: Done) {
         self.sequence += 1;
         let id = self.sequence;
         let unknown = || Engine::new(ModelName::new(""), Vec::new());
@@ -517,6 +521,7 @@ impl Engine {
             model,
             gpus,
             effect: None,
+            launched: false,
             stay: None,
             open: false,
             permits: 0,

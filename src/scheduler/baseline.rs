@@ -52,9 +52,11 @@ impl Scheduler {
         (!self.is_fair()).then(|| u128::from(u64::MAX - first))
     }
 
-    /// Only idle instances leave, and those at once.
+    /// Only idle instances leave, and those at once. Under *fifo* who waits for one of them came
+    /// later than the request for which it leaves.
     pub(super) fn baseline_may_leave(&self, instance: &Instance) -> Option<Result<Leaves, String>> {
-        let idle = instance.in_flight() == 0 && self.queue_len(&instance.model) == 0;
+        let wanted = self.policy != Policy::Fifo && self.queue_len(&instance.model) > 0;
+        let idle = instance.in_flight() == 0 && !wanted;
         let busy = || format!("{} serves {} requests", instance.model, instance.in_flight());
         (!self.is_fair()).then(|| if idle { Ok(Leaves::Idle) } else { Err(busy()) })
     }
