@@ -11,6 +11,7 @@
 //! | `ask`, `sleep` | ensure, load, unload, sleep, wake: one answer each |
 //! | `stay` | how long a model stays that nobody pushes out: ttl, grace, pins, times of day |
 //! | `policy` | whose turn it is; who may be asked to leave |
+//! | `preempt` | which starts are called off for a higher class |
 //! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `plan` | a dry run of all this |
@@ -33,6 +34,7 @@ mod memory;
 mod placement;
 pub mod plan;
 mod policy;
+mod preempt;
 mod proof;
 mod queue;
 mod ram;

@@ -41,6 +41,8 @@ pub(super) struct Model {
     /// Learned idle gap between requests.
     pub gap: Option<Duration>,
     pub since: Time,
+    /// A start was called off for a higher class, and it was not ready since.
+    pub called_off: bool,
 }
 
 #[derive(Clone, Debug)]
