@@ -8,6 +8,7 @@
 //! | file | what it decides |
 //! |---|---|
 //! | `queue` | who may wait, in which order, for how long |
+//! | `overload` | who is refused at arrival, as its turn would come too late |
 //! | `ask`, `sleep` | ensure, load, unload, sleep, wake: one answer each |
 //! | `stay` | how long a model stays that nobody pushes out: ttl, grace, pins, times of day |
 //! | `policy` | whose turn it is; who may be asked to leave |
@@ -31,6 +32,7 @@ mod groups;
 mod invariants;
 mod lifecycle;
 mod memory;
+mod overload;
 mod placement;
 pub mod plan;
 mod policy;

@@ -69,6 +69,7 @@ pub struct Checker {
     shutting_down: bool,
     stalled: BTreeMap<ModelName, u64>,
     bounds: BTreeMap<ModelName, waits::Bound>,
+    longest: BTreeMap<ModelName, refusals::Longest>,
     /// Longest not-ready wait seen, as a share of its bound (per mille).
     pub tightest: u64,
     pub counts: Counts,
@@ -117,6 +118,7 @@ impl Checker {
             shutting_down: false,
             stalled: BTreeMap::new(),
             bounds: waits::bounds(scenario),
+            longest: refusals::longest(scenario),
             tightest: 0,
             counts: Counts::default(),
         }
