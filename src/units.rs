@@ -188,6 +188,14 @@ pub enum Priority {
 }
 
 impl Priority {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Priority::High => "high",
+            Priority::Normal => "normal",
+            Priority::Low => "low",
+        }
+    }
+
     /// Weight times four, so that low priority stays an integer: high 16, normal 4, low 1.
     pub const fn weight_x4(self) -> u64 {
         match self {

@@ -211,7 +211,7 @@ fn every_configured_model_has_its_series_from_the_start() {
         zero("orchestrator_instance_restarts_total", &[]);
         zero("orchestrator_swap_causes_total", &[("cause", "ensure"), ("result", "ready")]);
     }
-    for reason in ["queue_full", "start_failed", "vram_not_freed"] {
+    for reason in ["queue_full", "overloaded", "start_failed", "vram_not_freed"] {
         let labels = [("reason", reason)];
         assert_eq!(value(&text, "orchestrator_refusals_total", &labels), Some(0.0), "{reason}");
     }

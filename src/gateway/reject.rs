@@ -156,25 +156,27 @@ impl Reject {
         let status = status_of(refusal);
         let reject = Reject::new(status, code_of(refusal), message_of(refusal, model, now, viewer));
         let estimate = view.model(model).and_then(|model| model.ready_in).unwrap_or(RETRY_UNKNOWN);
-        let reject = match refusal {
-            Refusal::StartFailed { swap, fault, retry_at } => {
-                reject.swap(*swap).cause(fault, viewer).retry_after(retry_at.since(now))
-            }
-            Refusal::VramNeverFreed { swap, fault, retry_at } => {
-                reject.swap(Some(*swap)).cause(fault, viewer).retry_after(retry_at.since(now))
-            }
-            Refusal::CannotFit { .. } | Refusal::KeptApart { .. } => reject.hopeless(),
-            Refusal::NotLoaded
-            | Refusal::QueueFull { .. }
-            | Refusal::QueueTimeout { .. }
-            | Refusal::Unloaded
-            | Refusal::InstanceLost { .. } => reject.retry_after(estimate),
-            Refusal::UnknownModel | Refusal::Removed => reject.param("model"),
-            Refusal::RuntimeLost { message } => {
-                reject.cause(&Fault::new(FaultKind::RuntimeUnreachable, message.as_str()), viewer)
-            }
-            Refusal::NoVramProof { .. } | Refusal::ShuttingDown => reject,
-        };
+        let reject =
+            match refusal {
+                Refusal::StartFailed { swap, fault, retry_at } => {
+                    reject.swap(*swap).cause(fault, viewer).retry_after(retry_at.since(now))
+                }
+                Refusal::VramNeverFreed { swap, fault, retry_at } => {
+                    reject.swap(Some(*swap)).cause(fault, viewer).retry_after(retry_at.since(now))
+                }
+                Refusal::Overloaded { expected_ms, timeout_ms } => reject
+                    .retry_after(Duration::from_millis(expected_ms.saturating_sub(*timeout_ms))),
+                Refusal::CannotFit { .. } | Refusal::KeptApart { .. } => reject.hopeless(),
+                Refusal::NotLoaded
+                | Refusal::QueueFull { .. }
+                | Refusal::QueueTimeout { .. }
+                | Refusal::Unloaded
+                | Refusal::InstanceLost { .. } => reject.retry_after(estimate),
+                Refusal::UnknownModel | Refusal::Removed => reject.param("model"),
+                Refusal::RuntimeLost { message } => reject
+                    .cause(&Fault::new(FaultKind::RuntimeUnreachable, message.as_str()), viewer),
+                Refusal::NoVramProof { .. } | Refusal::ShuttingDown => reject,
+            };
         reject.model(model)
     }
 
@@ -239,10 +241,11 @@ fn type_of(status: StatusCode) -> &'static str {
 }
 
 /// Every value of [`code_of`], so that its metric can begin at 0.
-pub const REFUSAL_CODES: [&str; 13] = [
+pub const REFUSAL_CODES: [&str; 14] = [
     "model_not_found",
     "model_not_loaded",
     "queue_full",
+    "overloaded",
     "queue_timeout",
     "cannot_fit",
     "kept_apart",
@@ -261,6 +264,7 @@ pub fn code_of(refusal: &Refusal) -> &'static str {
         Refusal::UnknownModel | Refusal::Removed => "model_not_found",
         Refusal::NotLoaded => "model_not_loaded",
         Refusal::QueueFull { .. } => "queue_full",
+        Refusal::Overloaded { .. } => "overloaded",
         Refusal::QueueTimeout { .. } => "queue_timeout",
         Refusal::CannotFit { .. } => "cannot_fit",
         Refusal::KeptApart { .. } => "kept_apart",
@@ -283,6 +287,7 @@ fn status_of(refusal: &Refusal) -> StatusCode {
         Refusal::CannotFit { .. } => StatusCode::INSUFFICIENT_STORAGE,
         Refusal::KeptApart { .. } => StatusCode::CONFLICT,
         Refusal::NotLoaded
+        | Refusal::Overloaded { .. }
         | Refusal::StartFailed { .. }
         | Refusal::VramNeverFreed { .. }
         | Refusal::NoVramProof { .. }
@@ -317,6 +322,12 @@ fn message_of(refusal: &Refusal, model: &ModelName, now: Time, viewer: Viewer) -
         Refusal::QueueFull { limit, per_model: false } => format!(
             "{limit} requests already wait for models (queue.limit); \
              send again later or raise the limit"
+        ),
+        Refusal::Overloaded { expected_ms, timeout_ms } => format!(
+            "model \"{model}\" has about {} s of work ahead of this request, which may wait {} s \
+             (queue.timeout); send again later, or raise its `concurrency` or the limit",
+            expected_ms / 1000,
+            timeout_ms / 1000
         ),
         Refusal::QueueTimeout { waited_ms, waiting_for } => format!(
             "waited {:.0} s for model \"{model}\" (queue.timeout): {}",
@@ -439,6 +450,17 @@ mod tests {
     }
 
     #[test]
+    fn who_comes_too_late_is_told_when_there_is_a_place_again() {
+        let reject = reject(Refusal::Overloaded { expected_ms: 95_000, timeout_ms: 60_000 }, false);
+        assert!(reject.problem().message.contains("95 s of work"), "{reject:?}");
+        let response = reject.into_response();
+        assert_eq!(
+            (response.status().as_u16(), &response.headers()["retry-after"]),
+            (503, &HeaderValue::from(35))
+        );
+    }
+
+    #[test]
     fn a_lost_runtime_says_which_kind_of_cause_it_is() {
         let body = reject(Refusal::RuntimeLost { message: "no daemon".into() }, false).body();
         assert_eq!(body["cause"]["kind"], "runtime_unreachable");
@@ -450,6 +472,7 @@ mod tests {
         for refusal in [
             Refusal::NotLoaded,
             Refusal::QueueFull { limit: 1, per_model: true },
+            Refusal::Overloaded { expected_ms: 90_000, timeout_ms: 60_000 },
             Refusal::NoVramProof { message: "driver".into() },
             Refusal::RuntimeLost { message: "docker".into() },
             Refusal::Unloaded,

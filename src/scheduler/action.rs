@@ -160,6 +160,12 @@ pub enum Refusal {
         limit: u32,
         per_model: bool,
     },
+    /// Those ahead of it take longer than `queue.timeout`, by what was learned.
+    Overloaded {
+        /// Until its turn would come, at the least.
+        expected_ms: u64,
+        timeout_ms: u64,
+    },
     /// `queue.timeout` passed; `waiting_for` says for what.
     QueueTimeout {
         waited_ms: u64,

@@ -77,6 +77,9 @@ impl Attempt<'_> {
     }
 
     fn may_leave(&self, instance: &Instance) -> Option<Leaves> {
+        if self.candidate.calls_off.contains(&instance.id) {
+            return Some(Leaves::Idle);
+        }
         self.scheduler.may_leave(self.candidate, instance).ok()
     }
 

@@ -8,6 +8,7 @@ use super::Scheduler;
 use super::action::{Action, Refusal};
 use super::event::{Fault, FaultKind};
 use super::memory::{UNSEEN, uses_gpu};
+use super::overload::Service;
 use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
 use crate::config::catalog::Catalog;
@@ -149,6 +150,7 @@ impl Scheduler {
             };
             (state.failure, state.failures, state.deaths) = (None, 0, 0);
             if !spec.runs_like(old) {
+                state.service = Service::default();
                 state.learned.footprint = None;
                 state.learned.asleep = None;
             }

@@ -8,9 +8,11 @@
 //! | file | what it decides |
 //! |---|---|
 //! | `queue` | who may wait, in which order, for how long |
+//! | `overload` | who is refused at arrival, as its turn would come too late |
 //! | `ask`, `sleep` | ensure, load, unload, sleep, wake: one answer each |
 //! | `stay` | how long a model stays that nobody pushes out: ttl, grace, pins, times of day |
 //! | `policy`, `baseline` | whose turn it is; who may be asked to leave |
+//! | `preempt` | which starts are called off for a higher class |
 //! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `plan` | a dry run of all this |
@@ -31,9 +33,11 @@ mod groups;
 mod invariants;
 mod lifecycle;
 mod memory;
+mod overload;
 mod placement;
 pub mod plan;
 mod policy;
+mod preempt;
 mod proof;
 mod queue;
 mod ram;

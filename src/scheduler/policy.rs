@@ -22,7 +22,7 @@ use super::queue::Waiter;
 use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
 use crate::config::catalog::ModelSpec;
-use crate::units::{AskId, GpuId, ModelName, SwapId, Time};
+use crate::units::{AskId, GpuId, InstanceId, ModelName, SwapId, Time};
 
 /// In order of rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,6 +63,10 @@ pub(super) struct Candidate {
     pub cause: SwapCause,
     pub score: u128,
     pub oldest: Time,
+    /// Instances whose start it would call off (see `preempt`).
+    pub calls_off: Vec<InstanceId>,
+    /// Whose start was called off for it, in words: the room is its own.
+    pub instead_of: Option<String>,
 }
 
 impl Scheduler {
@@ -73,7 +77,7 @@ impl Scheduler {
         }
         let mut wanted: BTreeSet<GpuId> = BTreeSet::new();
         let mut longer: Vec<ModelName> = Vec::new();
-        for candidate in self.candidates() {
+        for mut candidate in self.candidates() {
             // Somebody of higher rank may just have been given its place.
             let name = &candidate.spec.name;
             if self.is_process_left(name) || self.is_leaving(name) {
@@ -93,6 +97,7 @@ impl Scheduler {
                 Some(why) => Planned::Blocked { gpus: Vec::new(), why },
                 None => self.plan(&candidate, &wanted),
             };
+            let planned = self.or_call_off(planned, &mut candidate, &wanted);
             match (planned, candidate.swap) {
                 (Planned::Room(plan), None) => {
                     let swap = self.begin_load(&candidate, &plan);
@@ -205,15 +210,18 @@ impl Scheduler {
         let summed: u128 = state.queue.iter().map(|w| age(w) * weight(w)).sum();
         let oldest: u128 = state.queue.iter().map(|w| age(w) * weight(w)).max().unwrap_or(0);
         let cost = self.move_cost(&spec.name).as_millis() + 100;
+        let instead_of = swap.and_then(|s| s.instead_of.clone());
+        let fair = || (summed + oldest) * u128::from(spec.priority.weight_x4()) * 1000 / cost;
+        let score = self.baseline_score(state).unwrap_or_else(fair);
         Some(Candidate {
             spec: Arc::clone(spec),
             swap: swap.map(|s| s.id),
             urgency,
             cause,
-            score: self.baseline_score(state).unwrap_or_else(|| {
-                (summed + oldest) * u128::from(spec.priority.weight_x4()) * 1000 / cost
-            }),
+            score: if instead_of.is_some() { u128::MAX } else { score },
             oldest: state.queue.iter().map(|w| w.request.arrived).min().unwrap_or(self.now),
+            calls_off: Vec::new(),
+            instead_of,
         })
     }
 

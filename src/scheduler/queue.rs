@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::Scheduler;
 use super::action::{Action, Refusal};
 use super::event::{Fault, Learned, Request};
+use super::overload::Service;
 use super::residency::{Instance, Residency};
 use super::stay::Stay;
 use crate::config::catalog::ModelSpec;
@@ -28,6 +29,7 @@ pub(super) struct Model {
     /// In the order in which they will be granted.
     pub queue: Vec<Waiter>,
     pub learned: Learned,
+    pub service: Service,
     pub failure: Option<Failure>,
     /// Failed starts in a row.
     pub failures: u32,
@@ -41,6 +43,8 @@ pub(super) struct Model {
     /// Learned idle gap between requests.
     pub gap: Option<Duration>,
     pub since: Time,
+    /// A start was called off for a higher class, and it was not ready since.
+    pub called_off: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -92,6 +96,12 @@ impl Scheduler {
         }
         let overdue_from = if request.attempt > 1 { self.now } else { request.arrived };
         let waiter = Waiter { request, enqueued: self.now, overdue_from };
+        if waiter.request.attempt == 1
+            && let Some(refusal) = self.overloaded(&waiter)
+        {
+            self.emit(Action::Refuse { request: waiter.request.id, refusal });
+            return;
+        }
         if let Some(state) = self.models.get_mut(&model) {
             state.unloaded = false;
             let at = state.queue.partition_point(|w| w.order() <= waiter.order());
@@ -163,6 +173,7 @@ impl Scheduler {
 
     pub(super) fn grant(&mut self, request: RequestId, id: InstanceId) {
         let now = self.now;
+        self.count_service(id, 0);
         if let Some(instance) = self.instances.get_mut(&id) {
             instance.gate.count.in_flight += 1;
             instance.gate.count.granted += 1;

@@ -118,6 +118,8 @@ pub(super) struct GateState {
     pub unconfirmed: bool,
     pub watched: bool,
     pub count: GateCount,
+    /// When `count` was told last, or changed by a grant.
+    pub counted_at: Time,
 }
 
 /// An instance on its way out, while requests may still run on it.

@@ -8,6 +8,7 @@ use http::Request;
 use http_body_util::Full;
 use wharf::config::catalog::{ApiKey, Catalog, RateLimits, Scope, StartRule};
 use wharf::gateway::Limits;
+use wharf::orchestrator::handle::Message;
 use wharf::scheduler::action::Refusal;
 use wharf::units::Priority;
 
@@ -41,6 +42,14 @@ fn chat(world: &World, key: &str) -> Request<Full<Bytes>> {
     request
 }
 
+/// What is over a limit never reaches the queue.
+fn nobody_queued(world: &mut World) {
+    while let Ok(message) = world.messages.try_recv() {
+        assert!(matches!(message, Message::GatePing(_)), "{message:?}");
+    }
+}
+
+// contract: RULE limits of a key act before the queue
 #[tokio::test]
 async fn a_key_that_asks_too_often_is_told_when_to_come_back() {
     let mut world = World::with(keys, Limits::default()).await;
@@ -54,6 +63,7 @@ async fn a_key_that_asks_too_often_is_told_when_to_come_back() {
     let (status, code, message) = reply.error().await;
     assert_eq!((status, code.as_str()), (429, "rate_limited"));
     assert!(message.contains("\"rare\"") && message.contains("2 requests a minute"), "{message}");
+    nobody_queued(&mut world);
 }
 
 #[tokio::test]
@@ -63,6 +73,7 @@ async fn requests_at_once_are_counted_until_their_answer_has_ended() {
     let waiting = world.arrived().await;
     let (status, code, _) = world.send(chat(&world, "single")).await.error().await;
     assert_eq!((status, code.as_str()), (429, "too_many_requests"));
+    nobody_queued(&mut world);
     waiting.refuse(Refusal::Unloaded);
     first.await.unwrap();
     let again = world.spawn(chat(&world, "single"));

@@ -78,6 +78,12 @@ async fn refusals_before_the_head_keep_their_status() {
         (Refusal::UnknownModel, 404, "model_not_found", "mistral"),
         (Refusal::QueueFull { limit: 9, per_model: true }, 429, "queue_full", "queue.per_model"),
         (
+            Refusal::Overloaded { expected_ms: 90_000, timeout_ms: 60_000 },
+            503,
+            "overloaded",
+            "90 s of work",
+        ),
+        (
             Refusal::QueueTimeout { waited_ms: 2000, waiting_for: "qwen drains".into() },
             504,
             "queue_timeout",

@@ -42,6 +42,7 @@ impl Totals {
         self.counts.stops += other.counts.stops;
         self.counts.sleeps += other.counts.sleeps;
         self.counts.wakes += other.counts.wakes;
+        self.counts.called_off += other.counts.called_off;
     }
 }
 
@@ -215,8 +216,8 @@ fn report(seeds: usize, began: Instant, totals: &Totals) {
     let _ = writeln!(
         std::io::stderr(),
         "simulated {seeds} seeds ({} calm) in {seconds:.1} s ({:.0} seeds/s, {:.0} events/s): {} \
-         events, {:.0} h virtual, {} starts, {} stops, {} sleeps, {} wakes, {} queued grants, \
-         refusals {:?}; longest wait {} ‰ of its bound",
+         events, {:.0} h virtual, {} starts, {} stops, {} sleeps, {} wakes, {} starts called off, \
+         {} queued grants, refusals {:?}; longest wait {} ‰ of its bound",
         totals.calm,
         seeds as f64 / seconds,
         totals.events as f64 / seconds,
@@ -226,6 +227,7 @@ fn report(seeds: usize, began: Instant, totals: &Totals) {
         counts.stops,
         counts.sleeps,
         counts.wakes,
+        counts.called_off,
         counts.grants,
         counts.refusals,
         totals.tightest,

@@ -31,7 +31,7 @@ impl Scheduler {
             .collect();
         let Some(swap) = self.swaps.get_mut(&id) else { return };
         let instance = swap.instance;
-        swap.decision = decision;
+        (swap.decision, swap.instead_of) = (decision, candidate.instead_of.clone());
         swap.gpus.clone_from(&plan.gpus);
         swap.victims.clone_from(&plan.victims);
         swap.evicted = evicted;

@@ -67,6 +67,8 @@ pub(in crate::scheduler) struct Swap {
     /// Since when only memory is missing.
     pub memory_wait: Option<Time>,
     pub watching: bool,
+    /// Whose start was called off for this one, in words.
+    pub instead_of: Option<String>,
     /// Unload: the instance had ended by itself, and why.
     pub death: Option<Fault>,
 }
@@ -163,6 +165,7 @@ impl Scheduler {
             rethought: false,
             memory_wait: None,
             watching: false,
+            instead_of: candidate.instead_of.clone(),
             death: None,
         };
         self.swaps.insert(id, swap);
@@ -192,6 +195,10 @@ impl Scheduler {
             .iter()
             .filter_map(|v| Some(format!("{} ({})", self.instances.get(&v.instance)?.model, v.why)))
             .collect();
+        let why = match &candidate.instead_of {
+            Some(other) => format!("{why}; instead of {other}"),
+            None => why,
+        };
         if names.is_empty() {
             format!("{why}; nobody has to leave")
         } else {

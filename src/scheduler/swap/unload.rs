@@ -59,6 +59,7 @@ impl Scheduler {
                 rethought: false,
                 memory_wait: None,
                 watching: false,
+                instead_of: None,
                 death: None,
             },
         );

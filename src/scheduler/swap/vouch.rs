@@ -46,6 +46,7 @@ impl Scheduler {
         }
         if let Some(state) = self.models.get_mut(&model) {
             (state.failure, state.failures, state.since) = (None, 0, now);
+            state.called_off = false;
         }
         self.answer_ready(&model, instance, id);
         self.end_swap(id, SwapOutcome::Ready);

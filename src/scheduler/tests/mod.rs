@@ -6,6 +6,8 @@ mod fairness;
 mod faults;
 mod groups;
 mod look;
+mod overload;
+mod priority;
 mod ram;
 mod random;
 mod reload;

@@ -3,6 +3,7 @@
 
 mod actions;
 mod asks;
+mod called_off;
 mod groups;
 mod host;
 mod known;
@@ -53,6 +54,8 @@ pub struct Checker {
     /// Models to be unloaded by force: until they are gone, their leases may be cancelled.
     forced: BTreeSet<ModelName>,
     failed_models: BTreeSet<ModelName>,
+    /// Models whose start was called off for a higher class, and that were not ready since.
+    called_off: BTreeSet<ModelName>,
     /// Operators' pins; `None`: forgotten, or not.
     pins: BTreeMap<ModelName, Option<bool>>,
     /// Models whose keep window is open.
@@ -69,6 +72,7 @@ pub struct Checker {
     shutting_down: bool,
     stalled: BTreeMap<ModelName, u64>,
     bounds: BTreeMap<ModelName, waits::Bound>,
+    longest: BTreeMap<ModelName, refusals::Longest>,
     /// Longest not-ready wait seen, as a share of its bound (per mille).
     pub tightest: u64,
     pub counts: Counts,
@@ -82,6 +86,7 @@ pub struct Counts {
     pub stops: u64,
     pub sleeps: u64,
     pub wakes: u64,
+    pub called_off: u64,
 }
 
 impl Checker {
@@ -106,6 +111,7 @@ impl Checker {
             watches: BTreeSet::new(),
             forced: BTreeSet::new(),
             failed_models: BTreeSet::new(),
+            called_off: BTreeSet::new(),
             pins: BTreeMap::new(),
             kept: BTreeSet::new(),
             foreign_seen: scenario.gpus.iter().map(crate::machine::Gpu::foreign_bytes).collect(),
@@ -117,6 +123,7 @@ impl Checker {
             shutting_down: false,
             stalled: BTreeMap::new(),
             bounds: waits::bounds(scenario),
+            longest: refusals::longest(scenario),
             tightest: 0,
             counts: Counts::default(),
         }
@@ -188,6 +195,7 @@ impl Checker {
                 let up = self.insts.get_mut(instance).filter(|_| came_up);
                 if let Some(known) = up {
                     known.ready_at = now;
+                    self.called_off.remove(&known.model);
                 }
             }
             Event::Vouching { instance, .. } => {

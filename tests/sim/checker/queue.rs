@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use wharf::scheduler::event::Request;
-use wharf::units::{ModelName, RequestId};
+use wharf::units::{ModelName, Priority, RequestId};
 
 use super::Checker;
 use crate::scenario::fits;
@@ -12,6 +12,7 @@ use crate::scenario::fits;
 #[derive(Clone, Debug)]
 pub struct Waiting {
     pub model: ModelName,
+    pub priority: Priority,
     pub never_start: bool,
     pub max_wait: Option<Duration>,
     /// `queue.timeout` passes.
@@ -28,6 +29,7 @@ impl Checker {
         let due = now.max(request.arrived.0) + timeout;
         let waiting = Waiting {
             model: request.model.clone(),
+            priority: request.priority,
             never_start: request.never_start,
             max_wait: request.max_wait,
             due,

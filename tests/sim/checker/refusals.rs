@@ -1,11 +1,46 @@
 //! Nobody is refused without reason.
 
+use std::collections::BTreeMap;
+
 use wharf::config::catalog::ModelSpec;
 use wharf::scheduler::action::Refusal;
 use wharf::units::{ModelName, RequestId, Time};
 
 use super::Checker;
-use crate::scenario::fits;
+use super::waits::move_ms;
+use crate::scenario::{Scenario, Step, fits};
+
+/// The longest that anything of one model takes in a run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Longest {
+    service_ms: u64,
+    move_ms: u64,
+}
+
+pub fn longest(scenario: &Scenario) -> BTreeMap<ModelName, Longest> {
+    let mut longest: BTreeMap<ModelName, Longest> = BTreeMap::new();
+    let mut moves = vec![&scenario.truth];
+    for (_, step) in &scenario.steps {
+        let plans = match step {
+            Step::Arrive(plan) => std::slice::from_ref(plan),
+            Step::Loop(turns) => turns.turns.as_slice(),
+            Step::Reload(_, truth) => {
+                moves.push(truth);
+                &[]
+            }
+            _ => &[],
+        };
+        for plan in plans {
+            let known = longest.entry(plan.model.clone()).or_default();
+            known.service_ms = known.service_ms.max(plan.service_ms);
+        }
+    }
+    for (name, truth) in moves.into_iter().flatten() {
+        let known = longest.entry(name.clone()).or_default();
+        known.move_ms = known.move_ms.max(move_ms(truth));
+    }
+    longest
+}
 
 impl Checker {
     pub(super) fn refuse(&mut self, now: u64, request: RequestId, refusal: &Refusal) {
@@ -33,6 +68,11 @@ impl Checker {
             Refusal::QueueFull { per_model: false, .. } => {
                 let full = before > queue.limit as usize;
                 self.require(full, || format!("{request}: queue not full, {before} wait"));
+            }
+            Refusal::Overloaded { .. } => {
+                let others = of_model(self, &waiting.model) as u64;
+                let late = self.may_come_too_late(&waiting.model, others);
+                self.require(late, || format!("{request} is refused, but only {others} wait"));
             }
             Refusal::NotLoaded => {
                 let asked = waiting.never_start;
@@ -74,9 +114,23 @@ impl Checker {
             Refusal::ShuttingDown => self.shutting_down,
             Refusal::Unloaded => !self.calm,
             Refusal::QueueTimeout { .. } => !self.calm || arrived.is_none(),
+            // Where all is calm nobody's time passes, so nobody would have come too late.
+            Refusal::Overloaded { .. } => !self.calm && arrived == Some(now),
             Refusal::QueueFull { .. } => true,
         };
         self.require(holds, || format!("{model} is refused without reason: {refusal:?}"));
+    }
+
+    /// If each of the others takes as long as any request for the model does, their places come
+    /// free too late for one more.
+    fn may_come_too_late(&self, model: &ModelName, others: u64) -> bool {
+        let places = self.catalog.model(model).and_then(|spec| spec.concurrency);
+        let longest = self.longest.get(model).copied().unwrap_or_default();
+        let start = if self.ready(model).is_some() { 0 } else { longest.move_ms };
+        let timeout = self.catalog.settings.queue.timeout.as_millis() as u64;
+        places.is_some_and(|places| {
+            others * longest.service_ms / u64::from(places) + start >= timeout
+        })
     }
 
     fn may_never_fit(&self, spec: Option<&ModelSpec>) -> bool {
@@ -92,6 +146,7 @@ fn refusal_name(refusal: &Refusal) -> &'static str {
         Refusal::UnknownModel => "unknown_model",
         Refusal::NotLoaded => "not_loaded",
         Refusal::QueueFull { .. } => "queue_full",
+        Refusal::Overloaded { .. } => "overloaded",
         Refusal::QueueTimeout { .. } => "queue_timeout",
         Refusal::CannotFit { .. } => "cannot_fit",
         Refusal::KeptApart { .. } => "kept_apart",

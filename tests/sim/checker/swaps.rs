@@ -24,7 +24,10 @@ impl Checker {
             .collect();
         match &before {
             Some(before) => self.follows(before, record),
-            None => self.ttl_was_over(now, record),
+            None => {
+                self.ttl_was_over(now, record);
+                self.called_off(record);
+            }
         }
         self.evictions(record, &newly);
         self.preload_is_modest(record, &newly);

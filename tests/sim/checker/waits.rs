@@ -18,7 +18,7 @@ pub struct Bound {
 /// Samples, crossing messages and polls, per move.
 const SLACK_MS: u64 = 1500;
 
-fn move_ms(truth: &Truth) -> u64 {
+pub(super) fn move_ms(truth: &Truth) -> u64 {
     50 + truth.fetch_ms.1
         + truth.start_ms.1
         + truth.stop_ms.1.max(truth.sleep_ms.1)
