@@ -346,6 +346,10 @@ pub struct Learned {
     pub footprint: Option<Bytes>,
     /// Residue per GPU while asleep.
     pub asleep: Option<Bytes>,
+    /// The peaks are those of an engine that has served for a while: they stand in for what is
+    /// declared, also where they are smaller.
+    #[serde(default)]
+    pub seasoned: bool,
     /// Typical duration of each kind of move.
     pub start: Option<Duration>,
     pub stop: Option<Duration>,
@@ -353,6 +357,13 @@ pub struct Learned {
     pub wake: Option<Duration>,
     /// Typical duration of each phase of a start, for progress estimates.
     pub phases: BTreeMap<String, Duration>,
+}
+
+impl Learned {
+    /// Bytes are those of one engine only.
+    pub fn forget_bytes(&mut self) {
+        (self.footprint, self.asleep, self.seasoned) = (None, None, false);
+    }
 }
 
 #[cfg(test)]

@@ -149,8 +149,7 @@ impl Scheduler {
             };
             (state.failure, state.failures, state.deaths) = (None, 0, 0);
             if !spec.runs_like(old) {
-                state.learned.footprint = None;
-                state.learned.asleep = None;
+                state.learned.forget_bytes();
             }
             if !spec.starts_like(old) {
                 self.abandon_starts(name, "its configuration changed");
@@ -183,9 +182,10 @@ impl Scheduler {
         self.catalog.model(&instance.model).is_some_and(|spec| Arc::ptr_eq(spec, &instance.spec))
     }
 
-    /// The declared footprint of a running engine changed, which it knows nothing of: more is
-    /// promised as far as there is room, less only down to what it was seen to hold.
-    fn promise_anew(&mut self, id: InstanceId) {
+    /// The footprint of a running engine is another than it was promised (declared anew, or
+    /// learned), which it knows nothing of: more is promised as far as there is room, less only
+    /// down to what it was seen to hold.
+    pub(super) fn promise_anew(&mut self, id: InstanceId) {
         let Some(instance) = self.instances.get(&id) else { return };
         let runs = match instance.residency {
             Residency::Ready | Residency::Draining | Residency::Lost { asleep: false } => true,

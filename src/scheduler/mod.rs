@@ -14,6 +14,7 @@
 //! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `plan` | a dry run of all this |
+//! | `footprint` | what a model takes: as declared, then as measured |
 //! | `memory`, `proof` | promises, samples; when a release counts as proven |
 //! | `ram` | the same for host RAM, where the end of a process is the proof |
 //! | `swap/` | the way of a swap, phase by phase |
@@ -25,6 +26,7 @@ mod ask;
 mod attempt;
 mod cost;
 pub mod event;
+mod footprint;
 mod gates;
 mod groups;
 mod invariants;

@@ -142,7 +142,7 @@ impl Scheduler {
         capped || (uses_gpu(spec) && single())
     }
 
-    /// Declared bytes of pinned models that can only be on this GPU.
+    /// What pinned models take that can only be on this GPU, as far as it is declared.
     fn pinned_declared(&self, spec: &ModelSpec, gpu: GpuId) -> Bytes {
         let bound = |other: &ModelSpec| match self.explicit(other) {
             Some(gpus) => gpus.contains(&gpu),
@@ -152,10 +152,7 @@ impl Scheduler {
             .models
             .values()
             .filter(|other| self.pins(other) && other.name != spec.name && bound(other))
-            .map(|other| match other.vram {
-                Vram::Declared(bytes) => bytes,
-                Vram::Unknown | Vram::Rest => Bytes::ZERO,
-            })
+            .map(|other| self.declared_need(other, gpu).unwrap_or_default())
             .sum()
     }
 

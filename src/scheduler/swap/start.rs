@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::super::Scheduler;
 use super::super::action::{Action, Refusal};
 use super::super::event::Fault;
+use super::super::footprint::told;
 use super::super::memory::{UNSEEN, uses_gpu};
 use super::super::record::{Phase, SwapCause, SwapOutcome};
 use super::super::residency::{Instance, Move, MoveKind, Residency};
@@ -38,6 +39,7 @@ impl Scheduler {
         if uses_gpu(&target.spec) {
             target.promise = Some(footprint);
         }
+        let told = told(&target.spec, footprint);
         let known = uses_gpu(&target.spec) && !alone && footprint > Bytes(1);
         if wakes {
             target.enter(Residency::Waking, now);
@@ -51,7 +53,7 @@ impl Scheduler {
             instance,
             model,
             gpus: gpus.into_iter().filter(|&g| g != UNSEEN).collect(),
-            footprint: known.then_some(footprint),
+            footprint: known.then_some(told),
             deadline,
         });
     }
