@@ -86,15 +86,14 @@ impl Scheduler {
         instance.measured = Some(bytes);
         let outgrown = instance.promise.is_some_and(|promise| bytes > promise);
         self.learn_footprint(id, bytes);
-        let seasoned = self.season(id);
-        // What it was promised is too little, or now known to be too much.
-        if outgrown || seasoned {
+        if !self.season(id) && outgrown {
             self.promise_anew(id);
         }
     }
 
-    /// Whether this sample made the peaks of a model fit to stand in for what is declared.
-    fn season(&mut self, id: InstanceId) -> bool {
+    /// Whether this sample made the peaks of a model fit to stand in for what is declared. What it
+    /// was promised is then known to be too much.
+    pub(super) fn season(&mut self, id: InstanceId) -> bool {
         let Some(instance) = self.instances.get(&id).filter(|i| self.is_current(i)) else {
             return false;
         };
@@ -108,6 +107,8 @@ impl Scheduler {
         }
         state.learned.seasoned = true;
         self.remember(&model);
+        self.promise_anew(id);
+        self.ram_anew(id);
         self.changed();
         true
     }

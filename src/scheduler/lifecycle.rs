@@ -28,6 +28,7 @@ impl Scheduler {
         }
         let mut instance = Instance::new(id, &spec, Residency::Ready, self.now);
         instance.gpus = gpus;
+        instance.ram_own = self.ram_of(&spec);
         instance.adopted = true;
         instance.launched = true;
         instance.served = true;
@@ -161,14 +162,20 @@ impl Scheduler {
 
     /// What runs as it would be started now goes on, under the new entry from here on.
     fn apply_policy(&mut self) {
-        let mut resized = Vec::new();
+        let (mut resized, mut reckoned) = (Vec::new(), Vec::new());
         for instance in self.instances.values_mut() {
             let spec = self.catalog.model(&instance.model);
             let Some(spec) = spec.filter(|spec| spec.runs_like(&instance.spec)) else { continue };
             if spec.vram != instance.spec.vram {
                 resized.push(instance.id);
             }
+            if spec.ram != instance.spec.ram && instance.launched {
+                reckoned.push(instance.id);
+            }
             instance.spec = Arc::clone(spec);
+        }
+        for id in reckoned {
+            self.ram_anew(id);
         }
         // Twice: those that shrink make room for those that grow.
         for id in resized.repeat(2) {

@@ -237,6 +237,7 @@ impl Scheduler {
                 }
                 self.memory.sample = Some(sample);
                 self.ram_seen();
+                self.note_host_use();
                 self.note_holders();
                 self.prove_releases();
                 self.note_unlisted();

@@ -28,6 +28,7 @@ impl Scheduler {
         if for_somebody {
             self.call_company(&model);
         }
+        let ram = self.catalog.model(&model).map_or(Bytes::ZERO, |spec| self.ram_of(spec));
         let Some(target) = self.instances.get_mut(&instance) else { return };
         let ceiling = target.spec.start_timeout;
         let deadline = now + ceiling.unwrap_or(self.catalog.settings.swap.start_timeout);
@@ -35,6 +36,9 @@ impl Scheduler {
         let alone = target.spec.vram == Vram::Unknown
             && self.models.get(&model).is_none_or(|m| m.learned.footprint.is_none());
         (target.launched, target.unvouched) = (true, true);
+        if !wakes {
+            target.ram_own = ram;
+        }
         target.gpus.clone_from(&gpus);
         if uses_gpu(&target.spec) {
             target.promise = Some(footprint);

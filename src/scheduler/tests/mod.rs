@@ -6,6 +6,7 @@ mod fairness;
 mod faults;
 mod footprint;
 mod groups;
+mod host_use;
 mod look;
 mod placement;
 mod ram;

@@ -50,6 +50,8 @@ pub struct Sim {
     /// What samples say of host RAM.
     pub host: Option<HostMemory>,
     pub faults: Faults,
+    /// What samples say these take of the host's RAM.
+    pub host_use: BTreeMap<ModelName, HostUse>,
     /// What these really take of each GPU; others what they were promised.
     pub real: BTreeMap<ModelName, Bytes>,
     pub start_takes: Duration,
@@ -95,6 +97,7 @@ impl Sim {
             strangers: BTreeMap::new(),
             host: None,
             faults: Faults::default(),
+            host_use: BTreeMap::new(),
             real: BTreeMap::new(),
             start_takes: Duration::from_secs(4),
             lag: Duration::from_millis(700),
