@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::handle::{Inbox, Message};
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::{Running, RuntimeHandle};
-use crate::scheduler::event::{Event, GpuMemory, MemorySample};
+use crate::scheduler::event::{Event, GpuMemory, HostUse, MemorySample};
 use crate::units::{GpuId, InstanceId, SwapId, Time};
 
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -21,26 +21,29 @@ const FAST_MAX: Duration = Duration::from_millis(250);
 #[derive(Clone, Debug)]
 pub struct Holders {
     installation: Arc<str>,
-    containers: Arc<Mutex<BTreeMap<InstanceId, String>>>,
+    handles: Arc<Mutex<BTreeMap<InstanceId, RuntimeHandle>>>,
 }
 
 impl Holders {
     pub fn new(installation: &str) -> Holders {
-        Holders { installation: Arc::from(installation), containers: Arc::default() }
+        Holders { installation: Arc::from(installation), handles: Arc::default() }
     }
 
     pub fn register(&self, running: &Running) {
-        if let RuntimeHandle::Docker { id, .. } = &running.handle {
-            self.lock().insert(running.identity.instance, id.clone());
-        }
+        self.lock().insert(running.identity.instance, running.handle.clone());
     }
 
     pub fn forget(&self, instance: InstanceId) {
         self.lock().remove(&instance);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<InstanceId, String>> {
-        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<InstanceId, RuntimeHandle>> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How every instance runs.
+    pub fn handles(&self) -> BTreeMap<InstanceId, RuntimeHandle> {
+        self.lock().clone()
     }
 
     pub fn attribute(&self, gpus: &mut [GpuMemory]) {
@@ -56,7 +59,12 @@ impl Holders {
         let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         self.lock()
             .iter()
-            .find(|(_, id)| cgroup.contains(id.as_str()))
+            .find(|(_, handle)| match handle {
+                RuntimeHandle::Docker { id, .. } => cgroup.contains(id.as_str()),
+                RuntimeHandle::Process { .. }
+                | RuntimeHandle::External
+                | RuntimeHandle::Ollama { .. } => false,
+            })
             .map(|(instance, _)| *instance)
     }
 }
@@ -94,11 +102,17 @@ pub struct MemoryWatch {
 }
 
 impl MemoryWatch {
-    pub fn spawn(gpus: Gpus, holders: Holders, inbox: Inbox, epoch: Instant) -> MemoryWatch {
+    pub fn spawn(
+        gpus: Gpus,
+        holders: Holders,
+        ram: watch::Receiver<BTreeMap<InstanceId, HostUse>>,
+        inbox: Inbox,
+        epoch: Instant,
+    ) -> MemoryWatch {
         let (wanted, wanted_rx) = watch::channel(BTreeSet::new());
         let (latest_tx, latest) = watch::channel(Reading::default());
         if gpus.kind() != GpuKind::None || gpus.host_memory().is_some() {
-            let reader = Reader { gpus, holders, inbox, epoch, latest: latest_tx };
+            let reader = Reader { gpus, holders, ram, inbox, epoch, latest: latest_tx };
             tokio::spawn(reader.run(wanted_rx));
         }
         MemoryWatch { wanted, latest }
@@ -120,6 +134,7 @@ impl MemoryWatch {
 struct Reader {
     gpus: Gpus,
     holders: Holders,
+    ram: watch::Receiver<BTreeMap<InstanceId, HostUse>>,
     inbox: Inbox,
     epoch: Instant,
     latest: watch::Sender<Reading>,
@@ -165,7 +180,8 @@ impl Reader {
             }
         });
         let host = self.gpus.host_memory();
-        let seen = reading.map(|gpus| MemorySample { taken_at, gpus, host });
+        let ram = self.ram.borrow().clone();
+        let seen = reading.map(|gpus| MemorySample { taken_at, gpus, host, ram });
         self.inbox.send(Message::Effect(Event::MemorySeen(seen)));
     }
 }

@@ -23,6 +23,7 @@ mod perform;
 pub mod preload;
 mod publish;
 mod puppet;
+mod ram_watch;
 mod reconcile;
 mod remember;
 mod run;

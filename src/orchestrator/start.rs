@@ -16,6 +16,7 @@ use super::journal::{Begin, Journal};
 use super::keep;
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
+use super::ram_watch;
 use super::outage::Outage;
 use super::preload::PreloadLog;
 use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
@@ -107,13 +108,14 @@ pub async fn start(
     let begin = begin_of(&shared, next_ids, &world, &catalog);
     let cost = "events are missing from it until then";
     let no_journal = Outage::new("the journal", cost, inbox.clone());
+    let ram = ram_watch::spawn(&gpus, effects.runtimes.clone(), holders.clone());
     let mut owner = Owner {
         scheduler: Scheduler::new(Arc::clone(&catalog), world, next_ids),
         shared: Arc::clone(&shared),
         inbox: receiver,
         journal: Journal::open(state.journal(), begin, no_journal),
         writer,
-        memory: MemoryWatch::spawn(gpus.clone(), holders, inbox.clone(), epoch),
+        memory: MemoryWatch::spawn(gpus.clone(), holders, ram, inbox.clone(), epoch),
         ports: Ports::new(catalog.settings.engine_ports),
         effects,
         metrics,
@@ -262,7 +264,7 @@ impl Owner {
             if let Ok(gpus) = &mut reading {
                 self.effects.holders.attribute(gpus);
             }
-            let seen = reading.map(|gpus| MemorySample { taken_at, gpus, host });
+            let seen = reading.map(|gpus| MemorySample { taken_at, gpus, host, ram: BTreeMap::new() });
             self.step(Event::MemorySeen(seen));
         }
         // It may have come up between our look and now: no change of its health would tell.

@@ -7,6 +7,7 @@
 mod circuit;
 pub mod docker;
 pub mod external;
+mod host_use;
 mod key;
 pub mod log;
 pub mod ollama;
@@ -25,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::config::catalog::{ModelSpec, RuntimeSpec, StopSpec};
-use crate::scheduler::event::Fault;
+use crate::scheduler::event::{Fault, HostUse};
 use crate::units::{GpuId, InstanceId, ModelName};
 
 pub use circuit::Circuit;
@@ -278,6 +279,22 @@ impl Runtimes {
             RuntimeHandle::Process { pid, .. } => self.process.group_pids(*pid),
             RuntimeHandle::Docker { id, .. } => self.docker.pids(id).await,
             RuntimeHandle::External | RuntimeHandle::Ollama { .. } => Vec::new(),
+        }
+    }
+
+    /// Host RAM of the instance: of all its processes, or of its container. `None` where it cannot
+    /// be told.
+    pub async fn host_use(&self, handle: &RuntimeHandle) -> Option<HostUse> {
+        match handle {
+            RuntimeHandle::Process { pid, .. } => {
+                let leader = *pid;
+                tokio::task::spawn_blocking(move || process::host_use(leader)).await.ok()?
+            }
+            RuntimeHandle::Docker { id, .. } => match host_use::of_container(id) {
+                Some(used) => Some(used),
+                None => self.docker.host_use(id).await,
+            },
+            RuntimeHandle::External | RuntimeHandle::Ollama { .. } => None,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! One set of GPUs, tried for one candidate: who would have to leave, or what is in the way.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use super::Scheduler;
 use super::memory::{Need, uses_gpu};
@@ -103,7 +104,7 @@ impl Attempt<'_> {
             .collect();
         pool.sort_by_key(|(i, leaves, _)| s.value(i, *leaves));
         let mut chosen: Choice = Vec::new();
-        for (instance, leaves, sleeps) in pool {
+        for &(instance, leaves, sleeps) in &pool {
             if self.is_enough(&chosen) {
                 break;
             }
@@ -120,7 +121,29 @@ impl Attempt<'_> {
                 chosen = fewer;
             }
         }
-        self.is_enough(&chosen).then_some(chosen)
+        let chosen = self.is_enough(&chosen).then_some(chosen)?;
+        Some(self.one_instead(&pool, &chosen).unwrap_or(chosen))
+    }
+
+    /// Several were chosen, each of little value; one that is worth less than all of them together,
+    /// and of no higher class than the dearest of them, may do as well.
+    fn one_instead<'a>(&self, pool: &Choice<'a>, chosen: &Choice<'a>) -> Option<Choice<'a>> {
+        if chosen.len() < 2 {
+            return None;
+        }
+        let s = self.scheduler;
+        let class = |(i, leaves, _): &(&Instance, Leaves, bool)| {
+            (*leaves, i.spec.warmup || s.is_kept(&i.model), i.spec.priority)
+        };
+        let together: Duration = chosen.iter().map(|(i, _, _)| s.bring_back(i)).sum();
+        let dearest = chosen.iter().map(class).max()?;
+        let cheaper = pool.iter().filter(|one| s.bring_back(one.0) < together);
+        let mut ones: Vec<_> = cheaper.filter(|one| class(one) <= dearest).copied().collect();
+        ones.sort_by_key(|(i, leaves, _)| (*leaves, s.bring_back(i), i.last_used(), i.id));
+        let alone = |(i, leaves, sleeps): (&'a Instance, Leaves, bool)| {
+            vec![(i, leaves, sleeps && self.has_ram_to_sleep(i, &Vec::new()))]
+        };
+        ones.into_iter().map(alone).find(|one| self.is_enough(one))
     }
 
     fn helps(&self, (instance, _, sleeps): &(&Instance, Leaves, bool), chosen: &Choice) -> bool {
@@ -314,11 +337,6 @@ impl Attempt<'_> {
         let s = self.scheduler;
         let busy = choice.iter().filter(|(_, leaves, _)| *leaves == Leaves::Busy).count();
         let cost = choice.iter().map(|(i, _, _)| s.bring_back(i).as_millis()).sum();
-        let left: Bytes = self
-            .gpus
-            .iter()
-            .map(|&g| s.capacity(g) - (s.promised(g) - s.leaving(g)) - s.spoken(g, None))
-            .sum();
         let victims = choice
             .iter()
             .map(|(i, leaves, sleeps)| Victim {
@@ -328,7 +346,7 @@ impl Attempt<'_> {
                 why: s.why_evicted(i, *leaves, *sleeps),
             })
             .collect();
-        ((busy, cost, choice.len(), left), Plan { gpus: self.gpus.to_vec(), victims })
+        ((busy, cost, choice.len()), Plan { gpus: self.gpus.to_vec(), victims })
     }
 
     /// Everyone who may be asked leaves, and it is still not enough by the sample alone.

@@ -61,7 +61,7 @@ impl Scheduler {
         self.remember(model);
     }
 
-    fn remember(&mut self, model: &ModelName) {
+    pub(super) fn remember(&mut self, model: &ModelName) {
         if let Some(state) = self.models.get(model) {
             let learned = state.learned.clone();
             self.emit(Action::Remember { model: model.clone(), learned });

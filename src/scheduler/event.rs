@@ -189,6 +189,18 @@ pub struct MemorySample {
     /// `None`: unknown, only promises count.
     #[serde(default)]
     pub host: Option<HostMemory>,
+    /// Host RAM of our instances, where it can be told.
+    #[serde(default)]
+    pub ram: BTreeMap<InstanceId, HostUse>,
+}
+
+/// Host RAM of one instance: of all its processes, or of its container.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostUse {
+    /// What cannot give way: anonymous and shared memory.
+    pub held: Bytes,
+    /// With the files that it has in memory: weights that are mapped, for one.
+    pub resident: Bytes,
 }
 
 /// Host RAM as the kernel tells it.
@@ -346,6 +358,16 @@ pub struct Learned {
     pub footprint: Option<Bytes>,
     /// Residue per GPU while asleep.
     pub asleep: Option<Bytes>,
+    /// The peaks are those of an engine that has served for a while: they stand in for what is
+    /// declared, also where they are smaller.
+    #[serde(default)]
+    pub seasoned: bool,
+    /// Peak of host RAM, never having slept: what cannot give way.
+    #[serde(default)]
+    pub ram_held: Option<Bytes>,
+    /// The same with the files that it had in memory.
+    #[serde(default)]
+    pub ram_resident: Option<Bytes>,
     /// Typical duration of each kind of move.
     pub start: Option<Duration>,
     pub stop: Option<Duration>,
@@ -353,6 +375,14 @@ pub struct Learned {
     pub wake: Option<Duration>,
     /// Typical duration of each phase of a start, for progress estimates.
     pub phases: BTreeMap<String, Duration>,
+}
+
+impl Learned {
+    /// Bytes are those of one engine only.
+    pub fn forget_bytes(&mut self) {
+        (self.footprint, self.asleep, self.seasoned) = (None, None, false);
+        (self.ram_held, self.ram_resident) = (None, None);
+    }
 }
 
 #[cfg(test)]

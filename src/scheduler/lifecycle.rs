@@ -29,6 +29,7 @@ impl Scheduler {
         }
         let mut instance = Instance::new(id, &spec, Residency::Ready, self.now);
         instance.gpus = gpus;
+        instance.ram_own = self.ram_of(&spec);
         instance.adopted = true;
         instance.launched = true;
         instance.served = true;
@@ -151,8 +152,7 @@ impl Scheduler {
             (state.failure, state.failures, state.deaths) = (None, 0, 0);
             if !spec.runs_like(old) {
                 state.service = Service::default();
-                state.learned.footprint = None;
-                state.learned.asleep = None;
+                state.learned.forget_bytes();
             }
             if !spec.starts_like(old) {
                 self.abandon_starts(name, "its configuration changed");
@@ -164,14 +164,20 @@ impl Scheduler {
 
     /// What runs as it would be started now goes on, under the new entry from here on.
     fn apply_policy(&mut self) {
-        let mut resized = Vec::new();
+        let (mut resized, mut reckoned) = (Vec::new(), Vec::new());
         for instance in self.instances.values_mut() {
             let spec = self.catalog.model(&instance.model);
             let Some(spec) = spec.filter(|spec| spec.runs_like(&instance.spec)) else { continue };
             if spec.vram != instance.spec.vram {
                 resized.push(instance.id);
             }
+            if spec.ram != instance.spec.ram && instance.launched {
+                reckoned.push(instance.id);
+            }
             instance.spec = Arc::clone(spec);
+        }
+        for id in reckoned {
+            self.ram_anew(id);
         }
         // Twice: those that shrink make room for those that grow.
         for id in resized.repeat(2) {
@@ -185,9 +191,10 @@ impl Scheduler {
         self.catalog.model(&instance.model).is_some_and(|spec| Arc::ptr_eq(spec, &instance.spec))
     }
 
-    /// The declared footprint of a running engine changed, which it knows nothing of: more is
-    /// promised as far as there is room, less only down to what it was seen to hold.
-    fn promise_anew(&mut self, id: InstanceId) {
+    /// The footprint of a running engine is another than it was promised (declared anew, or
+    /// learned), which it knows nothing of: more is promised as far as there is room, less only
+    /// down to what it was seen to hold.
+    pub(super) fn promise_anew(&mut self, id: InstanceId) {
         let Some(instance) = self.instances.get(&id) else { return };
         let runs = match instance.residency {
             Residency::Ready | Residency::Draining | Residency::Lost { asleep: false } => true,

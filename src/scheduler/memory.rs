@@ -18,8 +18,6 @@ use crate::units::{Bytes, GpuId, InstanceId, ModelName, Time};
 /// Stands for the GPUs of a machine that shows none: room for one model.
 pub(super) const UNSEEN: GpuId = GpuId(u16::MAX);
 
-/// On top of a learned footprint.
-const LEARNED_MARGIN_PERCENT: u64 = 5;
 /// Smallest difference in used bytes that can mean anything (driver bookkeeping moves that much).
 pub(super) const SLACK_MIN: Bytes = Bytes::mib(64);
 
@@ -147,14 +145,14 @@ impl Scheduler {
         if let Some(sleeper) = sleeper.filter(|i| spec.is_same(&i.spec)) {
             return Some(Need { bytes: sleeper.awake, elastic: false });
         }
-        let learned = self.models.get(&spec.name).and_then(|m| m.learned.footprint);
-        Some(match (spec.vram, learned) {
-            (Vram::Declared(bytes), _) => Need { bytes, elastic: false },
-            (Vram::Unknown, Some(learned)) => {
-                let margin = Bytes(learned.0 / 100 * LEARNED_MARGIN_PERCENT);
-                // The margin must not keep it from where it ran before.
-                let most = self.usable(gpu).max(learned).min(self.capacity(gpu));
-                Need { bytes: (learned + margin).min(most), elastic: false }
+        let learned = self.models.get(&spec.name).map(|m| &m.learned);
+        Some(match (spec.vram, learned.and_then(|l| l.footprint)) {
+            (Vram::Declared(declared), _) => {
+                let bytes = self.declared_or_learned(spec, gpu, declared, learned);
+                Need { bytes, elastic: false }
+            }
+            (Vram::Unknown, Some(peak)) => {
+                Need { bytes: self.with_margin(spec, gpu, peak), elastic: false }
             }
             // It may take anything: nobody else gets in until it is measured.
             (Vram::Unknown, None) => {
@@ -174,7 +172,7 @@ impl Scheduler {
                 || uses_gpu(other) && self.world.gpus.len() == 1,
                 |gpus| gpus.contains(&gpu),
             );
-            if here && let Vram::Declared(bytes) = other.vram {
+            if here && let Some(bytes) = self.declared_need(other, gpu) {
                 taken += bytes;
             } else if here && let Some(instance) = self.current(&other.name) {
                 taken += self.promise_on(instance, gpu);
@@ -239,6 +237,7 @@ impl Scheduler {
                 }
                 self.memory.sample = Some(sample);
                 self.ram_seen();
+                self.note_host_use();
                 self.note_holders();
                 self.prove_releases();
                 self.note_unlisted();
@@ -266,11 +265,9 @@ impl Scheduler {
             }
         }
         for (id, bytes) in peaks {
-            if let Some(instance) = self.instances.get_mut(&id)
-                && (instance.is_ready() || instance.drain.is_some())
-            {
-                instance.measured = Some(bytes);
-                self.learn_footprint(id, bytes);
+            let serves = |i: &Instance| i.is_ready() || i.drain.is_some();
+            if self.instances.get(&id).is_some_and(serves) {
+                self.measured(id, bytes);
             }
         }
     }

@@ -16,7 +16,10 @@
 //! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `plan` | a dry run of all this |
+//! | `footing` | which of equally good places leaves most room for others |
+//! | `footprint` | what a model takes: as declared, then as measured |
 //! | `memory`, `proof` | promises, samples; when a release counts as proven |
+//! | `host_use` | what a model takes of the host's RAM: as declared, then as measured |
 //! | `ram` | the same for host RAM, where the end of a process is the proof |
 //! | `swap/` | the way of a swap, phase by phase |
 //! | `gates` | when the gateway may serve by itself |
@@ -28,8 +31,11 @@ mod attempt;
 mod baseline;
 mod cost;
 pub mod event;
+mod footing;
+mod footprint;
 mod gates;
 mod groups;
+mod host_use;
 mod invariants;
 mod lifecycle;
 mod memory;

@@ -48,8 +48,9 @@ pub(super) enum Planned {
     },
 }
 
-/// Value of one possible set: fewer busy victims first, then what it costs to bring them back.
-pub(super) type Price = (usize, u128, usize, Bytes);
+/// What one possible set disturbs: fewer busy victims first, then what it costs to bring them
+/// back, then how many they are.
+pub(super) type Price = (usize, u128, usize);
 
 impl Scheduler {
     /// Sets of GPUs that the model may use.
@@ -142,7 +143,7 @@ impl Scheduler {
         capped || (uses_gpu(spec) && single())
     }
 
-    /// Declared bytes of pinned models that can only be on this GPU.
+    /// What pinned models take that can only be on this GPU, as far as it is declared.
     fn pinned_declared(&self, spec: &ModelSpec, gpu: GpuId) -> Bytes {
         let bound = |other: &ModelSpec| match self.explicit(other) {
             Some(gpus) => gpus.contains(&gpu),
@@ -152,10 +153,7 @@ impl Scheduler {
             .models
             .values()
             .filter(|other| self.pins(other) && other.name != spec.name && bound(other))
-            .map(|other| match other.vram {
-                Vram::Declared(bytes) => bytes,
-                Vram::Unknown | Vram::Rest => Bytes::ZERO,
-            })
+            .map(|other| self.declared_need(other, gpu).unwrap_or_default())
             .sum()
     }
 
@@ -224,14 +222,17 @@ impl Scheduler {
         wanted: &BTreeSet<GpuId>,
         daring: bool,
     ) -> Planned {
-        let mut best: Option<(Price, Plan)> = None;
+        let mut best: Option<Price> = None;
+        let mut plans: Vec<Plan> = Vec::new();
         let mut blocked: Option<(usize, Planned)> = None;
         for gpus in sets {
             let attempt = Attempt { scheduler: self, candidate, gpus, daring };
             match attempt.run(wanted) {
                 Ok((price, plan)) => {
-                    if best.as_ref().is_none_or(|(known, _)| price < *known) {
-                        best = Some((price, plan));
+                    if best.is_none_or(|known| price < known) {
+                        (best, plans) = (Some(price), vec![plan]);
+                    } else if best == Some(price) {
+                        plans.push(plan);
                     }
                 }
                 Err((rank, planned)) => {
@@ -241,8 +242,8 @@ impl Scheduler {
                 }
             }
         }
-        match (best, blocked) {
-            (Some((_, plan)), _) => Planned::Room(plan),
+        match (self.best_footing(candidate, plans), blocked) {
+            (Some(plan), _) => Planned::Room(plan),
             (None, Some((_, planned))) => planned,
             (None, None) => Planned::Blocked {
                 gpus: Vec::new(),

@@ -96,7 +96,7 @@ impl Scheduler {
     }
 
     /// Listed bytes of processes that are none of ours.
-    fn stranger_bytes(&self, gpu: &GpuMemory) -> Bytes {
+    pub(super) fn stranger_bytes(&self, gpu: &GpuMemory) -> Bytes {
         let ours = |pid: u32| self.instances.values().any(|i| i.pids.contains(&pid));
         gpu.holders.iter().filter(|h| h.instance.is_none() && !ours(h.pid)).map(|h| h.bytes).sum()
     }

@@ -1,7 +1,7 @@
 //! Host RAM: one more place whose bytes are promised.
 //!
-//! An instance is promised the `ram` its model declares from the decision to start it until its
-//! end is proven, and on top of that its weights from falling asleep at level 1 until it is awake
+//! An instance is promised what its model takes (`host_use`: declared, then learned) from the
+//! decision to start it until its end is proven, and on top of that its weights from falling asleep at level 1 until it is awake
 //! again or gone. Its end is proof enough: the kernel frees a process's memory at its exit, and
 //! what stays in the page cache gives way to whoever asks. So nothing here waits for bytes to
 //! come back, as `proof` does for GPUs.
@@ -33,7 +33,7 @@ impl Instance {
         if !self.launched || !self.may_run() {
             return Bytes::ZERO;
         }
-        declared(&self.spec) + self.weights
+        self.ram_own + self.weights
     }
 
     /// " and 8.0 GiB of host RAM": what it gives back beside its GPUs.
@@ -43,11 +43,6 @@ impl Instance {
             ram => format!(" and {ram} of host RAM"),
         }
     }
-}
-
-/// What runs elsewhere takes nothing here.
-fn declared(spec: &ModelSpec) -> Bytes {
-    spec.ram.filter(|_| !spec.is_external()).unwrap_or_default()
 }
 
 impl Scheduler {
@@ -80,7 +75,7 @@ impl Scheduler {
     /// What becoming ready would take. A sleeper has it already.
     pub(super) fn ram_need(&self, spec: &ModelSpec) -> Bytes {
         let holds = self.current(&spec.name).is_some_and(|i| i.launched);
-        if holds { Bytes::ZERO } else { declared(spec) }
+        if holds { Bytes::ZERO } else { self.ram_of(spec) }
     }
 
     /// What falling asleep would take: at level 1 the weights go to host RAM. Their size is what
@@ -169,7 +164,7 @@ impl Scheduler {
 
     /// Whether a start has to wait for host RAM, and for what.
     pub(super) fn ram_block(&self, target: &Instance) -> Result<(), StartBlock> {
-        let need = declared(&target.spec);
+        let need = self.ram_of(&target.spec);
         if target.launched || need == Bytes::ZERO {
             return Ok(());
         }
@@ -213,7 +208,7 @@ impl Scheduler {
         };
         let held: Bytes = self.instances.values().filter(pinned).map(Instance::ram).sum();
         let others = self.catalog.models.values().filter(|m| self.pins(m) && m.name != spec.name);
-        let available = capacity - held.max(others.map(|other| declared(other)).sum());
+        let available = capacity - held.max(others.map(|other| self.ram_of(other)).sum());
         let pinned = self.pinned_beside(&spec.name);
         (need > available).then_some(Refusal::CannotFit {
             need,

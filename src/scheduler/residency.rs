@@ -165,8 +165,12 @@ pub(super) struct Instance {
     pub promise: Option<Bytes>,
     /// Bytes kept while asleep.
     pub residue: Bytes,
+    /// Bytes of host RAM promised to it beside `weights`, from its start to its end.
+    pub ram_own: Bytes,
     /// Bytes in host RAM because it sleeps at level 1.
     pub weights: Bytes,
+    /// It has slept: what it keeps in host RAM since says little about its next start.
+    pub slept: bool,
     pub residency: Residency,
     pub since: Time,
     pub moving: Option<Move>,
@@ -213,7 +217,9 @@ impl Instance {
             gpus: Vec::new(),
             promise: None,
             residue: Bytes::ZERO,
+            ram_own: Bytes::ZERO,
             weights: Bytes::ZERO,
+            slept: false,
             residency,
             since: now,
             moving: None,

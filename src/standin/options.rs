@@ -74,6 +74,9 @@ pub struct LoadOptions {
     /// Memory taken on each GPU of WHARF_GPUS, entered in the folder WHARF_VRAM_LEDGER
     #[arg(long, value_parser = parse_bytes)]
     pub vram: Option<Bytes>,
+    /// Host RAM taken from the start
+    #[arg(long, value_parser = parse_bytes, default_value = "0")]
+    pub host_ram: Bytes,
     /// Memory kept on each GPU while asleep
     #[arg(long, value_parser = parse_bytes, default_value = "600MiB")]
     pub residue: Bytes,

@@ -110,7 +110,7 @@ impl Figures {
         let now = spec.shape_hash();
         if self.spec != now {
             self.spec = now;
-            (self.learned.footprint, self.learned.asleep) = (None, None);
+            self.learned.forget_bytes();
         }
         self
     }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use wharf::config::catalog::{Catalog, ModelSpec, RamSettings};
-use wharf::scheduler::event::HostMemory;
-use wharf::units::{Bytes, ModelName};
+use wharf::scheduler::event::{HostMemory, HostUse};
+use wharf::units::{Bytes, InstanceId, ModelName};
 
 use crate::machine::{Inst, Machine, Real};
 use crate::rng::Rng;
@@ -29,14 +29,14 @@ impl Inst {
         self.gpus.iter().filter(|_| moved).map(|_| leaves).sum()
     }
 
-    /// Bytes that must be promised to it at least.
+    /// Bytes that must be promised to it at least: what it really takes. (What is declared may be
+    /// more, until a peak has replaced it.)
     pub fn host_claim(&self) -> Bytes {
-        let declared = self.spec.ram.filter(|_| !self.spec.is_external()).unwrap_or_default();
         match self.real {
             Real::Preparing | Real::Gone => Bytes::ZERO,
-            Real::FallingAsleep => declared + self.weights(),
+            Real::FallingAsleep => self.ram_need + self.weights(),
             Real::Launching | Real::Ready | Real::Asleep | Real::Waking | Real::Dying => {
-                declared + (self.ram_held - self.ram_need)
+                self.ram_need + (self.ram_held - self.ram_need)
             }
         }
     }
@@ -46,6 +46,16 @@ impl Machine {
     pub fn host_free(&self) -> Bytes {
         let Some(host) = self.host else { return Bytes(u64::MAX) };
         host.total - host.others - self.insts.values().map(|inst| inst.ram_held).sum()
+    }
+
+    /// Of every process; some of it are files.
+    pub fn host_use(&self) -> BTreeMap<InstanceId, HostUse> {
+        let runs = self.insts.iter().filter(|(_, inst)| inst.ram_held > Bytes::ZERO);
+        let used = |inst: &Inst| HostUse {
+            held: Bytes(inst.ram_held.0 / 4 * 3),
+            resident: inst.ram_held,
+        };
+        runs.map(|(&id, inst)| (id, used(inst))).collect()
     }
 
     pub fn host_memory(&self) -> Option<HostMemory> {

@@ -120,7 +120,9 @@ impl Machine {
     pub fn sample(&self, now: u64, proof: bool) -> MemorySample {
         let read = if proof { self.gpus.len() } else { 0 };
         let gpus = (0..read).map(|n| self.gpu_memory(GpuId(n as u16))).collect();
-        MemorySample { taken_at: Time(now), gpus, host: self.host_memory() }
+        let host = self.host_memory();
+        let ram = if host.is_some() { self.host_use() } else { BTreeMap::new() };
+        MemorySample { taken_at: Time(now), gpus, host, ram }
     }
 
     fn gpu_memory(&self, gpu: GpuId) -> GpuMemory {

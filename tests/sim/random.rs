@@ -462,9 +462,14 @@ fn remember(rng: &mut Rng, scenario: &mut Scenario) {
     }
     for spec in scenario.catalog.models.values() {
         let truth = &scenario.truth[&spec.name];
-        let measured = spec.vram == Vram::Unknown && rng.chance(500);
+        let measured = match spec.vram {
+            Vram::Unknown => rng.chance(500),
+            Vram::Declared(_) => truth.awake > Bytes::ZERO && rng.chance(500),
+            Vram::Rest => false,
+        };
         let learned = Learned {
             footprint: measured.then_some(truth.awake),
+            seasoned: measured && rng.chance(700),
             start: rng.chance(500).then(|| Duration::from_millis(truth.start_ms.1)),
             stop: rng.chance(500).then(|| Duration::from_millis(truth.stop_ms.1)),
             ..Learned::default()

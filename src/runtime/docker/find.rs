@@ -3,16 +3,18 @@
 use std::collections::HashMap;
 
 use bollard::models::{ContainerInspectResponse, HostConfig};
-use bollard::query_parameters::ListContainersOptionsBuilder;
+use bollard::query_parameters::{ListContainersOptionsBuilder, StatsOptionsBuilder};
+use futures_util::TryStreamExt as _;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::client::{Client, PROMPT};
 use super::{DockerRuntime, errors, labels, place, start, watched};
+use crate::runtime::host_use::of_counters;
 use crate::runtime::redact::Secrets;
 use crate::runtime::{Endpoint, Foreign, Found, Given, Identity, LogTail, Running, RuntimeHandle};
-use crate::scheduler::event::Fault;
+use crate::scheduler::event::{Fault, HostUse};
 use crate::units::InstanceId;
 
 /// A container named in the configuration.
@@ -210,6 +212,15 @@ pub async fn pids(client: &Client, id: &str) -> Vec<u32> {
     let Some(column) = titles.iter().position(|title| title == "PID") else { return Vec::new() };
     let rows = top.processes.unwrap_or_default();
     rows.iter().filter_map(|row| row.get(column)?.parse().ok()).collect()
+}
+
+pub async fn host_use(client: &Client, id: &str) -> Option<HostUse> {
+    let docker = client.docker().await.ok()?;
+    let once = StatsOptionsBuilder::new().stream(false).one_shot(true).build();
+    let mut readings = std::pin::pin!(docker.stats(id, Some(once)));
+    let memory = client.within(PROMPT, readings.try_next()).await.ok()??.memory_stats?;
+    let counters = memory.stats.unwrap_or_default();
+    Some(of_counters(memory.usage?, |name| counters.get(name).copied()))
 }
 
 /// Running containers with a GPU that this installation did not start and does not manage.

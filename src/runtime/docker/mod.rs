@@ -33,7 +33,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{Foreign, Given, Identity, LaunchSpec, LogTail, Progress, Running, RuntimeHandle};
 use crate::config::catalog::{DockerSpec, ModelSpec, RuntimeSpec, StopSpec};
 use crate::orchestrator::view::Health;
-use crate::scheduler::event::{Fault, FaultKind};
+use crate::scheduler::event::{Fault, FaultKind, HostUse};
 
 pub use client::Daemon;
 pub use find::{FoundAll, NamedContainer, Silent};
@@ -177,6 +177,11 @@ impl DockerRuntime {
     /// Host pids of the container; empty where they cannot be read.
     pub async fn pids(&self, id: &str) -> Vec<u32> {
         find::pids(&self.client, id).await
+    }
+
+    /// Host RAM of a container, as the daemon tells it.
+    pub async fn host_use(&self, id: &str) -> Option<HostUse> {
+        find::host_use(&self.client, id).await
     }
 
     /// Running containers with a GPU that are none of ours.

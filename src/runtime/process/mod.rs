@@ -32,10 +32,11 @@ use self::logfile::Tail;
 use self::pidfd::ExitWatch;
 pub use self::procfs::Occupant;
 use self::supervise::Supervised;
+use super::host_use;
 use super::redact::Secrets;
 use super::{Endpoint, Found, Given, Identity, LaunchSpec, LogTail, Running, RuntimeHandle};
 use crate::config::catalog::StopSpec;
-use crate::scheduler::event::{Fault, FaultKind};
+use crate::scheduler::event::{Fault, FaultKind, HostUse};
 use crate::units::InstanceId;
 
 /// From SIGKILL until what is left counts as stuck in the kernel.
@@ -296,6 +297,11 @@ fn running(
 /// What a process was given when it began.
 pub fn given(pid: u32) -> Given {
     Given { args: procfs::args(pid), env: procfs::environ(pid) }
+}
+
+/// Host RAM of a process group and of what descends from it.
+pub fn host_use(leader: u32) -> Option<HostUse> {
+    host_use::of_processes(group::pids_of(leader).into_iter())
 }
 
 fn spawn(command: &command::Command, log: std::fs::File) -> io::Result<Child> {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::super::Scheduler;
 use super::super::action::{Action, Refusal};
 use super::super::event::Fault;
+use super::super::footprint::told;
 use super::super::memory::{UNSEEN, uses_gpu};
 use super::super::record::{Phase, SwapCause, SwapOutcome};
 use super::super::residency::{Instance, Move, MoveKind, Residency};
@@ -27,6 +28,7 @@ impl Scheduler {
         if for_somebody {
             self.call_company(&model);
         }
+        let ram = self.catalog.model(&model).map_or(Bytes::ZERO, |spec| self.ram_of(spec));
         let Some(target) = self.instances.get_mut(&instance) else { return };
         let ceiling = target.spec.start_timeout;
         let deadline = now + ceiling.unwrap_or(self.catalog.settings.swap.start_timeout);
@@ -34,10 +36,14 @@ impl Scheduler {
         let alone = target.spec.vram == Vram::Unknown
             && self.models.get(&model).is_none_or(|m| m.learned.footprint.is_none());
         (target.launched, target.unvouched) = (true, true);
+        if !wakes {
+            target.ram_own = ram;
+        }
         target.gpus.clone_from(&gpus);
         if uses_gpu(&target.spec) {
             target.promise = Some(footprint);
         }
+        let told = told(&target.spec, footprint);
         let known = uses_gpu(&target.spec) && !alone && footprint > Bytes(1);
         if wakes {
             target.enter(Residency::Waking, now);
@@ -51,7 +57,7 @@ impl Scheduler {
             instance,
             model,
             gpus: gpus.into_iter().filter(|&g| g != UNSEEN).collect(),
-            footprint: known.then_some(footprint),
+            footprint: known.then_some(told),
             deadline,
         });
     }

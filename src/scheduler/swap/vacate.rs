@@ -102,6 +102,7 @@ impl Scheduler {
             instance.weights = weights;
             instance.drain = None;
             instance.awake = instance.promise.unwrap_or_default();
+            instance.slept = true;
             instance.enter(Residency::FallingAsleep, now);
         }
         self.set_moving(id, MoveKind::Sleep, swap, deadline);

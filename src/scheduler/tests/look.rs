@@ -50,7 +50,14 @@ impl Sim {
                 free: self.free(g.id),
                 holders: if self.hide_pids { Vec::new() } else { self.holders(g.id) },
             });
-            Ok(MemorySample { taken_at: self.now, gpus: gpus.collect(), host: self.host })
+            let ram = self.running.iter();
+            let ram = ram.filter_map(|(&id, r)| Some((id, *self.host_use.get(&r.model)?)));
+            Ok(MemorySample {
+                taken_at: self.now,
+                gpus: gpus.collect(),
+                host: self.host,
+                ram: ram.collect(),
+            })
         };
         self.send(Event::MemorySeen(sample));
     }

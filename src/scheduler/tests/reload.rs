@@ -25,6 +25,11 @@ fn footprint(sim: &Sim, model: &str) -> Option<Bytes> {
     sim.model(model).footprint
 }
 
+/// With the margin on top of what was learned.
+fn a_little_more(gib: u64) -> Bytes {
+    Bytes(Bytes::gib(gib).0 + Bytes::gib(gib).0 / 100 * 5)
+}
+
 #[test]
 fn words_and_policy_change_under_a_running_engine() {
     let mut sim = Sim::new(catalog(vec![spec("a", 20)]), &[24]);
@@ -118,10 +123,10 @@ fn a_new_footprint_is_promised_as_far_as_there_is_room() {
     assert_eq!(footprint(&sim, "a"), Some(room - Bytes::gib(8)), "what b was promised stays b's");
     reload(&mut sim, vec![spec("a", 12), spec("b", 8)]);
     assert_eq!(footprint(&sim, "a"), Some(Bytes::gib(12)));
-    // It holds 8 GiB, whatever the file says.
+    // It holds 8 GiB, whatever the file says, and may take a little more.
     reload(&mut sim, vec![spec("a", 3), spec("b", 9)]);
     let both = (footprint(&sim, "a"), footprint(&sim, "b"));
-    assert_eq!(both, (Some(Bytes::gib(8)), Some(Bytes::gib(9))));
+    assert_eq!(both, (Some(a_little_more(8)), Some(Bytes::gib(9))));
     assert_eq!((sim.starts("a"), sim.starts("b")), (1, 1));
     assert_eq!((sim.state("a"), sim.state("b")), ("ready", "ready"));
 }

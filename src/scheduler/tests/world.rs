@@ -50,6 +50,10 @@ pub struct Sim {
     /// What samples say of host RAM.
     pub host: Option<HostMemory>,
     pub faults: Faults,
+    /// What samples say these take of the host's RAM.
+    pub host_use: BTreeMap<ModelName, HostUse>,
+    /// What these really take of each GPU; others what they were promised.
+    pub real: BTreeMap<ModelName, Bytes>,
     pub start_takes: Duration,
     pub lag: Duration,
     pub log: Vec<(Time, Action)>,
@@ -93,6 +97,8 @@ impl Sim {
             strangers: BTreeMap::new(),
             host: None,
             faults: Faults::default(),
+            host_use: BTreeMap::new(),
+            real: BTreeMap::new(),
             start_takes: Duration::from_secs(4),
             lag: Duration::from_millis(700),
             log: Vec::new(),
@@ -334,7 +340,7 @@ impl Sim {
         gpus: Vec<GpuId>,
         footprint: Option<Bytes>,
     ) {
-        let bytes = footprint.unwrap_or(Bytes::gib(6));
+        let bytes = self.real.get(&model).copied().or(footprint).unwrap_or(Bytes::gib(6));
         for &gpu in &gpus {
             let free = self.free(gpu);
             assert!(

@@ -23,15 +23,12 @@ impl Checker {
     }
 
     /// What the newest sample shows must do beside what loads already.
-    pub(super) fn start_fits_host(&mut self, instance: InstanceId) {
-        let declared = |id: &InstanceId| {
-            let spec = &self.insts[id].spec;
-            spec.ram.filter(|_| !spec.is_external()).unwrap_or_default()
-        };
-        let need = declared(&instance);
+    pub(super) fn start_fits_host(&mut self, instance: InstanceId, machine: &Machine) {
+        let really = |id: &InstanceId| machine.insts.get(id).map_or(Bytes::ZERO, |i| i.ram_need);
+        let need = really(&instance);
         let Some(host) = self.host_seen.filter(|_| need > Bytes::ZERO) else { return };
         let loads = |id: &&InstanceId| **id != instance && self.insts[*id].told == Told::Starting;
-        let loading: Bytes = self.live.iter().filter(loads).map(declared).sum();
+        let loading: Bytes = self.live.iter().filter(loads).map(really).sum();
         let reserve = self.catalog.settings.ram.reserve;
         self.require(need + loading + reserve <= host.available, || {
             format!(

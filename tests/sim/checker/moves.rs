@@ -101,7 +101,7 @@ impl Checker {
         self.start_is_wanted(instance, model);
         self.starts_apart(instance);
         self.start_fits(instance, gpus, footprint, machine);
-        self.start_fits_host(instance);
+        self.start_fits_host(instance, machine);
         self.live.insert(instance);
         if let Some(known) = self.insts.get_mut(&instance) {
             known.footprint = footprint;
