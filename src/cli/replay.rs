@@ -78,7 +78,7 @@ pub struct Args {
     #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = factor)]
     pub service_scale: f64,
     #[command(flatten)]
-    pub world: world::Args,
+    pub world: world::WorldArgs,
     /// Draw waits and residency over time
     #[arg(long, value_name = "FILE.svg")]
     pub plot: Option<PathBuf>,
@@ -117,11 +117,15 @@ fn factor(text: &str) -> Result<f64, String> {
 }
 
 fn size(text: &str) -> Result<Bytes, String> {
-    crate::config::values::size(text)
+    crate::config::values::size(text).map_err(|why| or_example(why, "8GiB"))
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    crate::config::values::duration(text)
+    crate::config::values::duration(text).map_err(|why| or_example(why, "30s"))
+}
+
+fn or_example(why: String, example: &str) -> String {
+    if why.is_empty() { format!("expected something like {example}") } else { why }
 }
 
 const GENERATED: usize = 6000;
@@ -222,8 +226,9 @@ fn traffic(args: &Args) -> anyhow::Result<Traffic> {
         (None, None) => bail!("a trace is missing"),
     };
     arrivals.truncate(args.limit.unwrap_or(usize::MAX));
+    let first = arrivals.first().map_or(0, |arrival| arrival.at.0);
     for arrival in &mut arrivals {
-        arrival.at = Time((arrival.at.0 as f64 / args.compress).round() as u64);
+        arrival.at = Time(((arrival.at.0 - first) as f64 / args.compress).round() as u64);
         let service = arrival.service.as_millis() as f64 * args.service_scale;
         arrival.service = Duration::from_millis(service.round() as u64);
     }

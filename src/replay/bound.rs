@@ -225,6 +225,7 @@ mod tests {
             },
             concurrency: Some(1),
             max_wait: Some(Duration::from_secs(20)),
+            drain_timeout: None,
             queue_timeout: FOR_EVER,
         };
         Setup::of_trace(&names, &Machine::Slots(1), &terms).unwrap()

@@ -54,7 +54,7 @@ pub struct Stay {
 }
 
 /// One policy's way through a trace.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Run {
     pub policy: String,
     pub visits: Vec<Visit>,

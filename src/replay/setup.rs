@@ -70,6 +70,8 @@ pub struct Terms {
     pub concurrency: Option<u32>,
     /// `None`: as Wharf has it by default, max(30 s, 3 × the move).
     pub max_wait: Option<Duration>,
+    /// `None`: as Wharf has it by default.
+    pub drain_timeout: Option<Duration>,
     pub queue_timeout: Duration,
 }
 
@@ -123,7 +125,11 @@ impl Setup {
         let costs = models.keys().map(|name| (name.clone(), terms.costs)).collect();
         let usual = Settings::default();
         let settings = Settings {
-            swap: SwapSettings { max_wait: terms.max_wait, ..usual.swap },
+            swap: SwapSettings {
+                max_wait: terms.max_wait,
+                drain_timeout: terms.drain_timeout.unwrap_or(usual.swap.drain_timeout),
+                ..usual.swap
+            },
             gpu: GpuSettings { reserve: Bytes::ZERO, ..usual.gpu },
             ..usual
         };
@@ -149,6 +155,9 @@ impl Setup {
         never_refuse(&mut catalog, terms.queue_timeout);
         if terms.max_wait.is_some() {
             catalog.settings.swap.max_wait = terms.max_wait;
+        }
+        if let Some(timeout) = terms.drain_timeout {
+            catalog.settings.swap.drain_timeout = timeout;
         }
         let (mut costs, mut measured) = (BTreeMap::new(), BTreeMap::new());
         for (name, spec) in &catalog.models {

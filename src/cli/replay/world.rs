@@ -15,7 +15,7 @@ use crate::units::{Bytes, ModelName};
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "The modelled world")]
-pub struct Args {
+pub struct WorldArgs {
     /// One GPU on which so many models fit, all of the same size
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub slots: u32,
@@ -50,12 +50,15 @@ pub struct Args {
     /// Notice to leave falls due when a request has waited so long; max(30 s, 3 starts) by default
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub max_wait: Option<Duration>,
+    /// Cut what still runs on a model so long after it was given notice; 5 min by default
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub drain_timeout: Option<Duration>,
     /// Refuse who has waited so long; nobody is refused by default
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub queue_timeout: Option<Duration>,
 }
 
-impl Args {
+impl WorldArgs {
     /// The world for these arrivals, and what it is in words. Aliases become the models' names.
     pub fn setup(&self, trace: &str, arrivals: &mut [Arrival]) -> anyhow::Result<(Setup, String)> {
         let models: BTreeSet<ModelName> = arrivals.iter().map(|a| a.model.clone()).collect();
@@ -132,6 +135,7 @@ impl Args {
             },
             concurrency: Some(self.concurrency),
             max_wait: self.max_wait,
+            drain_timeout: self.drain_timeout,
             queue_timeout: self.queue_timeout.unwrap_or(FOR_EVER),
         }
     }
