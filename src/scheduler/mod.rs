@@ -25,6 +25,7 @@ mod ask;
 mod attempt;
 mod cost;
 pub mod event;
+mod fingerprint;
 mod gates;
 mod groups;
 mod invariants;

@@ -4,6 +4,7 @@ mod config;
 mod control;
 mod fairness;
 mod faults;
+mod fingerprint;
 mod groups;
 mod look;
 mod ram;
