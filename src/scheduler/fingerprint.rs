@@ -244,6 +244,7 @@ words! { Phase, SwapCause, SwapKind, MoveKind, Residency, Priority }
 fields! {
     Scheduler {
         models, instances, swaps, asks, memory, company, last_demand, shutting_down, capacity_cut,
+        apart_cut,
     } skips { catalog, world, now, next_ids, blocked, runtime_fault, changes, out }
 
     Model {
