@@ -11,6 +11,7 @@
 //! count as one, so of two orders that differ by milliseconds alone only the first is followed.
 
 mod models;
+mod owner;
 mod reference;
 mod search;
 mod world;

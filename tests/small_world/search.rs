@@ -57,9 +57,9 @@ pub fn explore(setup: Setup) {
                 ways.insert(digest, Some(Way { from, step }));
                 if digest.is_multiple_of(ENDS_EVERY) {
                     figures.ends += 1;
-                    for patient in [true, false] {
-                        if let Err(why) = guarded(|| comes_to_an_end(reached.clone(), patient)) {
-                            let why = format!("{why} (clients end by themselves: {patient})");
+                    for ends in [true, false] {
+                        if let Err(why) = guarded(|| comes_to_an_end(reached.clone(), ends)) {
+                            let why = format!("{why} (requests end by themselves: {ends})");
                             tell(&setup, &ways, digest, None, &why);
                         }
                     }
@@ -92,10 +92,10 @@ fn guarded<T>(run: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     })
 }
 
-/// Nobody comes any more. Moves complete; requests end (`patient`: or hold on to their engine
+/// Nobody comes any more. Moves complete, requests end (`ends`; else they hold on to their engine
 /// until they are cut off), and time passes: then nobody waits, nothing is under way, and nobody
-/// has waited longer than the bound of `docs`: notice, and a tenure, a drain and the moves for
-/// everyone who was first.
+/// has waited longer than until notice fell due, and a tenure, a drain and a proof of release for
+/// every model.
 fn comes_to_an_end(mut world: World, ends: bool) -> Result<(), String> {
     (world.arrivals, world.failures, world.leaves) = ([0; 3], 0, 0);
     world.ticks = u8::MAX;
@@ -104,8 +104,7 @@ fn comes_to_an_end(mut world: World, ends: bool) -> Result<(), String> {
         let steps = world.steps();
         let moves = steps.iter().find(|step| matches!(step, Step::Completes(..)));
         let request = steps.iter().find(|step| matches!(step, Step::Ends(..)) && ends);
-        let idle = world.reference.waiting.is_empty()
-            && world.scheduler.view(wharf::units::Time(world.now)).swaps.is_empty();
+        let idle = world.reference.waiting.is_empty() && world.view().swaps.is_empty();
         let clock = steps.iter().find(|step| matches!(step, Step::Clock) && !idle);
         let Some(step) = moves.or(request).or(clock).cloned() else {
             return at_the_end(&world, ends);
@@ -119,10 +118,10 @@ fn at_the_end(world: &World, ends: bool) -> Result<(), String> {
     let swap = &world.catalog().settings.swap;
     let ms = |duration: std::time::Duration| duration.as_millis() as u64;
     let max_wait = ms(swap.max_wait.unwrap_or_default());
-    let others = world.catalog().models.len() as u64 - 1;
+    let models = world.catalog().models.len() as u64;
     let bound = max_wait
-        + (others + 1) * (ms(swap.min_residency) + ms(swap.drain_timeout) + ms(swap.vram_timeout));
-    let view = world.scheduler.view(wharf::units::Time(world.now));
+        + models * (ms(swap.min_residency) + ms(swap.drain_timeout) + ms(swap.vram_timeout));
+    let view = world.view();
     if !world.reference.waiting.is_empty() {
         let waiting = &world.reference.waiting;
         return Err(format!("nothing is left to happen, and {waiting:?} wait"));
