@@ -173,8 +173,13 @@ impl World {
             format!("{request} for {model} is granted on {} ({:?})", book.model, book.told)
         })?;
         let places = self.spec(&model).concurrency.unwrap_or(u32::MAX);
-        let taken = self.engines[&instance].gate.count.in_flight;
+        let gate = self.engines[&instance].gate;
+        let taken = gate.count.in_flight;
         require(taken < places, || format!("{model} serves {taken} and gets one more"))?;
+        // Else the gateway may take the same place in that moment.
+        require(places == u32::MAX || !gate.open, || {
+            format!("{request} is granted on {model} with its gate open")
+        })?;
         self.reference.longest_wait =
             self.reference.longest_wait.max(self.now - since.max(self.reference.counts_from));
         Ok(())
