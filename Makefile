@@ -1,5 +1,6 @@
 # make demo [WORLD=laptop|homelab|team|agents] [EXERCISE=1] [ENGINE=standin|llama [GGUF=a.gguf,b.gguf]]
 # make test      everything; make quick: without Docker, llama-server and Prometheus
+# make mutants [FAULTS="name ..."]   do the scheduler's tests notice seeded faults?
 
 WORLD ?= laptop
 ENGINE ?= standin
@@ -20,7 +21,7 @@ $(error ENGINE=llama has one world, laptop: leave WORLD=$(WORLD) out)
 endif
 endif
 
-.PHONY: demo test quick build
+.PHONY: demo test quick build mutants
 build:
 	cargo build --locked --bin wharf
 
@@ -38,3 +39,6 @@ test:
 
 quick:
 	tests/run.sh quick
+
+mutants:
+	tests/mutants/run.sh $(FAULTS)

@@ -21,6 +21,7 @@ impl Scheduler {
         self.draining_has_a_swap()?;
         self.at_most_one_vacating_swap_per_gpu()?;
         self.vllm_measures_alone()?;
+        self.groups_are_kept_apart()?;
         self.loads_have_their_instance()?;
         self.starting_has_a_swap()?;
         self.waiters_are_bounded_and_unique()?;
@@ -123,6 +124,40 @@ impl Scheduler {
             }
         }
         Ok(())
+    }
+
+    fn groups_are_kept_apart(&self) -> Check {
+        match self.up_against_a_rule().filter(|_| !self.apart_cut) {
+            Some((a, b, group)) => {
+                let (a, b) = (&a.model, &b.model);
+                Err(format!("{a} and {b} are up, and group {group} keeps them apart"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Two that a group keeps apart and that are up all the same. (Adopted instances are facts.)
+    pub(super) fn up_against_a_rule(&self) -> Option<(&Instance, &Instance, &str)> {
+        if self.catalog.groups.is_empty() {
+            return None;
+        }
+        let up = |i: &&Instance| match i.residency {
+            Residency::Starting { .. } => i.launched,
+            Residency::Ready
+            | Residency::Draining
+            | Residency::FallingAsleep
+            | Residency::Waking
+            | Residency::Lost { asleep: false } => !i.adopted,
+            Residency::Stopping | Residency::Sleeping { .. } | Residency::Lost { asleep: true } => {
+                false
+            }
+        };
+        let up: Vec<&Instance> = self.instances.values().filter(up).collect();
+        up.iter().enumerate().find_map(|(at, &a)| {
+            up[at + 1..]
+                .iter()
+                .find_map(|&b| Some((a, b, self.catalog.keeps_apart(&a.spec, &b.spec)?)))
+        })
     }
 
     fn loads_have_their_instance(&self) -> Check {

@@ -31,6 +31,7 @@ mod attempt;
 mod baseline;
 mod cost;
 pub mod event;
+mod fingerprint;
 mod footing;
 mod footprint;
 mod gates;
@@ -140,6 +141,8 @@ pub struct Scheduler {
     runtime_fault: String,
     /// A reload (or the host) left less to promise than was promised already.
     capacity_cut: bool,
+    /// A reload set models apart that were up together: it stops neither.
+    apart_cut: bool,
     /// Counts changes of state, so that settling knows when it is done.
     changes: u64,
     out: Vec<Action>,
@@ -166,6 +169,7 @@ impl Scheduler {
             shutting_down: false,
             runtime_fault: String::new(),
             capacity_cut: false,
+            apart_cut: false,
             changes: 0,
             out: Vec::new(),
         }
@@ -221,6 +225,7 @@ impl Scheduler {
             Event::CatalogChanged(catalog) => {
                 self.catalog_changed(catalog);
                 self.note_capacity_cut();
+                self.apart_cut |= self.up_against_a_rule().is_some();
             }
             Event::RuntimeLost { instances, why } => self.runtime_lost(&instances, why),
             Event::RuntimeBack { alive, dead } => self.runtime_back(&alive, &dead),

@@ -7,10 +7,11 @@
 //!
 //! `world` is the machine and the orchestrator as the scheduler's events and actions describe
 //! them; `checker` is the reference: what callers must see, and what really happens to memory.
-//! `traps` are scripted situations in which other swappers starve, thrash or hang.
+//! `traps` and `contention` are scripted situations in which other swappers starve, thrash or hang.
 
 mod checker;
 mod clients;
+mod contention;
 mod disturb;
 mod effects;
 mod groups;

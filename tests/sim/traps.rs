@@ -16,13 +16,13 @@ use crate::scenario::{Faults, Loop, Plan, Scenario, Step, Truth, settings, spec}
 use crate::world::World;
 
 /// A scenario under construction. One GPU of 24 GiB unless said otherwise.
-struct Trap {
-    scenario: Scenario,
-    catalog: Catalog,
+pub struct Trap {
+    pub scenario: Scenario,
+    pub catalog: Catalog,
 }
 
 impl Trap {
-    fn on(gpus_gib: &[u64]) -> Trap {
+    pub fn on(gpus_gib: &[u64]) -> Trap {
         let gpu = |&gib: &u64| Gpu {
             total: Bytes::gib(gib),
             base: Bytes::mib(200),
@@ -51,11 +51,11 @@ impl Trap {
         Trap { scenario, catalog }
     }
 
-    fn model(self, name: &str, gib: u64) -> Trap {
+    pub fn model(self, name: &str, gib: u64) -> Trap {
         self.model_with(name, gib, |_, _| {})
     }
 
-    fn model_with(
+    pub fn model_with(
         mut self,
         name: &str,
         gib: u64,
@@ -70,30 +70,30 @@ impl Trap {
         self
     }
 
-    fn at(mut self, ms: u64, step: Step) -> Trap {
+    pub fn at(mut self, ms: u64, step: Step) -> Trap {
         self.scenario.steps.push((ms, step));
         self
     }
 
-    fn ask(self, ms: u64, model: &str, service_ms: u64) -> Trap {
+    pub fn ask(self, ms: u64, model: &str, service_ms: u64) -> Trap {
         self.at(ms, Step::Arrive(Plan::new(&ModelName::new(model), service_ms)))
     }
 
-    fn again_and_again(self, ms: u64, models: &[&str], service_ms: u64, think_ms: u64) -> Trap {
+    pub fn again_and_again(self, ms: u64, models: &[&str], service_ms: u64, think_ms: u64) -> Trap {
         let turns =
             models.iter().rev().map(|name| Plan::new(&ModelName::new(name), service_ms)).collect();
         let until = u64::MAX / 2;
         self.at(ms, Step::Loop(Loop { turns, think_ms, until, left: 1_000_000 }))
     }
 
-    fn ensure(self, ms: u64, model: &str, timeout_ms: u64) -> Trap {
+    pub fn ensure(self, ms: u64, model: &str, timeout_ms: u64) -> Trap {
         let model = ModelName::new(model);
         let kind = EnsureKind::Ensure;
         self.at(ms, Step::Ensure { model, kind, timeout_ms, gone_after: None })
     }
 
     /// Runs until `end`; fails on anything that the checker dislikes.
-    fn run(mut self, end: u64) -> World {
+    pub fn run(mut self, end: u64) -> World {
         self.scenario.catalog = Arc::new(self.catalog);
         let mut world = World::new(self.scenario);
         world.journal = Some(Vec::new());
@@ -109,12 +109,12 @@ impl Trap {
 }
 
 impl World {
-    fn actions(&self) -> impl Iterator<Item = (u64, &Action)> {
+    pub fn actions(&self) -> impl Iterator<Item = (u64, &Action)> {
         let entries = self.journal.iter().flatten();
         entries.flat_map(|entry| entry.actions.iter().map(|action| (entry.at, action)))
     }
 
-    fn starts(&self, name: &str) -> Vec<u64> {
+    pub fn starts(&self, name: &str) -> Vec<u64> {
         let start = |(at, action): (u64, &Action)| match action {
             Action::StartInstance { model, .. } if model.as_str() == name => Some(at),
             _ => None,
@@ -123,7 +123,7 @@ impl World {
     }
 
     /// (arrived, first lease or end, outcome) of each request for a model.
-    fn requests(&self, name: &str) -> Vec<(u64, Option<u64>, Option<Outcome>)> {
+    pub fn requests(&self, name: &str) -> Vec<(u64, Option<u64>, Option<Outcome>)> {
         self.clients
             .iter()
             .filter(|client| client.plan.model.as_str() == name)
@@ -131,19 +131,19 @@ impl World {
             .collect()
     }
 
-    fn served(&self, name: &str) -> usize {
+    pub fn served(&self, name: &str) -> usize {
         let served =
             |(_, _, outcome): &(u64, _, Option<Outcome>)| *outcome == Some(Outcome::Served);
         self.requests(name).iter().filter(|request| served(request)).count()
     }
 
     /// Milliseconds that each request for a model waited for its lease.
-    fn waits(&self, name: &str) -> Vec<u64> {
+    pub fn waits(&self, name: &str) -> Vec<u64> {
         let waited = |(arrived, lease, _): (u64, Option<u64>, _)| lease.map(|at| at - arrived);
         self.requests(name).into_iter().filter_map(waited).collect()
     }
 
-    fn refusals(&self, name: &str) -> Vec<Refusal> {
+    pub fn refusals(&self, name: &str) -> Vec<Refusal> {
         let refusal = |(_, _, outcome)| match outcome {
             Some(Outcome::Refused(refusal)) => Some(refusal),
             _ => None,
@@ -151,7 +151,7 @@ impl World {
         self.requests(name).into_iter().filter_map(refusal).collect()
     }
 
-    fn answers(&self) -> Vec<(u64, Answer)> {
+    pub fn answers(&self) -> Vec<(u64, Answer)> {
         let answer = |(at, action): (u64, &Action)| match action {
             Action::Answer { answer, .. } => Some((at, answer.clone())),
             _ => None,
@@ -223,6 +223,9 @@ fn a_broken_model_does_not_evict_a_good_one_for_every_request() {
     assert!(!starts.is_empty() && starts.len() <= 8, "broken started at {starts:?}");
     assert!(evictions <= starts.len() + 1, "good was brought back {evictions} times");
     assert!(world.served("good") >= 180, "good served {}", world.served("good"));
+    // Its own drain and stop, a start that fails, and its way back.
+    let longest = world.waits("good").into_iter().max();
+    assert!(longest <= Some(5000), "good waited {longest:?} ms");
     let refused = world.refusals("broken").len();
     assert_eq!(refused, 59, "every request for the broken model ends at once or with its start");
 }
@@ -300,6 +303,7 @@ fn two_vllm_starts_on_one_gpu_follow_each_other() {
     let apart = world.starts("b")[0] - world.starts("a")[0];
     assert!((9000..12_000).contains(&apart), "{apart} ms apart");
     assert_eq!((world.served("a"), world.served("b")), (1, 1));
+    assert!(world.waits("b")[0] <= 2 * 10_000 + 1500, "b waited {:?}", world.waits("b"));
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::config::*;
 use super::world::*;
 use crate::scheduler::action::{Action, Refusal};
+use crate::scheduler::event::{Event, Request};
 use crate::scheduler::record::SwapOutcome;
 use crate::units::*;
 
@@ -193,4 +194,54 @@ fn the_cheapest_idle_model_leaves() {
     let row = sim.ledger().pop().expect("a row");
     assert!(row.evicted[0].why.contains("cheapest to bring back"), "{}", row.evicted[0].why);
     assert!(row.evicted[0].why.contains("frees 10.0 GiB"), "{}", row.evicted[0].why);
+}
+
+#[test]
+fn a_place_is_given_away_only_once_the_gate_is_closed_and_read() {
+    let mut single = spec("a", 20);
+    single.concurrency = Some(1);
+    let mut sim = Sim::new(catalog(vec![single]), &[24]);
+    let first = sim.request("a");
+    sim.run_secs(5);
+    sim.end(first);
+    // It found no place; meanwhile one came free, which another takes at the gate itself.
+    let late = RequestId(1_000_000);
+    sim.sneaks = 1;
+    sim.send(Event::RequestArrived(Request {
+        id: late,
+        model: "a".into(),
+        priority: Priority::Normal,
+        max_wait: None,
+        may_hurry: false,
+        never_start: false,
+        attempt: 1,
+        arrived: sim.now,
+    }));
+    assert_eq!((sim.sneaks, sim.granted.contains_key(&late)), (0, false));
+    let unheard = *sim.granted.keys().next().expect("the lease that sneaked in");
+    sim.end(unheard);
+    assert!(sim.granted.contains_key(&late));
+}
+
+#[test]
+fn nothing_begins_where_an_overdue_request_waits() {
+    let mut config = catalog(vec![spec("a", 10), spec("big", 20), spec("small", 8)]);
+    config.settings.swap.min_residency = Duration::from_secs(60);
+    config.settings.swap.max_wait = Some(Duration::from_secs(20));
+    let mut sim = Sim::new(config, &[24]);
+    let busy = sim.request("a");
+    sim.run_secs(5);
+    let big = sim.request("big");
+    sim.run_secs(25);
+    // It would fit beside `a`, and its tenure would be one more that `big` has to wait for.
+    let small = sim.request("small");
+    sim.run_secs(20);
+    assert_eq!((sim.state("a"), sim.starts("small")), ("ready", 0));
+    sim.run_secs(20);
+    sim.end(busy);
+    sim.run_secs(8);
+    assert_eq!(sim.served_by(big), Some("big"));
+    sim.end(big);
+    sim.run_secs(80);
+    assert_eq!(sim.served_by(small), Some("small"));
 }

@@ -4,6 +4,7 @@ mod config;
 mod control;
 mod fairness;
 mod faults;
+mod fingerprint;
 mod footprint;
 mod groups;
 mod host_use;
