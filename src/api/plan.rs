@@ -12,7 +12,7 @@ use super::extract::Body;
 use super::render::{Snapshot, seconds};
 use crate::config::catalog::ModelSpec;
 use crate::gateway::reject::Reject;
-use crate::scheduler::plan::{Evicted, Forecast, Verdict};
+use crate::scheduler::plan::{Evicted, Forecast, RoomView, Verdict};
 
 #[derive(Debug, Deserialize)]
 pub struct PlanBody {
@@ -49,11 +49,36 @@ fn forecast_json(api: &Api, spec: &ModelSpec, forecast: &Forecast) -> Value {
         "fits": refusal.is_none(),
         "gpus": forecast.gpus,
         "vram_bytes_per_gpu": forecast.footprint,
+        "vram": {
+            "declared_bytes": forecast.need.declared,
+            "peak_bytes": forecast.need.peak,
+            "seasoned": forecast.need.seasoned,
+        },
+        "host_ram": {
+            "bytes": forecast.need.ram,
+            "declared_bytes": forecast.need.ram_declared,
+            "peak_bytes": forecast.need.ram_peak,
+        },
+        "rooms": forecast.rooms.iter().map(room).collect::<Vec<_>>(),
         "evicts": forecast.evicts.iter().map(evicted).collect::<Vec<_>>(),
         "waits_for": (!forecast.waits_for.is_empty()).then_some(&forecast.waits_for),
         "estimate_seconds": forecast.ready_in.map(seconds),
         "decision": (!forecast.decision.is_empty()).then_some(&forecast.decision),
         "error": refusal.map(|body| body["error"].clone()),
+    })
+}
+
+fn room(room: &RoomView) -> Value {
+    let promised = room.promised.iter();
+    json!({
+        "gpu": room.gpu,
+        "capacity_bytes": room.capacity,
+        "promised": promised
+            .map(|(model, bytes)| json!({ "model": model, "bytes": bytes }))
+            .collect::<Vec<_>>(),
+        "strangers_bytes": room.strangers,
+        "room_bytes": room.room,
+        "need_bytes": room.need,
     })
 }
 

@@ -16,9 +16,9 @@ use super::journal::{Begin, Journal};
 use super::keep;
 use super::launch::Ports;
 use super::memory_watch::{Holders, MemoryWatch};
-use super::ram_watch;
 use super::outage::Outage;
 use super::preload::PreloadLog;
+use super::ram_watch;
 use super::reconcile::{Adopted, named_ids, reconcile, uses_docker};
 use super::run::{Live, Owner};
 use super::state_dir::{LastIds, StateDir, StateError};
@@ -264,7 +264,8 @@ impl Owner {
             if let Ok(gpus) = &mut reading {
                 self.effects.holders.attribute(gpus);
             }
-            let seen = reading.map(|gpus| MemorySample { taken_at, gpus, host, ram: BTreeMap::new() });
+            let seen =
+                reading.map(|gpus| MemorySample { taken_at, gpus, host, ram: BTreeMap::new() });
             self.step(Event::MemorySeen(seen));
         }
         // It may have come up between our look and now: no change of its health would tell.

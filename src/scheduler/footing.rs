@@ -10,10 +10,13 @@ use super::placement::Plan;
 use super::policy::Candidate;
 use super::residency::Instance;
 use crate::config::catalog::{GpuRequest, ModelSpec, Vram};
-use crate::units::{Bytes, GpuId};
+use crate::units::{Bytes, GpuId, SwapId};
 
 /// A stranger that holds less than this share of a GPU (a desktop, say) keeps nobody away.
 const STRANGER_SHARE: u64 = 16;
+
+/// Larger than any GPU.
+const LARGEST: Bytes = Bytes::gib(1 << 20);
 
 type Rooms = Vec<(GpuId, Bytes)>;
 
@@ -45,7 +48,7 @@ impl Scheduler {
         let rooms = self.rooms_after(candidate, plan);
         let left = || rooms.iter().filter(|(gpu, _)| set.contains(gpu)).map(|(_, room)| *room);
         // Of unknown size: it can be measured only where it fits, so it gets the largest place once.
-        let small = || -> Bytes { set.iter().map(|&g| Bytes(u64::from(u32::MAX) << 16) - self.total(g)).sum() };
+        let missing = |total: Bytes| LARGEST - total;
         let mut blocks: Vec<usize> =
             set.iter().map(|gpu| usize::from(gpu.0) / set.len().max(1)).collect();
         blocks.dedup();
@@ -53,7 +56,11 @@ impl Scheduler {
             shared_with_strangers: set.iter().filter(|&&gpu| self.is_shared(gpu)).count(),
             shut_out: picky.iter().filter(|spec| !self.finds_room(spec, &rooms)).count(),
             uneven: totals().min() != totals().max(),
-            left: if self.is_unmeasured(&candidate.spec) { small() } else { left().sum() },
+            left: if self.is_unmeasured(&candidate.spec) {
+                totals().map(missing).sum()
+            } else {
+                left().sum()
+            },
             blocks: blocks.len(),
         }
     }
@@ -73,11 +80,11 @@ impl Scheduler {
     }
 
     /// What nobody is promised or holds on a GPU.
-    pub(super) fn room_on(&self, gpu: GpuId, except: &Candidate) -> Bytes {
-        let own = self.current(&except.spec.name).filter(|i| i.is_sleeping());
+    pub(super) fn room_on(&self, gpu: GpuId, spec: &ModelSpec, swap: Option<SwapId>) -> Bytes {
+        let own = self.current(&spec.name).filter(|i| i.is_sleeping());
         let own = own.map_or(Bytes::ZERO, |i| self.promise_on(i, gpu));
         let promised = self.promised(gpu) - own - self.leaving(gpu);
-        self.usable(gpu) - self.strangers_on(gpu) - promised - self.spoken(gpu, except.swap)
+        self.usable(gpu) - self.strangers_on(gpu) - promised - self.spoken(gpu, swap)
     }
 
     /// Free room on every GPU once the plan was carried out.
@@ -92,7 +99,7 @@ impl Scheduler {
                     self.promise_on(i, gpu) - keep
                 })
                 .sum();
-            let room = self.room_on(gpu, candidate) + freed;
+            let room = self.room_on(gpu, &candidate.spec, candidate.swap) + freed;
             if !plan.gpus.contains(&gpu) {
                 return room;
             }

@@ -9,6 +9,7 @@ use super::Scheduler;
 use super::action::{Action, Refusal};
 use super::event::{EnsureKind, Event, Request};
 use super::record::SwapCause;
+use crate::config::catalog::{ModelSpec, Vram};
 use crate::units::{AskId, Bytes, GpuId, ModelName, RequestId, Time};
 
 /// Ids that no caller of this run has.
@@ -30,6 +31,38 @@ pub struct Forecast {
     pub ready_in: Option<Duration>,
     /// The decision in the scheduler's words.
     pub decision: String,
+    pub need: NeedView,
+    /// Every GPU as it is now.
+    pub rooms: Vec<RoomView>,
+}
+
+/// What a model takes, and how that is known.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NeedView {
+    /// On each GPU.
+    pub declared: Option<Bytes>,
+    /// Most seen on one GPU.
+    pub peak: Option<Bytes>,
+    /// Smaller peaks replace what is declared: it has served enough.
+    pub seasoned: bool,
+    /// Host RAM that is promised to it while it runs.
+    pub ram: Bytes,
+    pub ram_declared: Option<Bytes>,
+    pub ram_peak: Option<Bytes>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RoomView {
+    pub gpu: GpuId,
+    /// May be promised: the total less the reserve.
+    pub capacity: Bytes,
+    pub promised: Vec<(ModelName, Bytes)>,
+    /// Held by processes that are none of ours.
+    pub strangers: Bytes,
+    /// For a model that comes now.
+    pub room: Bytes,
+    /// What the planned model would take there.
+    pub need: Option<Bytes>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,6 +89,16 @@ pub struct Evicted {
 impl Scheduler {
     /// `None`: the model is not configured. Changes nothing.
     pub fn forecast(&self, now: Time, model: &ModelName) -> Option<Forecast> {
+        let spec = self.catalog.model(model)?;
+        let seen = self.world.gpus.iter().filter(|gpu| gpu.total > Bytes::ZERO);
+        Some(Forecast {
+            need: self.need_view(spec),
+            rooms: seen.map(|gpu| self.room_view(spec, gpu.id)).collect(),
+            ..self.outcome(now, model)?
+        })
+    }
+
+    fn outcome(&self, now: Time, model: &ModelName) -> Option<Forecast> {
         let spec = self.catalog.model(model)?;
         let request = Request {
             id: REQUEST,
@@ -118,6 +161,35 @@ impl Scheduler {
             waits_for: String::new(),
             ready_in: view.ready_in,
             decision: swap.map(|swap| swap.decision.clone()).unwrap_or_default(),
+            need: NeedView::default(),
+            rooms: Vec::new(),
+        }
+    }
+
+    fn need_view(&self, spec: &ModelSpec) -> NeedView {
+        let learned = self.models.get(&spec.name).map(|m| m.learned.clone()).unwrap_or_default();
+        NeedView {
+            declared: match spec.vram {
+                Vram::Declared(bytes) => Some(bytes),
+                Vram::Unknown | Vram::Rest => None,
+            },
+            peak: learned.footprint,
+            seasoned: learned.seasoned,
+            ram: self.ram_of(spec),
+            ram_declared: spec.ram,
+            ram_peak: learned.ram_resident,
+        }
+    }
+
+    fn room_view(&self, spec: &ModelSpec, gpu: GpuId) -> RoomView {
+        let promised = self.instances.values().map(|i| (i.model.clone(), self.promise_on(i, gpu)));
+        RoomView {
+            gpu,
+            capacity: self.capacity(gpu),
+            promised: promised.filter(|(_, bytes)| *bytes > Bytes::ZERO).collect(),
+            strangers: self.strangers_on(gpu),
+            room: self.room_on(gpu, spec, None),
+            need: self.need(spec, gpu).filter(|need| !need.elastic).map(|need| need.bytes),
         }
     }
 }

@@ -42,7 +42,8 @@ pub async fn run(mut options: Options) -> io::Result<ExitCode> {
     let mut signals = Signals::listen()?;
     let mut workers = Workers::start(options.load.children)?;
     // Written to, or it would take none.
-    let host_ram = std::hint::black_box(vec![1_u8; usize::try_from(options.load.host_ram.0).unwrap_or(0)]);
+    let bytes = usize::try_from(options.load.host_ram.0).unwrap_or(0);
+    let host_ram = std::hint::black_box(vec![1_u8; bytes]);
     let engine = Arc::new(Engine::new(options, workers.memory_owner()));
     let code = live(&engine, &mut workers, &mut signals).await;
     workers.end().await;

@@ -51,10 +51,8 @@ impl Machine {
     /// Of every process; some of it are files.
     pub fn host_use(&self) -> BTreeMap<InstanceId, HostUse> {
         let runs = self.insts.iter().filter(|(_, inst)| inst.ram_held > Bytes::ZERO);
-        let used = |inst: &Inst| HostUse {
-            held: Bytes(inst.ram_held.0 / 4 * 3),
-            resident: inst.ram_held,
-        };
+        let used =
+            |inst: &Inst| HostUse { held: Bytes(inst.ram_held.0 / 4 * 3), resident: inst.ram_held };
         runs.map(|(&id, inst)| (id, used(inst))).collect()
     }
 

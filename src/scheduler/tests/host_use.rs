@@ -60,7 +60,8 @@ fn a_smaller_peak_replaces_what_is_declared_once_it_has_served() {
 
 #[test]
 fn what_cannot_give_way_counts_at_once_declared_or_not() {
-    let mut sim = Sim::new(host(34, vec![with_ram("a", 4), spec("b", 4), with_ram("c", 16)]), &[80]);
+    let mut sim =
+        Sim::new(host(34, vec![with_ram("a", 4), spec("b", 4), with_ram("c", 16)]), &[80]);
     sim.host_use.insert("a".into(), used(8, 30));
     sim.host_use.insert("b".into(), used(6, 30));
     serve(&mut sim, "a", 1);

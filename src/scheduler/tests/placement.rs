@@ -189,6 +189,9 @@ fn a_plan_names_gpus_and_who_leaves_on_each_of_them() {
     assert_eq!(forecast.gpus, [GpuId(0), GpuId(1)]);
     let leave: Vec<_> = forecast.evicts.iter().map(|e| e.model.as_str()).collect();
     assert_eq!(leave, ["a", "b"]);
+    assert_eq!(forecast.need.declared, Some(Bytes::gib(20)));
+    let rooms: Vec<_> = forecast.rooms.iter().map(|r| (r.room, r.need, r.promised.len())).collect();
+    assert_eq!(rooms, [(Bytes::gib(4), Some(Bytes::gib(20)), 1); 2]);
 }
 
 /// A small world: sizes of GPUs, and models in the order in which they come, all to stay.

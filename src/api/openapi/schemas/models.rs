@@ -161,11 +161,41 @@ pub const STAY: &[Named] = &[
             ("fits", "boolean", ""),
             ("gpus", "[integer]", ""),
             ("vram_bytes_per_gpu", "integer?", ""),
+            ("vram", "#VramKnown", "how that is known"),
+            ("host_ram", "#RamKnown", ""),
+            ("rooms", "[#Room]", "every GPU as it is now"),
             ("evicts", "[#Victim]", ""),
             ("waits_for", "string?", ""),
             ("estimate_seconds", "number?", ""),
             ("decision", "string?", "why so"),
             ("error", "#ErrorBody?", "what a client would be told"),
+        ],
+    ),
+    (
+        "VramKnown",
+        &[
+            ("declared_bytes", "integer?", "on each GPU"),
+            ("peak_bytes", "integer?", "most seen on one GPU"),
+            ("seasoned", "boolean", "it has served enough for a smaller peak to count"),
+        ],
+    ),
+    (
+        "RamKnown",
+        &[
+            ("bytes", "integer", "promised to it while it runs"),
+            ("declared_bytes", "integer?", ""),
+            ("peak_bytes", "integer?", "files that it had in memory included"),
+        ],
+    ),
+    (
+        "Room",
+        &[
+            ("gpu", "integer", ""),
+            ("capacity_bytes", "integer", "the total less the reserve"),
+            ("promised", "[any]", "to each model there: its name and bytes"),
+            ("strangers_bytes", "integer", "of processes that are none of Wharf's"),
+            ("room_bytes", "integer", "for a model that comes now"),
+            ("need_bytes", "integer?", "what this one would take there"),
         ],
     ),
     (
