@@ -12,6 +12,7 @@ pub mod logs;
 pub mod plan;
 pub mod pull;
 pub mod reload;
+pub mod replay;
 pub mod schema;
 pub mod serve;
 pub mod status;
@@ -77,6 +78,8 @@ enum Command {
     Unload(unload::Args),
     /// Read models.yaml again: only what changed is touched
     Reload(reload::Args),
+    /// Recorded traffic against the real scheduler, on a virtual clock: who would have waited how long
+    Replay(replay::Args),
     /// What a request for a model would bring about, without doing it
     Plan(plan::Args),
     /// Bring images and weights here, so that no swap has to wait for a download
@@ -133,6 +136,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Load(args) => load::run(args).await,
         Command::Unload(args) => unload::run(args).await,
         Command::Reload(args) => reload::run(args).await,
+        Command::Replay(args) => replay::run(&args)?,
         Command::Plan(args) => plan::run(args).await,
         Command::Pull { args, config } => {
             let catalog = crate::config::load(&crate::config::path(config))?.catalog;

@@ -207,7 +207,7 @@ impl Hours {
 }
 
 /// SplitMix64.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -219,7 +219,7 @@ impl Random {
     }
 
     /// Above 0 and below 1.
-    fn unit(&mut self) -> f64 {
+    pub(super) fn unit(&mut self) -> f64 {
         ((self.next() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64
     }
 
@@ -232,7 +232,7 @@ impl Random {
         (2.0 * self.exponential()).sqrt() * (TAU * self.unit()).cos()
     }
 
-    fn log_normal(&mut self, median: f64, spread: f64) -> f64 {
+    pub(super) fn log_normal(&mut self, median: f64, spread: f64) -> f64 {
         median * (spread * self.normal()).exp()
     }
 }

@@ -1,12 +1,22 @@
 //! Recorded traffic against the real scheduler, on a virtual clock (`wharf replay`).
 
+pub mod bound;
+pub mod figures;
 pub mod generate;
 pub mod plot;
 pub mod read;
+pub mod sessions;
+pub mod setup;
+mod world;
 
 use std::time::Duration;
 
+use crate::scheduler::Policy;
 use crate::units::{Bytes, GpuId, ModelName, Time};
+use sessions::Agent;
+use setup::Setup;
+use world::World;
+pub use world::WorldFault;
 
 /// One request of a trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,4 +60,14 @@ pub struct Run {
     pub visits: Vec<Visit>,
     pub stays: Vec<Stay>,
     pub ended: Time,
+}
+
+/// One policy's way through a trace.
+pub fn run(setup: &Setup, policy: Policy, arrivals: &[Arrival]) -> Result<Run, WorldFault> {
+    World::new(setup, policy).with_trace(arrivals).run()
+}
+
+/// One policy's way with callers that wait for each answer.
+pub fn run_sessions(setup: &Setup, policy: Policy, agents: Vec<Agent>) -> Result<Run, WorldFault> {
+    World::new(setup, policy).with_agents(agents).run()
 }

@@ -33,7 +33,7 @@ impl Scheduler {
 
     fn sync_gate(&mut self, id: InstanceId, watch_victims: bool) {
         let Some(instance) = self.instances.get(&id) else { return };
-        let queued = self.queue_len(&instance.model) > 0;
+        let queued = self.queue_len(&instance.model) > 0 || self.all_gates_wait();
         let open = instance.is_ready() && !queued && !self.shutting_down;
         let watched = self.is_watched(instance, queued, watch_victims);
         let (was_open, was_watched) = (instance.gate.open, instance.gate.watched);

@@ -10,7 +10,7 @@
 //! | `queue` | who may wait, in which order, for how long |
 //! | `ask`, `sleep` | ensure, load, unload, sleep, wake: one answer each |
 //! | `stay` | how long a model stays that nobody pushes out: ttl, grace, pins, times of day |
-//! | `policy` | whose turn it is; who may be asked to leave |
+//! | `policy`, `baseline` | whose turn it is; who may be asked to leave |
 //! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `plan` | a dry run of all this |
@@ -23,6 +23,7 @@
 pub mod action;
 mod ask;
 mod attempt;
+mod baseline;
 mod cost;
 pub mod event;
 mod gates;
@@ -55,6 +56,7 @@ use crate::config::catalog::Catalog;
 use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, SwapId, Time};
 use action::Action;
 use ask::Ask;
+pub use baseline::Policy;
 use event::Event;
 use memory::Memory;
 use queue::Model;
@@ -109,6 +111,7 @@ pub enum WakeCause {
 pub struct Scheduler {
     catalog: Arc<Catalog>,
     world: World,
+    policy: Policy,
     now: Time,
     next_ids: NextIds,
     models: BTreeMap<ModelName, Model>,
@@ -139,6 +142,7 @@ impl Scheduler {
         Scheduler {
             catalog,
             world,
+            policy: Policy::default(),
             now: Time::ZERO,
             next_ids,
             models,

@@ -143,6 +143,7 @@ impl Scheduler {
     pub(super) fn candidates(&self) -> Vec<Candidate> {
         let mut list: Vec<Candidate> =
             self.catalog.models.values().filter_map(|spec| self.candidate(spec)).collect();
+        self.keep_first_in_line(&mut list);
         list.sort_by(|a, b| {
             (a.urgency, std::cmp::Reverse(a.score), a.oldest, &a.spec.name).cmp(&(
                 b.urgency,
@@ -209,7 +210,9 @@ impl Scheduler {
             swap: swap.map(|s| s.id),
             urgency,
             cause,
-            score: (summed + oldest) * u128::from(spec.priority.weight_x4()) * 1000 / cost,
+            score: self.baseline_score(state).unwrap_or_else(|| {
+                (summed + oldest) * u128::from(spec.priority.weight_x4()) * 1000 / cost
+            }),
             oldest: state.queue.iter().map(|w| w.request.arrived).min().unwrap_or(self.now),
         })
     }
@@ -288,7 +291,7 @@ impl Scheduler {
 
     /// When the first waiter of a model became (or becomes) overdue.
     pub(super) fn overdue_since(&self, model: &ModelName) -> Option<Time> {
-        let queue = &self.models.get(model)?.queue;
+        let queue = &self.models.get(model).filter(|_| self.is_fair())?.queue;
         queue.iter().map(|w| w.overdue_from + self.max_wait(&w.request)).min()
     }
 
@@ -355,6 +358,9 @@ impl Scheduler {
         candidate: &Candidate,
         instance: &Instance,
     ) -> Result<Leaves, String> {
+        if let Some(verdict) = self.baseline_may_leave(instance) {
+            return verdict;
+        }
         let name = &instance.model;
         let idle = instance.in_flight() == 0 && self.queue_len(name) == 0;
         let tenure_ends = instance.ready_at + self.tenure(instance);
@@ -410,6 +416,8 @@ impl Scheduler {
         let cost = self.bring_back(instance).as_millis() * 1_000_000 / idle;
         let spec = &instance.spec;
         let wanted = spec.warmup || self.is_kept(&instance.model);
+        // The baselines: the least recently used, whatever it costs to bring back.
+        let cost = if self.is_fair() { cost } else { 0 };
         (leaves, wanted, spec.priority, cost, instance.last_used(), instance.id)
     }
 

@@ -52,7 +52,7 @@ pub(super) struct Waiter {
 }
 
 impl Waiter {
-    fn order(&self) -> (Time, RequestId) {
+    pub(super) fn order(&self) -> (Time, RequestId) {
         let handicap = match self.request.priority {
             Priority::High => Duration::ZERO,
             Priority::Normal => CLASS_HEAD_START,
@@ -173,6 +173,9 @@ impl Scheduler {
 
     /// Grants what may be granted on every ready (or leaving) instance.
     pub(super) fn grant_waiting(&mut self) {
+        if self.grant_in_line() {
+            return;
+        }
         let ids: Vec<InstanceId> = self.instances.keys().copied().collect();
         for id in ids {
             while let Some(request) = self.next_grant(id) {
@@ -185,7 +188,7 @@ impl Scheduler {
 
     /// The next waiter that this instance may serve. With limited places the gate is closed
     /// first, so that the gateway cannot take the place we give away.
-    fn next_grant(&self, id: InstanceId) -> Option<RequestId> {
+    pub(super) fn next_grant(&self, id: InstanceId) -> Option<RequestId> {
         let instance = self.instances.get(&id)?;
         let limited = instance.spec.concurrency.is_some();
         if instance.in_flight() >= instance.permits()

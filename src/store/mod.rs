@@ -384,6 +384,22 @@ impl Store {
         self.change(|rows| rows.set((Kind::Door, model.to_string()), body));
     }
 
+    /// What earlier runs taught, from the file at `path`, which is only read. Nothing, if there is
+    /// none yet.
+    ///
+    /// # Errors
+    /// The file is no store, or cannot be read.
+    pub fn learned_at(path: &Path) -> Result<BTreeMap<ModelName, Figures>, StoreFault> {
+        if path == Path::new(MEMORY) || !path.exists() {
+            return Ok(BTreeMap::new());
+        }
+        let loaded = disk::Disk::read_only(path).map_err(|t| StoreFault(t.text(path)))?;
+        let learned = loaded.kept.iter().filter(|((kind, _), _)| *kind == Kind::Learned);
+        Ok(learned
+            .filter_map(|((_, name), body)| Some((ModelName::new(name), parsed(body)?)))
+            .collect())
+    }
+
     /// What [`Store::open`] would make of the file at `path`, which is only read.
     pub fn inspect(path: &Path) -> StoreHealth {
         if path == Path::new(MEMORY) {
