@@ -39,7 +39,7 @@ impl Costs {
             stop: Some(self.stop),
             sleep: self.sleep,
             wake: self.wake,
-            phases: BTreeMap::new(),
+            ..Learned::default()
         }
     }
 }

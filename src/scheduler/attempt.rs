@@ -336,7 +336,7 @@ impl Attempt<'_> {
     fn priced(&self, choice: &Choice) -> (Price, Plan) {
         let s = self.scheduler;
         let busy = choice.iter().filter(|(_, leaves, _)| *leaves == Leaves::Busy).count();
-        let cost = choice.iter().map(|(i, _, _)| s.bring_back(i).as_millis()).sum();
+        let cost = choice.iter().map(|(i, _, _)| s.price(i)).sum();
         let victims = choice
             .iter()
             .map(|(i, leaves, sleeps)| Victim {

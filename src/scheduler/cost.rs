@@ -92,6 +92,15 @@ impl Scheduler {
             .unwrap_or(START_UNKNOWN)
     }
 
+    /// What the loss of an instance is likely to cost: the time to bring it back, by its priority,
+    /// the more the sooner it will be wanted again.
+    pub(super) fn price(&self, instance: &Instance) -> u128 {
+        let gap = self.models.get(&instance.model).and_then(|m| m.gap).unwrap_or_default();
+        let wanted_in = gap.max(instance.idle_for(self.now)).as_millis() + 1000;
+        let back = self.bring_back(instance).as_millis() * 1_000_000;
+        back * u128::from(instance.spec.priority.weight_x4()) / wanted_in
+    }
+
     /// How long a ready model may not be given notice.
     pub(super) fn tenure(&self, instance: &Instance) -> Duration {
         let learned = self.models.get(&instance.model).and_then(|m| m.learned.start);

@@ -13,16 +13,19 @@ use std::time::Duration;
 
 use super::Scheduler;
 use super::ask::{Ask, AskKind};
+use super::baseline::Policy;
 use super::event::{
-    Fault, GateCount, GpuMemory, Holder, HostMemory, Learned, MemorySample, NoProof, Request,
+    Fault, GateCount, GpuMemory, Holder, HostMemory, HostUse, Learned, MemorySample, NoProof, Request,
 };
 use super::memory::Memory;
+use super::overload::Service;
 use super::placement::Victim;
 use super::queue::{Failure, Model, Waiter};
 use super::record::{Eviction, Phase, SwapCause, SwapKind};
 use super::residency::{Drain, GateState, Hold, Instance, Move, MoveKind, Release, Residency};
 use super::stay::Stay;
 use super::swap::Swap;
+use super::turn::Claim;
 use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, Priority, RequestId, SwapId, Time};
 
 impl Scheduler {
@@ -239,30 +242,36 @@ numbers! {
 
 ids! { InstanceId => Instance, SwapId => Swap, RequestId => Request, AskId => Ask }
 
-words! { Phase, SwapCause, SwapKind, MoveKind, Residency, Priority }
+words! { Policy, Phase, SwapCause, SwapKind, MoveKind, Residency, Priority }
 
 fields! {
     Scheduler {
         models, instances, swaps, asks, memory, company, last_demand, shutting_down, capacity_cut,
-        apart_cut,
+        apart_cut, policy,
     } skips { catalog, world, now, next_ids, blocked, runtime_fault, changes, out }
 
     Model {
-        queue, learned, failure, failures, deaths, unloaded, stay, kept_from, gap, since,
+        queue, learned, service, failure, failures, deaths, unloaded, stay, kept_from, gap, since,
+        called_off, claim, visit,
     } skips {}
+    Service { held_ms, ended } skips {}
+    Claim { since, due } skips {}
     Waiter { request, enqueued, overdue_from } skips {}
     Request { id, model, priority, max_wait, may_hurry, never_start, attempt, arrived } skips {}
     Failure { retry_at } skips { fault, refusal }
-    Learned { footprint, asleep, start, stop, sleep, wake } skips { phases }
+    Learned {
+        footprint, asleep, seasoned, ram_held, ram_resident, start, stop, sleep, wake,
+    } skips { phases }
     Stay { pinned, kept } skips {}
 
     Instance {
         id, model, gpus, promise, residue, weights, residency, since, moving, stop_wanted, release,
         trouble, stopped_by, stop_retry, stop_tries, gate, ready_at, launched, unvouched, awake,
-        served, drain, hold, unload, sleep_wanted, ttl_until, adopted, pids, measured,
+        served, drain, hold, unload, sleep_wanted, ttl_until, adopted, pids, measured, ram_own,
+        slept,
     } skips { spec }
     Move { kind, swap, since, deadline } skips {}
-    GateState { open, permits, unconfirmed, watched, count } skips {}
+    GateState { open, permits, unconfirmed, watched, count, counted_at } skips {}
     GateCount { in_flight, granted, last_used } skips {}
     Drain { swap, deadline, notice, cancelled_at } skips {}
     Release { since, keep, keep_guessed, free_before, began } skips {}
@@ -271,6 +280,7 @@ fields! {
     Swap {
         id, model, kind, cause, instance, gpus, victims, evicted, evicted_before, phase, since,
         planned, placed, urgent, started, vacated, retried, rethought, memory_wait, watching, death,
+        instead_of,
     } skips { decision, began, phases }
     Victim { instance, asleep, busy } skips { why }
     Eviction { model, instance } skips { why }
@@ -279,7 +289,8 @@ fields! {
     Memory {
         sample, no_proof, changed_at, changed_last, host_total, host_freed, host_others, unlisted,
     } skips {}
-    MemorySample { taken_at, gpus, host } skips {}
+    MemorySample { taken_at, gpus, host, ram } skips {}
+    HostUse { held, resident } skips {}
     GpuMemory { gpu, total, free, holders } skips { uuid }
     HostMemory { total, available } skips {}
     Holder { pid, bytes, instance } skips { label }

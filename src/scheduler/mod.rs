@@ -11,7 +11,7 @@
 //! | `overload` | who is refused at arrival, as its turn would come too late |
 //! | `ask`, `sleep` | ensure, load, unload, sleep, wake: one answer each |
 //! | `stay` | how long a model stays that nobody pushes out: ttl, grace, pins, times of day |
-//! | `policy`, `baseline` | whose turn it is; who may be asked to leave |
+//! | `turn`, `policy`, `baseline` | whose turn it is; who may be asked to leave |
 //! | `preempt` | which starts are called off for a higher class |
 //! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
@@ -56,6 +56,7 @@ mod swap;
 #[cfg(test)]
 mod tests;
 mod timers;
+mod turn;
 mod view;
 
 use std::collections::BTreeMap;
@@ -263,6 +264,7 @@ impl Scheduler {
         self.expire_asks();
         self.expire_holds();
         self.forget_company();
+        self.renew_claims();
     }
 
     /// When `Event::Woke` is due next, and why.

@@ -25,8 +25,8 @@ const REMEMBERED: u64 = 64;
 /// Leases of one model, as far as others waited meanwhile.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Service {
-    held_ms: u64,
-    ended: u64,
+    pub held_ms: u64,
+    pub ended: u64,
 }
 
 impl Service {
@@ -39,7 +39,7 @@ impl Service {
         }
     }
 
-    fn mean(&self) -> Option<Duration> {
+    pub fn mean(&self) -> Option<Duration> {
         let known = self.ended >= LEARNED_FROM;
         known.then(|| Duration::from_millis(self.held_ms / self.ended))
     }
@@ -53,10 +53,14 @@ impl Scheduler {
         let gate = &mut instance.gate;
         let since = std::mem::replace(&mut gate.counted_at, now);
         // Else leases come and go of which we hear later.
-        let exact = gate.watched && !gate.open && !gate.unconfirmed;
+        let (watched, exact) = (gate.watched, gate.watched && !gate.open && !gate.unconfirmed);
         let (leases, model) = (gate.count.in_flight, &instance.model);
-        if let Some(state) = self.models.get_mut(model).filter(|_| exact) {
+        let Some(state) = self.models.get_mut(model) else { return };
+        if exact {
             state.service.add(now.since(since), leases, ended);
+        }
+        if watched {
+            state.visit.add(now.since(since), leases, ended);
         }
     }
 

@@ -18,7 +18,6 @@ use super::Scheduler;
 use super::ask::AskKind;
 use super::event::EnsureKind;
 use super::placement::Planned;
-use super::queue::Waiter;
 use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
 use crate::config::catalog::ModelSpec;
@@ -28,7 +27,7 @@ use crate::units::{AskId, GpuId, InstanceId, ModelName, SwapId, Time};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Urgency {
     Ensure(AskId),
-    /// Since when notice has been due.
+    /// Since when its claim has been due.
     Overdue(Time),
     Normal,
     /// Another member of its group is up.
@@ -146,8 +145,9 @@ impl Scheduler {
 
     /// Everything that should become ready and has no room yet, by rank.
     pub(super) fn candidates(&self) -> Vec<Candidate> {
+        let longest = self.longest_wait();
         let mut list: Vec<Candidate> =
-            self.catalog.models.values().filter_map(|spec| self.candidate(spec)).collect();
+            self.catalog.models.values().filter_map(|spec| self.candidate(spec, longest)).collect();
         self.keep_first_in_line(&mut list);
         list.sort_by(|a, b| {
             (a.urgency, std::cmp::Reverse(a.score), a.oldest, &a.spec.name).cmp(&(
@@ -160,7 +160,7 @@ impl Scheduler {
         list
     }
 
-    fn candidate(&self, spec: &Arc<ModelSpec>) -> Option<Candidate> {
+    fn candidate(&self, spec: &Arc<ModelSpec>, longest: u128) -> Option<Candidate> {
         // An adapter is served by its base, and never placed itself.
         let state = self.models.get(&spec.name).filter(|_| spec.adapter.is_none())?;
         let swap = self.load_of(&spec.name);
@@ -185,7 +185,7 @@ impl Scheduler {
                 | Residency::Lost { .. },
             ) => return None,
         }
-        self.describe(spec)
+        self.describe(spec, longest)
     }
 
     /// A swap that has not started yet takes its instance away, or put it to sleep to make room;
@@ -198,21 +198,16 @@ impl Scheduler {
 
     /// The candidate behind a model, also while its swap is under way.
     pub(super) fn candidate_of(&self, model: &ModelName) -> Option<Candidate> {
-        self.describe(self.catalog.model(model)?)
+        self.describe(self.catalog.model(model)?, self.longest_wait())
     }
 
-    fn describe(&self, spec: &Arc<ModelSpec>) -> Option<Candidate> {
+    /// `longest`: the age of who waits longest for any model.
+    fn describe(&self, spec: &Arc<ModelSpec>, longest: u128) -> Option<Candidate> {
         let state = self.models.get(&spec.name)?;
         let swap = self.load_of(&spec.name);
         let (urgency, cause) = self.urgency(spec, swap.map(|s| s.cause))?;
-        let age = |w: &Waiter| self.now.since(w.request.arrived).as_millis() + 1;
-        let weight = |w: &Waiter| u128::from(w.request.priority.weight_x4());
-        let summed: u128 = state.queue.iter().map(|w| age(w) * weight(w)).sum();
-        let oldest: u128 = state.queue.iter().map(|w| age(w) * weight(w)).max().unwrap_or(0);
-        let cost = self.move_cost(&spec.name).as_millis() + 100;
         let instead_of = swap.and_then(|s| s.instead_of.clone());
-        let fair = || (summed + oldest) * u128::from(spec.priority.weight_x4()) * 1000 / cost;
-        let score = self.baseline_score(state).unwrap_or_else(fair);
+        let score = self.baseline_score(state).unwrap_or_else(|| self.score(spec, longest));
         Some(Candidate {
             spec: Arc::clone(spec),
             swap: swap.map(|s| s.id),
@@ -237,8 +232,8 @@ impl Scheduler {
         if let Some((id, cause)) = ensure {
             return Some((Urgency::Ensure(id), cause));
         }
-        if let Some(since) = self.overdue_since(&spec.name).filter(|&since| since <= self.now) {
-            return Some((Urgency::Overdue(since), SwapCause::Request));
+        if let Some(due) = self.pressing(&spec.name) {
+            return Some((Urgency::Overdue(due), SwapCause::Request));
         }
         if self.queue_len(&spec.name) > 0 {
             return Some((Urgency::Normal, SwapCause::Request));
@@ -402,31 +397,14 @@ impl Scheduler {
         Err(format!("{name} serves {} requests", instance.in_flight()))
     }
 
-    /// What waits is at least twice what the resident still has, for longer than its tenure.
-    fn outweighs(&self, candidate: &Candidate, instance: &Instance) -> bool {
-        let weight = |model: &ModelName| -> u64 {
-            let class =
-                self.catalog.model(model).map(|m| m.priority.weight_x4()).unwrap_or_default();
-            let queue = self.models.get(model).map(|m| m.queue.as_slice()).unwrap_or_default();
-            queue.iter().map(|w| w.request.priority.weight_x4() * class).sum()
-        };
-        let running = u64::from(instance.in_flight())
-            * instance.spec.priority.weight_x4()
-            * crate::units::Priority::Normal.weight_x4();
-        let stays = weight(&instance.model) + running;
-        self.now.since(candidate.oldest) >= self.tenure(instance)
-            && weight(&candidate.spec.name) >= stays * 2
-    }
-
     /// Eviction order, least valuable first.
     pub(super) fn value(&self, instance: &Instance, leaves: Leaves) -> impl Ord + use<> {
-        let idle = instance.idle_for(self.now).as_millis() + 1000;
-        let cost = self.bring_back(instance).as_millis() * 1_000_000 / idle;
         let spec = &instance.spec;
         let wanted = spec.warmup || self.is_kept(&instance.model);
+        let work = self.work(instance);
         // The baselines: the least recently used, whatever it costs to bring back.
-        let cost = if self.is_fair() { cost } else { 0 };
-        (leaves, wanted, spec.priority, cost, instance.last_used(), instance.id)
+        let price = if self.is_fair() { self.price(instance) } else { 0 };
+        (leaves, wanted, work, price, instance.last_used(), instance.id)
     }
 
     pub(super) fn why_evicted(&self, instance: &Instance, leaves: Leaves, sleeps: bool) -> String {

@@ -9,6 +9,7 @@ use super::event::{Fault, Learned, Request};
 use super::overload::Service;
 use super::residency::{Instance, Residency};
 use super::stay::Stay;
+use super::turn::Claim;
 use crate::config::catalog::ModelSpec;
 use crate::units::{InstanceId, ModelName, Priority, RequestId, SwapId, Time};
 
@@ -45,6 +46,10 @@ pub(super) struct Model {
     pub since: Time,
     /// A start was called off for a higher class, and it was not ready since.
     pub called_off: bool,
+    /// Its first waiter is overdue.
+    pub claim: Option<Claim>,
+    /// Leases of late, about.
+    pub visit: Service,
 }
 
 #[derive(Clone, Debug)]

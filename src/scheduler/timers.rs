@@ -61,7 +61,7 @@ impl Scheduler {
             .collect();
         let overdue: Vec<Due> = waiting
             .iter()
-            .filter_map(|c| self.overdue_since(&c.spec.name))
+            .filter_map(|c| self.claim_due(&c.spec.name))
             .map(|at| (at, WakeCause::MaxWait))
             .collect();
         let placed = self.swaps.values().filter(|s| s.is_load()).flat_map(|s| {

@@ -1,0 +1,153 @@
+//! Whose turn it is among models that wait, and when a waiter outranks them all.
+//!
+//! *Score*: what the waiters of a model have suffered, per second that its turn would take. To
+//! serve the largest sum of ages keeps the mean wait small when one move serves everybody who
+//! waits; the squares, against the oldest age of all, keep those who wait alone from waiting long.
+//!
+//! *Claim*: a waiter past `max_wait` has a claim, which falls due when everyone overdue before it
+//! on the same GPUs could have had a full turn. Until then scores decide, so that an overload,
+//! where everybody is overdue, is served as efficiently as ever; once due it outranks them all,
+//! the earliest due first, and takes the place of a busy model after its tenure. So nobody waits
+//! longer than if the overdue had been served strictly in line.
+
+use std::time::Duration;
+
+use super::Scheduler;
+use super::policy::Candidate;
+use super::residency::Instance;
+use crate::config::catalog::ModelSpec;
+use crate::units::{ModelName, Priority, Time};
+
+/// Busy models get notice when what waits has suffered so many moves' time for each request that
+/// would have to go without them. Less gives way too early: turns become short, and moves many.
+const NOTICE_MOVES: u128 = 12;
+/// Of the mean service time, in the length of a turn: a few requests at once take about twice the
+/// mean of one.
+const SERVICE_WEIGHT: u32 = 2;
+/// Weight of the squares in the score, in per cent of the sum.
+const SQUARES_PERCENT: u128 = 150;
+
+/// A waiter's right to a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Claim {
+    /// Since when it is overdue.
+    pub since: Time,
+    /// From here on it outranks every score.
+    pub due: Time,
+}
+
+impl Scheduler {
+    /// Claims of those who became overdue; ends those of models that wait no more.
+    pub(super) fn renew_claims(&mut self) {
+        let mut fresh: Vec<(Time, ModelName)> = Vec::new();
+        let names: Vec<ModelName> = self
+            .models
+            .iter()
+            .filter(|(_, m)| m.claim.is_some() || !m.queue.is_empty())
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in names {
+            let ready = self.current(&name).is_some_and(Instance::is_ready);
+            let since = self.overdue_since(&name).filter(|&at| at <= self.now && !ready);
+            let Some(state) = self.models.get_mut(&name) else { continue };
+            match (since, state.claim) {
+                (None, _) => state.claim = None,
+                (Some(_), Some(_)) => {}
+                (Some(since), None) => fresh.push((since, name)),
+            }
+        }
+        fresh.sort();
+        for (since, name) in fresh {
+            let due = since + self.turns_before(&name);
+            if let Some(state) = self.models.get_mut(&name) {
+                state.claim = Some(Claim { since, due });
+            }
+        }
+    }
+
+    /// The turns of those who have a claim on the same GPUs already, but one: whoever is there
+    /// now may be in the middle of its own.
+    fn turns_before(&self, model: &ModelName) -> Duration {
+        let Some(spec) = self.catalog.model(model) else { return Duration::ZERO };
+        let turns = self.models.iter().filter(|(name, m)| m.claim.is_some() && *name != model);
+        let turns = turns.filter_map(|(name, _)| self.catalog.model(name));
+        let turns: Vec<Duration> =
+            turns.filter(|other| self.may_share(spec, other)).map(|o| self.full_turn(o)).collect();
+        turns.iter().sum::<Duration>() - turns.iter().max().copied().unwrap_or_default()
+    }
+
+    /// Whether one may have to wait for the other's room.
+    fn may_share(&self, one: &ModelSpec, other: &ModelSpec) -> bool {
+        match (self.explicit(one), self.explicit(other)) {
+            (Some(one), Some(other)) => one.iter().any(|gpu| other.contains(gpu)),
+            _ => true,
+        }
+    }
+
+    /// The longest turn that a model may take: its tenure, the drain after it, and its move.
+    fn full_turn(&self, spec: &ModelSpec) -> Duration {
+        let swap = &self.catalog.settings.swap;
+        let start = self.move_cost(&spec.name);
+        swap.min_residency.max(start * 2) + swap.drain_timeout + start + self.stop_cost(&spec.name)
+    }
+
+    /// Since when its claim is due.
+    pub(super) fn pressing(&self, model: &ModelName) -> Option<Time> {
+        let claim = self.models.get(model)?.claim?;
+        (claim.due <= self.now).then_some(claim.due)
+    }
+
+    /// When a model that waits outranks the others, as things are.
+    pub(super) fn claim_due(&self, model: &ModelName) -> Option<Time> {
+        let claim = self.models.get(model)?.claim;
+        claim.map(|claim| claim.due).or_else(|| self.overdue_since(model))
+    }
+
+    /// The age of who waits longest for any model, in milliseconds.
+    pub(super) fn longest_wait(&self) -> u128 {
+        let oldest =
+            self.models.values().filter_map(|m| m.queue.iter().map(|w| w.request.arrived).min());
+        oldest.min().map_or(0, |at| self.now.since(at).as_millis())
+    }
+
+    /// What the waiters of a model have suffered: weighted milliseconds.
+    fn suffered(&self, model: &ModelName, longest: u128) -> u128 {
+        let queue = self.models.get(model).map(|m| m.queue.as_slice()).unwrap_or_default();
+        let (mut ages, mut squares) = (0, 0);
+        for waiter in queue {
+            let age = self.now.since(waiter.request.arrived).as_millis() + 1;
+            let weight = u128::from(waiter.request.priority.weight_x4());
+            ages += weight * age;
+            squares += weight * age * age;
+        }
+        ages + squares * SQUARES_PERCENT / 100 / longest.max(1)
+    }
+
+    /// Rank among models that wait: larger is sooner.
+    pub(super) fn score(&self, spec: &ModelSpec, longest: u128) -> u128 {
+        let service = self.models.get(&spec.name).and_then(|m| m.visit.mean()).unwrap_or_default();
+        let turn =
+            self.move_cost(&spec.name) + self.stop_cost(&spec.name) + service * SERVICE_WEIGHT;
+        self.suffered(&spec.name, longest) * u128::from(spec.priority.weight_x4()) * 1000
+            / (turn.as_millis() + 100)
+    }
+
+    /// What waits has suffered enough for what the resident would have to leave undone.
+    pub(super) fn outweighs(&self, candidate: &Candidate, instance: &Instance) -> bool {
+        let spec = &candidate.spec;
+        let one = u128::from(Priority::Normal.weight_x4());
+        let class = |spec: &ModelSpec| u128::from(spec.priority.weight_x4());
+        let stays = (self.work(instance) + one) * class(&instance.spec);
+        let waits = self.suffered(&spec.name, self.longest_wait()) * class(spec);
+        waits >= NOTICE_MOVES * self.move_cost(&spec.name).as_millis() * stays
+    }
+
+    /// Requests that an instance serves, or has waiting, by their weight.
+    pub(super) fn work(&self, instance: &Instance) -> u128 {
+        let queue =
+            self.models.get(&instance.model).map(|m| m.queue.as_slice()).unwrap_or_default();
+        let queued: u64 = queue.iter().map(|w| w.request.priority.weight_x4()).sum();
+        let running = u64::from(instance.in_flight()) * Priority::Normal.weight_x4();
+        u128::from(queued + running)
+    }
+}
