@@ -228,7 +228,7 @@ mod tests {
             drain_timeout: None,
             queue_timeout: FOR_EVER,
         };
-        Setup::of_trace(&names, &Machine::Slots(1), &terms).unwrap()
+        Setup::of_trace(&names, &Machine::Slots(1), &terms).expect("a world")
     }
 
     fn visit(model: &str, arrived: u64, began: u64) -> Visit {

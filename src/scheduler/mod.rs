@@ -64,11 +64,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::baseline::Policy;
 use crate::config::catalog::Catalog;
 use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, SwapId, Time};
 use action::Action;
 use ask::Ask;
-pub use baseline::Policy;
 use event::Event;
 use memory::Memory;
 use queue::Model;

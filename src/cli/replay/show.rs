@@ -43,7 +43,7 @@ struct Table {
 
 impl Table {
     fn row(&mut self, name: &str, cells: impl Iterator<Item = String>) {
-        let cells: String = cells.map(|cell| format!("{cell:>14}")).collect();
+        let cells: String = cells.map(|cell| format!("  {cell:>12}")).collect();
         self.text.push_str(format!("{name:<28}{cells}").trim_end());
         self.text.push('\n');
     }
@@ -83,8 +83,10 @@ pub fn table(all: &[Figures]) -> String {
     text
 }
 
+type Count = fn(&Figures) -> usize;
+
 /// Ends that most runs do not have.
-const ENDS: [(&str, fn(&Figures) -> usize); 3] = [
+const ENDS: [(&str, Count); 3] = [
     ("refused", |f| f.refused),
     ("cut by a drain deadline", |f| f.cut),
     ("never served", |f| f.unserved),
