@@ -262,3 +262,17 @@ fn who_comes_later_does_not_make_the_first_less_overdue() {
     sim.run_secs(4);
     assert_eq!(sim.state("a"), "draining", "the first has waited for 31 s");
 }
+
+#[test]
+fn a_pinned_model_stays_though_it_would_be_the_cheapest_to_bring_back() {
+    let mut pinned = spec("pinned", 10);
+    (pinned.pinned, pinned.priority) = (true, Priority::Low);
+    let mut sim = Sim::new(catalog(vec![pinned, spec("plain", 10), spec("new", 10)]), &[24]);
+    for model in ["pinned", "plain", "new"] {
+        let request = sim.request(model);
+        sim.run_secs(10);
+        assert_eq!(sim.served_by(request), Some(model));
+        sim.end(request);
+    }
+    assert_eq!((sim.state("pinned"), sim.state("plain")), ("ready", "stopped"));
+}
