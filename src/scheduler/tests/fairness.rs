@@ -245,3 +245,34 @@ fn nothing_begins_where_an_overdue_request_waits() {
     sim.run_secs(80);
     assert_eq!(sim.served_by(small), Some("small"));
 }
+
+#[test]
+fn who_comes_later_does_not_make_the_first_less_overdue() {
+    let mut sim = Sim::new(catalog(vec![spec("a", 20), spec("b", 20)]), &[24]);
+    for _ in 0..20 {
+        sim.request("a");
+    }
+    sim.run_secs(5);
+    sim.request("b");
+    for _ in 0..3 {
+        sim.run_secs(9);
+        sim.request("b");
+    }
+    assert_eq!(sim.state("a"), "ready", "four waiting do not outweigh twenty running");
+    sim.run_secs(4);
+    assert_eq!(sim.state("a"), "draining", "the first has waited for 31 s");
+}
+
+#[test]
+fn a_pinned_model_stays_though_it_would_be_the_cheapest_to_bring_back() {
+    let mut pinned = spec("pinned", 10);
+    (pinned.pinned, pinned.priority) = (true, Priority::Low);
+    let mut sim = Sim::new(catalog(vec![pinned, spec("plain", 10), spec("new", 10)]), &[24]);
+    for model in ["pinned", "plain", "new"] {
+        let request = sim.request(model);
+        sim.run_secs(10);
+        assert_eq!(sim.served_by(request), Some(model));
+        sim.end(request);
+    }
+    assert_eq!((sim.state("pinned"), sim.state("plain")), ("ready", "stopped"));
+}
