@@ -15,7 +15,8 @@ use super::Scheduler;
 use super::ask::{Ask, AskKind};
 use super::baseline::Policy;
 use super::event::{
-    Fault, GateCount, GpuMemory, Holder, HostMemory, HostUse, Learned, MemorySample, NoProof, Request,
+    Fault, GateCount, GpuMemory, Holder, HostMemory, HostUse, Learned, MemorySample, NoProof,
+    Request,
 };
 use super::memory::Memory;
 use super::overload::Service;

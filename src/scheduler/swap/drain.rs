@@ -3,11 +3,12 @@
 //! An idle victim found busy when its gate closed is let go again, and another choice made,
 //! unless notice is due to it anyway. Until the first stop everything here can be undone.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::super::Scheduler;
 use super::super::action::Action;
-use super::super::placement::Plan;
+use super::super::placement::{Plan, Planned, Victim};
 use super::super::policy::{Candidate, Urgency};
 use super::super::record::{Eviction, Phase, SwapCause};
 use super::super::residency::{Drain, Instance, Residency};
@@ -82,6 +83,9 @@ impl Scheduler {
         let Some(swap) = self.swaps.get(&id) else { return };
         let victims = swap.victims.clone();
         let is_load = swap.is_load();
+        if is_load && self.is_notice_needless(swap) {
+            return self.unplace(id, "another model became idle first");
+        }
         let mut all_drained = true;
         for victim in &victims {
             let Some(instance) = self.instances.get(&victim.instance) else { continue };
@@ -111,6 +115,22 @@ impl Scheduler {
             self.enter_phase(id, Phase::Vacate);
             self.advance_vacate(id);
         }
+    }
+
+    /// Somebody else became idle whose room will do: who was given notice may stay.
+    fn is_notice_needless(&self, swap: &Swap) -> bool {
+        let busy = |victim: &Victim| {
+            let instance = self.instances.get(&victim.instance);
+            instance.filter(|i| i.in_flight() > 0).and_then(|i| i.drain).is_some_and(|drain| {
+                drain.notice && drain.swap == swap.id && drain.cancelled_at.is_none()
+            })
+        };
+        if swap.vacated || !swap.victims.iter().any(busy) {
+            return false;
+        }
+        let Some(candidate) = self.candidate_of(&swap.model) else { return false };
+        let planned = self.plan(&candidate, &BTreeSet::new());
+        matches!(planned, Planned::Room(plan) if plan.victims.iter().all(|v| !v.busy))
     }
 
     /// True once nothing runs on the instance any more (or its time is up).
