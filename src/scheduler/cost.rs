@@ -12,6 +12,8 @@ use crate::units::{Bytes, InstanceId, ModelName};
 const START_UNKNOWN: Duration = Duration::from_secs(10);
 /// Assumed for a stop that was never seen.
 const STOP_UNKNOWN: Duration = Duration::from_secs(1);
+/// Differences between idle times that are shorter than this say little.
+const USED_JUST_NOW: Duration = Duration::from_secs(10);
 /// Floor of the default `max_wait`.
 const MAX_WAIT_FLOOR: Duration = Duration::from_secs(30);
 /// Assumed residue of a sleeper that was never measured (seen: 0.5 to 1.4 GB a GPU).
@@ -96,7 +98,7 @@ impl Scheduler {
     /// the more the sooner it will be wanted again.
     pub(super) fn price(&self, instance: &Instance) -> u128 {
         let gap = self.models.get(&instance.model).and_then(|m| m.gap).unwrap_or_default();
-        let wanted_in = gap.max(instance.idle_for(self.now)).as_millis() + 1000;
+        let wanted_in = (gap.max(instance.idle_for(self.now)) + USED_JUST_NOW).as_millis();
         let back = self.bring_back(instance).as_millis() * 1_000_000;
         back * u128::from(instance.spec.priority.weight_x4()) / wanted_in
     }
