@@ -105,14 +105,14 @@ fn for_vllm_the_declaration_is_a_command() {
     assert_eq!(promised(&sim, 0), with_margin(12));
     serve(&mut sim, "b", 1);
     serve(&mut sim, "a", 1);
-    let told: Vec<_> = sim
-        .log
-        .iter()
-        .filter_map(|(_, action)| match action {
-            Action::StartInstance { model, footprint, .. } if model.as_str() == "a" => *footprint,
-            _ => None,
-        })
-        .collect();
+    let mut told = Vec::new();
+    for (_, action) in &sim.log {
+        if let Action::StartInstance { model, footprint, .. } = action
+            && model.as_str() == "a"
+        {
+            told.extend(*footprint);
+        }
+    }
     assert_eq!(told, [Bytes::gib(10), Bytes::gib(10)]);
 }
 
