@@ -131,6 +131,23 @@ fn the_margin_keeps_no_model_from_where_it_ran() {
 }
 
 #[test]
+fn a_gpu_smaller_than_a_learned_peak_is_no_place() {
+    let both = |vram| vec![ModelSpec { vram, ..spec("a", 0) }, spec("b", 20)];
+    for vram in [Vram::Declared(Bytes::gib(14)), Vram::Unknown] {
+        let mut sim = Sim::new(catalog(both(vram)), &[24, 8]);
+        sim.real.insert("a".into(), Bytes::gib(12));
+        serve(&mut sim, "a", 10);
+        sim.run_secs(70);
+        // Only GPU 1 is free.
+        sim.unload("a", false);
+        sim.run_secs(5);
+        serve(&mut sim, "b", 1);
+        serve(&mut sim, "a", 1);
+        assert_eq!(promised(&sim, 1), Bytes::ZERO, "12 GiB are more than 8 ({vram:?})");
+    }
+}
+
+#[test]
 fn nothing_is_learned_where_the_driver_lists_no_process() {
     let mut sim = day(spec("a", 20), 8);
     sim.hide_pids = true;
