@@ -80,16 +80,7 @@ impl Scheduler {
             let idle = preloads.map(|c| (self.idle_enough_at(&c, i), WakeCause::Linger));
             ttl.into_iter().chain(victim.into_iter().flatten()).chain(idle)
         });
-        let tenures = waiting.into_iter().flat_map(move |c| {
-            // The same clock also decides when what waits outweighs what runs.
-            let ends = self
-                .instances
-                .values()
-                .filter(|i| i.is_ready())
-                .map(move |i| (c.oldest + self.tenure(i), WakeCause::MinResidency));
-            ends.collect::<Vec<_>>()
-        });
-        overdue.into_iter().chain(placed).chain(residents).chain(tenures).chain(self.restores())
+        overdue.into_iter().chain(placed).chain(residents).chain(self.restores())
     }
 
     /// When warm-up models may come back into free memory.
