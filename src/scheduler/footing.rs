@@ -36,7 +36,9 @@ impl Scheduler {
     /// The best of plans that disturb equally.
     pub(super) fn best_footing(&self, candidate: &Candidate, mut plans: Vec<Plan>) -> Option<Plan> {
         if plans.len() > 1 {
-            let picky = self.picky(candidate);
+            // Of unknown size: it can be measured only where it fits, so it gets the largest once.
+            let unmeasured = self.is_unmeasured(&candidate.spec);
+            let picky = if unmeasured { Vec::new() } else { self.picky(candidate) };
             plans.sort_by_cached_key(|plan| self.footing(candidate, plan, &picky));
         }
         plans.into_iter().next()
@@ -47,7 +49,6 @@ impl Scheduler {
         let totals = || set.iter().map(|&gpu| self.total(gpu));
         let rooms = self.rooms_after(candidate, plan);
         let left = || rooms.iter().filter(|(gpu, _)| set.contains(gpu)).map(|(_, room)| *room);
-        // Of unknown size: it can be measured only where it fits, so it gets the largest place once.
         let missing = |total: Bytes| LARGEST - total;
         let mut blocks: Vec<usize> =
             set.iter().map(|gpu| usize::from(gpu.0) / set.len().max(1)).collect();
