@@ -126,16 +126,14 @@ impl Scheduler {
 
     /// A sample showed something else than the last decision was made on.
     pub(super) fn is_news(&self) -> bool {
-        let alike =
-            |(now, then): (&(GpuId, Option<Bytes>), &(GpuId, Option<Bytes>))| match (now.1, then.1)
-            {
-                (Some(now), Some(then)) => now - then < SAMPLE_SLACK && then - now < SAMPLE_SLACK,
-                (None, None) => true,
-                (Some(_), None) | (None, Some(_)) => false,
-            };
+        let alike = |now: Option<Bytes>, then: Option<Bytes>| match (now, then) {
+            (Some(now), Some(then)) => now - then < SAMPLE_SLACK && then - now < SAMPLE_SLACK,
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        };
         let now = self.free_now();
         now.len() != self.standing.free.len()
-            || !now.iter().zip(&self.standing.free).all(alike)
+            || !now.iter().zip(&self.standing.free).all(|(now, then)| alike(now.1, then.1))
             || self.is_ram_sampled()
             || self.swaps.values().any(|s| s.memory_wait.is_some())
     }
