@@ -1,8 +1,8 @@
 //! Of several places where a model would disturb nobody more: the one that leaves most for others.
 //!
 //! In this order: no GPU that strangers use, too; models that can go to few places only (they name
-//! their GPUs, or need several) keep finding room; GPUs of one size; least room left over, so that
-//! what is large and free stays so; neighbours.
+//! their GPUs, or need several, or a large one) keep finding room; GPUs of one size; least room
+//! left over, so that what is large and free stays so; neighbours.
 
 use super::Scheduler;
 use super::memory::uses_gpu;
@@ -36,7 +36,9 @@ impl Scheduler {
     /// The best of plans that disturb equally.
     pub(super) fn best_footing(&self, candidate: &Candidate, mut plans: Vec<Plan>) -> Option<Plan> {
         if plans.len() > 1 {
-            let picky = self.picky(candidate);
+            // Of unknown size: it can be measured only where it fits, so it gets the largest once.
+            let unmeasured = self.is_unmeasured(&candidate.spec);
+            let picky = if unmeasured { Vec::new() } else { self.picky(candidate) };
             plans.sort_by_cached_key(|plan| self.footing(candidate, plan, &picky));
         }
         plans.into_iter().next()
@@ -47,7 +49,6 @@ impl Scheduler {
         let totals = || set.iter().map(|&gpu| self.total(gpu));
         let rooms = self.rooms_after(candidate, plan);
         let left = || rooms.iter().filter(|(gpu, _)| set.contains(gpu)).map(|(_, room)| *room);
-        // Of unknown size: it can be measured only where it fits, so it gets the largest place once.
         let missing = |total: Bytes| LARGEST - total;
         let mut blocks: Vec<usize> =
             set.iter().map(|gpu| usize::from(gpu.0) / set.len().max(1)).collect();
@@ -108,12 +109,17 @@ impl Scheduler {
         self.world.gpus.iter().map(|g| (g.id, room(g.id))).collect()
     }
 
-    /// Models that are not up and cannot go just anywhere. (Whoever needs one GPU, no matter
-    /// which, finds room as long as the largest is kept.)
+    /// Models that are not up and cannot go just anywhere. (Whoever needs one GPU, and fits on
+    /// each, finds room as long as the largest is kept.)
     fn picky(&self, candidate: &Candidate) -> Vec<&ModelSpec> {
+        let smallest = self.world.gpus.iter().min_by_key(|gpu| gpu.total).map(|gpu| gpu.id);
+        let fits = |spec: &ModelSpec, gpu: GpuId| {
+            self.need(spec, gpu).is_none_or(|need| need.elastic || need.bytes <= self.capacity(gpu))
+        };
         let is_picky = |spec: &ModelSpec| match &spec.gpus {
             GpuRequest::Explicit(_) => true,
-            GpuRequest::Count(count) => *count > 1,
+            GpuRequest::Count(1) => smallest.is_some_and(|gpu| !fits(spec, gpu)),
+            GpuRequest::Count(_) => true,
             GpuRequest::None => false,
         };
         let away = |spec: &ModelSpec| {

@@ -63,12 +63,13 @@ impl Scheduler {
         }
     }
 
-    /// The margin must not keep a model from where it ran before: neither from a GPU that it fills
-    /// nor from beside pinned ones.
+    /// The margin must not keep a model from where it ran before: neither from a GPU that it fills,
+    /// reserve and all, nor from beside pinned ones. On a GPU smaller than its peak it never ran.
     pub(super) fn with_margin(&self, spec: &ModelSpec, gpu: GpuId, peak: Bytes) -> Bytes {
         let bytes = peak + margin(peak);
         let usable = self.usable(gpu);
-        if bytes + self.promised(gpu) <= usable {
+        let reserve = self.total(gpu) - self.capacity(gpu);
+        if bytes + self.promised(gpu) <= usable || peak > usable + reserve {
             return bytes;
         }
         let pinned: Bytes = self

@@ -199,6 +199,8 @@ impl World {
             Refusal::UnknownModel
             | Refusal::NotLoaded
             | Refusal::QueueFull { .. }
+            // Nothing is learned of so few requests.
+            | Refusal::Overloaded { .. }
             | Refusal::CannotFit { .. }
             | Refusal::KeptApart { .. }
             | Refusal::NoVramProof { .. }

@@ -105,14 +105,14 @@ fn for_vllm_the_declaration_is_a_command() {
     assert_eq!(promised(&sim, 0), with_margin(12));
     serve(&mut sim, "b", 1);
     serve(&mut sim, "a", 1);
-    let told: Vec<_> = sim
-        .log
-        .iter()
-        .filter_map(|(_, action)| match action {
-            Action::StartInstance { model, footprint, .. } if model.as_str() == "a" => *footprint,
-            _ => None,
-        })
-        .collect();
+    let mut told = Vec::new();
+    for (_, action) in &sim.log {
+        if let Action::StartInstance { model, footprint, .. } = action
+            && model.as_str() == "a"
+        {
+            told.extend(*footprint);
+        }
+    }
     assert_eq!(told, [Bytes::gib(10), Bytes::gib(10)]);
 }
 
@@ -128,6 +128,23 @@ fn the_margin_keeps_no_model_from_where_it_ran() {
     sim.unload("a", false);
     sim.run_secs(5);
     serve(&mut sim, "a", 1);
+}
+
+#[test]
+fn a_gpu_smaller_than_a_learned_peak_is_no_place() {
+    let both = |vram| vec![ModelSpec { vram, ..spec("a", 0) }, spec("b", 20)];
+    for vram in [Vram::Declared(Bytes::gib(14)), Vram::Unknown] {
+        let mut sim = Sim::new(catalog(both(vram)), &[24, 8]);
+        sim.real.insert("a".into(), Bytes::gib(12));
+        serve(&mut sim, "a", 10);
+        sim.run_secs(70);
+        // Only GPU 1 is free.
+        sim.unload("a", false);
+        sim.run_secs(5);
+        serve(&mut sim, "b", 1);
+        serve(&mut sim, "a", 1);
+        assert_eq!(promised(&sim, 1), Bytes::ZERO, "12 GiB are more than 8 ({vram:?})");
+    }
 }
 
 #[test]
