@@ -1,6 +1,8 @@
 //! The owner's protocol as it is written on `Event` and `Action`: gates are read before any other
 //! event, effects report once (and here once more, and too late), memory is read after each move.
 
+use std::collections::BTreeMap;
+
 use wharf::scheduler::action::Action;
 use wharf::scheduler::event::{
     Done, Event, Fault, FaultKind, GateCount, GpuMemory, Holder, MemorySample,
@@ -113,7 +115,8 @@ impl World {
     pub fn sample(&mut self) -> Check {
         self.advance(self.now + 1)?;
         let gpus = [0, 1].map(|n| self.memory_of(GpuId(n))).to_vec();
-        let sample = MemorySample { taken_at: Time(self.now), gpus, host: None };
+        let sample =
+            MemorySample { taken_at: Time(self.now), gpus, host: None, ram: BTreeMap::new() };
         self.seen();
         self.deliver(Event::MemorySeen(Ok(sample)))
     }
