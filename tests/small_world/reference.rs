@@ -47,6 +47,8 @@ pub struct Reference {
     /// Until a grant, or a refusal by the queue's timeout; counted from here on at the earliest.
     pub longest_wait: u64,
     pub counts_from: u64,
+    /// The longest that a start took which completed.
+    pub slowest_start: u64,
 }
 
 type Check = Result<(), String>;
