@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Scheduler;
 use super::policy::{Candidate, Leaves};
-use super::queue::{Model, Waiter};
+use super::queue::Model;
 use super::residency::Instance;
+use super::waiters::Waiter;
 use crate::units::{ModelName, RequestId};
 
 /// Whose turn it is, and who leaves for it.

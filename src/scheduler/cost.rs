@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::Scheduler;
 use super::action::Action;
-use super::event::Request;
 use super::residency::{Instance, MoveKind};
 use crate::units::{Bytes, InstanceId, ModelName};
 
@@ -66,6 +65,7 @@ impl Scheduler {
     pub(super) fn remember(&mut self, model: &ModelName) {
         if let Some(state) = self.models.get(model) {
             let learned = state.learned.clone();
+            self.standing.fit.remove(model);
             self.emit(Action::Remember { model: model.clone(), learned });
         }
     }
@@ -109,18 +109,11 @@ impl Scheduler {
         self.catalog.settings.swap.min_residency.max(learned.unwrap_or_default() * 2)
     }
 
-    /// How long a request for this model waits before notice to leave falls due.
-    pub(super) fn max_wait(&self, request: &Request) -> Duration {
-        let configured = || {
-            self.catalog.settings.swap.max_wait.unwrap_or_else(|| {
-                MAX_WAIT_FLOOR.max(self.known_move(&request.model).unwrap_or_default() * 3)
-            })
-        };
-        match request.max_wait {
-            None => configured(),
-            Some(asked) if request.may_hurry => asked,
-            Some(asked) => asked.max(configured()),
-        }
+    /// How long requests for this model wait before notice to leave falls due, where they do not
+    /// ask otherwise.
+    pub(super) fn max_wait(&self, model: &ModelName) -> Duration {
+        let auto = || MAX_WAIT_FLOOR.max(self.known_move(model).unwrap_or_default() * 3);
+        self.catalog.settings.swap.max_wait.unwrap_or_else(auto)
     }
 
     /// What a sleeper keeps is never assumed: it was learned, or a sample will show it.

@@ -127,6 +127,20 @@ pub enum Event {
     Woke,
 }
 
+impl Event {
+    /// It says by itself whether it changes more than its own request or instance.
+    pub(super) fn is_of_a_request(&self) -> bool {
+        matches!(
+            self,
+            Event::RequestArrived(_)
+                | Event::RequestGone { .. }
+                | Event::GateSeen { .. }
+                | Event::MemorySeen(_)
+                | Event::Woke
+        )
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Request {
     pub id: RequestId,

@@ -21,12 +21,13 @@ use super::event::{
 use super::memory::Memory;
 use super::overload::Service;
 use super::placement::Victim;
-use super::queue::{Failure, Model, Waiter};
+use super::queue::{Failure, Model};
 use super::record::{Eviction, Phase, SwapCause, SwapKind};
 use super::residency::{Drain, GateState, Hold, Instance, Move, MoveKind, Release, Residency};
 use super::stay::Stay;
 use super::swap::Swap;
 use super::turn::Claim;
+use super::waiters::{Queue, Waiter};
 use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, Priority, RequestId, SwapId, Time};
 
 impl Scheduler {
@@ -42,6 +43,12 @@ impl Scheduler {
             self.fresh_free(gpu.id).is_some().counts(&mut digest);
         }
         digest.hasher.finish()
+    }
+}
+
+impl Counts for Queue {
+    fn counts(&self, to: &mut Digest) {
+        self.iter().for_each(|waiter| waiter.counts(to));
     }
 }
 
@@ -249,7 +256,7 @@ fields! {
     Scheduler {
         models, instances, swaps, asks, memory, company, last_demand, shutting_down, capacity_cut,
         apart_cut, policy,
-    } skips { catalog, world, now, next_ids, blocked, runtime_fault, changes, out }
+    } skips { waiting, room, standing, touched, catalog, world, now, next_ids, blocked, runtime_fault, changes, out }
 
     Model {
         queue, learned, service, failure, failures, deaths, unloaded, stay, kept_from, gap, since,

@@ -4,6 +4,7 @@
 use super::Scheduler;
 use super::action::Action;
 use super::event::GateCount;
+use super::quiet::Touched;
 use super::residency::{Instance, Residency};
 use crate::units::InstanceId;
 
@@ -12,11 +13,19 @@ impl Scheduler {
         let Some(instance) = self.instances.get(&id) else { return };
         let ended = count.granted.saturating_sub(u64::from(count.in_flight));
         self.count_service(id, ended.saturating_sub(instance.ended()));
+        let Some(instance) = self.instances.get(&id) else { return };
+        let (served, idle) = (self.only_serves(instance), self.is_idle(instance));
         let Some(instance) = self.instances.get_mut(&id) else { return };
         let before = std::mem::replace(&mut instance.gate.count, count);
         instance.gate.unconfirmed = false;
         let (model, was_idle) = (instance.model.clone(), before.in_flight == 0);
-        self.changed();
+        let is_idle = self.instances.get(&id).is_some_and(|i| self.is_idle(i));
+        if served && !idle && !is_idle {
+            self.touched = Touched { instance: Some(id), model: None };
+            self.progressed();
+        } else {
+            self.changed();
+        }
         if count.granted > before.granted {
             self.last_demand = self.now;
             if was_idle && before.granted > 0 {
@@ -27,14 +36,15 @@ impl Scheduler {
     }
 
     pub(super) fn sync_gates(&mut self) {
-        let watch_victims = self.is_room_wanted();
+        // Somebody waits for a model that has no room yet.
+        let watch_victims = !self.standing.candidates.is_empty();
         let ids: Vec<InstanceId> = self.instances.keys().copied().collect();
         for id in ids {
             self.sync_gate(id, watch_victims);
         }
     }
 
-    fn sync_gate(&mut self, id: InstanceId, watch_victims: bool) {
+    pub(super) fn sync_gate(&mut self, id: InstanceId, watch_victims: bool) {
         let Some(instance) = self.instances.get(&id) else { return };
         let queued = self.queue_len(&instance.model) > 0 || self.all_gates_wait();
         let open = instance.is_ready() && !queued && !self.shutting_down;
@@ -74,10 +84,5 @@ impl Scheduler {
             | Residency::Waking
             | Residency::Lost { .. } => false,
         }
-    }
-
-    /// Somebody waits for a model that has no room yet.
-    fn is_room_wanted(&self) -> bool {
-        !self.candidates().is_empty()
     }
 }

@@ -26,7 +26,25 @@ impl Scheduler {
         self.starting_has_a_swap()?;
         self.waiters_are_bounded_and_unique()?;
         self.a_failed_model_has_no_waiters()?;
+        self.indexes_agree()?;
+        self.nobody_is_woken_too_late()?;
         self.nothing_is_left_overdue()
+    }
+
+    fn indexes_agree(&self) -> Check {
+        let queued: usize = self.models.values().map(|m| m.queue.len()).sum();
+        if !self.instances.check() || !self.swaps.check() || queued != self.waiting.len() {
+            return Err("an index does not agree with what it is of".to_owned());
+        }
+        Ok(())
+    }
+
+    fn nobody_is_woken_too_late(&self) -> Check {
+        let Some((due, cause)) = self.first_due() else { return Ok(()) };
+        match self.standing.due {
+            Some((at, _)) if at <= due => Ok(()),
+            known => Err(format!("{cause:?} is due at {}, and {known:?} is known", due.0)),
+        }
     }
 
     fn memory_is_never_over_promised(&self) -> Check {
@@ -197,7 +215,10 @@ impl Scheduler {
     fn waiters_are_bounded_and_unique(&self) -> Check {
         let mut seen = BTreeSet::new();
         for (name, state) in &self.models {
-            for waiter in &state.queue {
+            if !state.queue.check() {
+                return Err(format!("the sums of {name}'s queue are not those of its waiters"));
+            }
+            for waiter in state.queue.iter() {
                 if !seen.insert(waiter.request.id) {
                     return Err(format!("{} waits twice", waiter.request.id));
                 }

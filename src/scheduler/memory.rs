@@ -212,6 +212,7 @@ impl Scheduler {
     pub(super) fn memory_seen(&mut self, result: Result<MemorySample, NoProof>) {
         match result {
             Err(no_proof) => {
+                self.changed();
                 if self.memory.no_proof.is_none() {
                     let text = format!("nothing starts until memory is read: {}", no_proof.message);
                     self.emit(Action::Notice { model: None, text });
@@ -220,6 +221,7 @@ impl Scheduler {
             }
             Ok(sample) => {
                 if self.memory.no_proof.take().is_some() {
+                    self.changed();
                     let text = "GPU memory can be read again: starts resume".to_owned();
                     self.emit(Action::Notice { model: None, text });
                     // The time without samples was nobody's fault.
@@ -241,6 +243,10 @@ impl Scheduler {
                 self.note_holders();
                 self.prove_releases();
                 self.note_unlisted();
+                let releases = self.instances.values().any(|i| i.release.is_some());
+                if releases || self.swaps.values().any(|s| s.watching) || self.is_news() {
+                    self.changed();
+                }
             }
         }
     }

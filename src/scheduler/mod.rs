@@ -13,6 +13,8 @@
 //! | `stay` | how long a model stays that nobody pushes out: ttl, grace, pins, times of day |
 //! | `turn`, `policy`, `baseline` | whose turn it is; who may be asked to leave |
 //! | `preempt` | which starts are called off for a higher class |
+//! | `bound` | who need not be planned for, where hundreds wait |
+//! | `quiet` | which events leave everything else as it was |
 //! | `groups` | who is loaded together, and who is never up beside whom |
 //! | `placement` | on which GPUs, and who has to leave for it |
 //! | `plan` | a dry run of all this |
@@ -29,6 +31,7 @@ pub mod action;
 mod ask;
 mod attempt;
 mod baseline;
+mod bound;
 mod cost;
 pub mod event;
 mod fingerprint;
@@ -47,17 +50,20 @@ mod policy;
 mod preempt;
 mod proof;
 mod queue;
+mod quiet;
 mod ram;
 pub mod record;
 mod residency;
 mod sleep;
 mod stay;
 mod swap;
+mod table;
 #[cfg(test)]
 mod tests;
 mod timers;
 mod turn;
 mod view;
+mod waiters;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -66,15 +72,16 @@ use serde::{Deserialize, Serialize};
 
 pub use self::baseline::Policy;
 use crate::config::catalog::Catalog;
-use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, SwapId, Time};
+use crate::units::{AskId, Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
 use action::Action;
 use ask::Ask;
 use event::Event;
 use memory::Memory;
 use queue::Model;
+use quiet::{Standing, Touched};
 use record::SchedulerView;
 use residency::Instance;
-use swap::Swap;
+use table::{Instances, Swaps};
 
 /// More rounds than any settling needs; a bound against a rule that contradicts another.
 const ROUNDS_MAX: usize = 64;
@@ -127,8 +134,10 @@ pub struct Scheduler {
     now: Time,
     next_ids: NextIds,
     models: BTreeMap<ModelName, Model>,
-    instances: BTreeMap<InstanceId, Instance>,
-    swaps: BTreeMap<SwapId, Swap>,
+    instances: Instances,
+    swaps: Swaps,
+    /// Whose queue each waiting request is in.
+    waiting: BTreeMap<RequestId, ModelName>,
     asks: BTreeMap<AskId, Ask>,
     memory: Memory,
     /// Why a model that waits for room does not get any yet, in words.
@@ -146,6 +155,10 @@ pub struct Scheduler {
     apart_cut: bool,
     /// Counts changes of state, so that settling knows when it is done.
     changes: u64,
+    /// Of these, what bears on decisions (see `quiet`).
+    room: u64,
+    standing: Standing,
+    touched: Touched,
     out: Vec<Action>,
 }
 
@@ -160,8 +173,9 @@ impl Scheduler {
             now: Time::ZERO,
             next_ids,
             models,
-            instances: BTreeMap::new(),
-            swaps: BTreeMap::new(),
+            instances: Instances::default(),
+            swaps: Swaps::default(),
+            waiting: BTreeMap::new(),
             asks: BTreeMap::new(),
             memory: Memory::default(),
             blocked: BTreeMap::new(),
@@ -172,6 +186,9 @@ impl Scheduler {
             capacity_cut: false,
             apart_cut: false,
             changes: 0,
+            room: 1,
+            standing: Standing::default(),
+            touched: Touched::default(),
             out: Vec::new(),
         }
     }
@@ -179,8 +196,13 @@ impl Scheduler {
     /// Takes one event and appends what is to be done, in order. `now` never runs backwards.
     pub fn handle(&mut self, now: Time, event: Event, out: &mut Vec<Action>) {
         self.now = self.now.max(now);
+        if self.is_due() {
+            self.changed();
+        }
         self.take_in(event);
-        self.settle();
+        if !self.settle_quietly() {
+            self.settle();
+        }
         out.append(&mut self.out);
         if cfg!(debug_assertions)
             && let Err(broken) = self.check_invariants()
@@ -190,6 +212,9 @@ impl Scheduler {
     }
 
     fn take_in(&mut self, event: Event) {
+        if !event.is_of_a_request() {
+            self.changed();
+        }
         match event {
             Event::RequestArrived(request) => self.arrived(request),
             Event::RequestGone { request } => self.gone(request),
@@ -222,6 +247,7 @@ impl Scheduler {
                 if let Some(state) = self.models.get_mut(&model) {
                     state.learned = learned;
                 }
+                self.standing.fit.remove(&model);
             }
             Event::CatalogChanged(catalog) => {
                 self.catalog_changed(catalog);
@@ -236,6 +262,7 @@ impl Scheduler {
     }
 
     fn settle(&mut self) {
+        let mut settled = self.standing.room;
         for _ in 0..ROUNDS_MAX {
             let before = self.changes;
             self.expire();
@@ -245,12 +272,16 @@ impl Scheduler {
             self.emit_wanted_stops();
             self.advance_swaps();
             self.grant_waiting();
-            self.choose();
+            if self.must_look(settled) {
+                settled = self.room;
+                self.choose();
+            }
             if self.changes == before {
                 break;
             }
         }
         self.sync_gates();
+        self.take_standing();
     }
 
     /// Everything whose time has come.
@@ -269,8 +300,7 @@ impl Scheduler {
 
     /// When `Event::Woke` is due next, and why.
     pub fn next_wake(&self) -> Option<(Time, WakeCause)> {
-        let turns = self.turns().filter(|(at, _)| *at > self.now);
-        self.deadlines().chain(turns).min()
+        self.standing.due
     }
 
     pub fn view(&self, now: Time) -> SchedulerView {
@@ -284,10 +314,11 @@ impl Scheduler {
 
     /// The instance that is (or becomes) the model's, not one that is on its way out.
     fn current(&self, model: &ModelName) -> Option<&Instance> {
-        self.instances.values().find(|i| i.model == *model && !i.is_stopping())
+        self.instances.of(model).find(|i| !i.is_stopping())
     }
 
     fn note_capacity_cut(&mut self) {
+        self.standing.fit.clear();
         let over = |g: &GpuInfo| self.promised(g.id) > self.capacity(g.id);
         self.capacity_cut |= self.world.gpus.iter().any(over)
             || self.ram_capacity().is_some_and(|capacity| self.ram_promised() > capacity);
@@ -303,10 +334,6 @@ impl Scheduler {
         let id = SwapId(self.next_ids.swap);
         self.next_ids.swap += 1;
         id
-    }
-
-    fn changed(&mut self) {
-        self.changes += 1;
     }
 
     fn emit(&mut self, action: Action) {

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use super::Scheduler;
 use super::action::Refusal;
-use super::queue::Waiter;
 use super::residency::Instance;
+use super::waiters::Waiter;
 use crate::units::InstanceId;
 
 /// Fewer ended leases say nothing.
@@ -72,7 +72,7 @@ impl Scheduler {
         let instance = self.current(model).filter(|i| i.is_ready());
         let places = self.catalog.model(model)?.concurrency?;
         let places = places.max(instance.map_or(0, Instance::permits));
-        let ahead = state.queue.partition_point(|w| w.order() <= waiter.order());
+        let ahead = state.queue.ahead_of(waiter);
         let ready_in = instance.is_none().then(|| self.known_move(model)).flatten();
         let work = mean.saturating_mul(u32::try_from(ahead).unwrap_or(u32::MAX)) / places.max(1);
         let expected = work + ready_in.unwrap_or_default();

@@ -82,6 +82,20 @@ impl Scheduler {
         combinations(&gpus, count)
     }
 
+    /// That nothing is pinned, and no rule ties models together, makes whether a model fits a
+    /// matter of its size alone: asked once.
+    pub(super) fn is_known_to_fit(&mut self, spec: &ModelSpec) -> bool {
+        if self.standing.fit.contains(&spec.name) {
+            return true;
+        }
+        let tied = !self.catalog.groups.is_empty() || !self.pinned_beside(&spec.name).is_empty();
+        let fits = !tied && self.cannot_fit(spec).is_none();
+        if fits {
+            self.standing.fit.insert(spec.name.clone());
+        }
+        fits
+    }
+
     /// Set if no set of GPUs, or not the host, could ever hold the model beside the pinned ones.
     pub(super) fn cannot_fit(&self, spec: &ModelSpec) -> Option<Refusal> {
         if let Some(refusal) = self.kept_away(spec) {

@@ -61,6 +61,8 @@ pub(super) struct Candidate {
     pub urgency: Urgency,
     pub cause: SwapCause,
     pub score: u128,
+    /// What weighs against those who are there (see `turn`).
+    pub pressure: u128,
     pub oldest: Time,
     /// Instances whose start it would call off (see `preempt`).
     pub calls_off: Vec<InstanceId>,
@@ -71,17 +73,33 @@ pub(super) struct Candidate {
 impl Scheduler {
     /// Gives room to those who may have it, in order of rank.
     pub(super) fn choose(&mut self) {
-        if self.shutting_down || self.memory.no_proof.is_some() {
-            return;
+        let candidates = self.candidates();
+        if !self.shutting_down && self.memory.no_proof.is_none() {
+            self.give_room(&candidates);
         }
+        self.looked_at(candidates);
+    }
+
+    fn give_room(&mut self, candidates: &[Candidate]) {
         let mut wanted: BTreeSet<GpuId> = BTreeSet::new();
         let mut longer: Vec<ModelName> = Vec::new();
-        for mut candidate in self.candidates() {
+        let bound = self.bound(candidates);
+        for candidate in candidates {
             // Somebody of higher rank may just have been given its place.
             let name = &candidate.spec.name;
             if self.is_process_left(name) || self.is_leaving(name) {
                 continue;
             }
+            if bound.as_ref().is_some_and(|bound| self.is_out_of_reach(bound, candidate))
+                && self.is_known_to_fit(&candidate.spec)
+            {
+                if !self.blocked.contains_key(name) {
+                    let why = "room: whoever is there is in use, or others waited longer";
+                    self.blocked.insert(name.clone(), why.to_owned());
+                }
+                continue;
+            }
+            let mut candidate = candidate.clone();
             if let Some(refusal) = self.cannot_fit(&candidate.spec) {
                 let name = candidate.spec.name.clone();
                 self.refuse_queue(&name, &refusal);
@@ -207,14 +225,16 @@ impl Scheduler {
         let swap = self.load_of(&spec.name);
         let (urgency, cause) = self.urgency(spec, swap.map(|s| s.cause))?;
         let instead_of = swap.and_then(|s| s.instead_of.clone());
-        let score = self.baseline_score(state).unwrap_or_else(|| self.score(spec, longest));
+        let (score, pressure) = self.score(spec, longest);
+        let score = self.baseline_score(state).unwrap_or(score);
         Some(Candidate {
             spec: Arc::clone(spec),
             swap: swap.map(|s| s.id),
             urgency,
             cause,
             score: if instead_of.is_some() { u128::MAX } else { score },
-            oldest: state.queue.iter().map(|w| w.request.arrived).min().unwrap_or(self.now),
+            pressure,
+            oldest: state.queue.oldest().unwrap_or(self.now),
             calls_off: Vec::new(),
             instead_of,
         })
@@ -295,7 +315,7 @@ impl Scheduler {
     /// When the first waiter of a model became (or becomes) overdue.
     pub(super) fn overdue_since(&self, model: &ModelName) -> Option<Time> {
         let queue = &self.models.get(model).filter(|_| self.is_fair())?.queue;
-        queue.iter().map(|w| w.overdue_from + self.max_wait(&w.request)).min()
+        queue.overdue_since(self.max_wait(model))
     }
 
     /// Whether `instance` may be asked to leave for this candidate; else why not, in words.
@@ -432,7 +452,7 @@ impl Scheduler {
     /// Old instances of a model whose process may still be there: a new one would meet its name,
     /// port and memory.
     pub(super) fn is_process_left(&self, model: &ModelName) -> bool {
-        self.instances.values().any(|i| i.model == *model && i.is_stopping() && i.may_run())
+        self.instances.of(model).any(|i| i.is_stopping() && i.may_run())
     }
 }
 

@@ -19,10 +19,10 @@ use std::collections::BTreeSet;
 use super::Scheduler;
 use super::placement::Planned;
 use super::policy::{Candidate, Urgency};
-use super::queue::Waiter;
 use super::record::{Phase, SwapCause};
 use super::residency::MoveKind;
 use super::swap::Swap;
+use super::waiters::Waiter;
 use crate::units::{GpuId, InstanceId, ModelName, Priority, SwapId, Time};
 
 impl Scheduler {
@@ -50,9 +50,9 @@ impl Scheduler {
     /// The class of those who came after `since` (an ensure always did); `None`: nobody.
     fn class_since(&self, candidate: &Candidate, since: Option<Time>) -> Option<Priority> {
         let ensure = matches!(candidate.urgency, Urgency::Ensure(_));
-        let queue = self.models.get(&candidate.spec.name).map(|m| m.queue.as_slice());
+        let queue = self.models.get(&candidate.spec.name).map(|m| &m.queue);
         let came = |w: &&Waiter| since.is_none_or(|since| w.enqueued > since);
-        let came = queue.unwrap_or_default().iter().filter(came);
+        let came = queue.into_iter().flat_map(|queue| queue.iter()).filter(came);
         let waiting = came.map(|w| w.request.priority).max();
         waiting.max(ensure.then_some(candidate.spec.priority))
     }

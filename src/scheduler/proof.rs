@@ -141,10 +141,10 @@ impl Scheduler {
 
     /// The release is proven: the promise ends (or shrinks to the residue).
     fn released(&mut self, id: InstanceId) {
+        self.changed();
         let Some(instance) = self.instances.get_mut(&id) else { return };
         let Some(release) = instance.release.take() else { return };
         let (model, took) = (instance.model.clone(), self.now.since(release.began));
-        self.changes += 1;
         if instance.is_sleeping() {
             instance.promise = Some(release.keep);
             instance.residue = release.keep;

@@ -1,5 +1,6 @@
 //! What waits for each model: admission, order, time limits, grants.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,15 +8,14 @@ use super::Scheduler;
 use super::action::{Action, Refusal};
 use super::event::{Fault, Learned, Request};
 use super::overload::Service;
+use super::quiet::Touched;
 use super::residency::{Instance, Residency};
 use super::stay::Stay;
 use super::turn::Claim;
+use super::waiters::{Queue, Waiter};
 use crate::config::catalog::ModelSpec;
-use crate::units::{InstanceId, ModelName, Priority, RequestId, SwapId, Time};
+use crate::units::{InstanceId, ModelName, RequestId, SwapId, Time};
 
-/// Head start of one priority class over the next within a model's queue: bounded, so that a
-/// stream of urgent requests cannot starve the others.
-const CLASS_HEAD_START: Duration = Duration::from_secs(30);
 /// First back-off after a failed start; doubles up to the largest.
 const BACKOFF_FIRST: Duration = Duration::from_secs(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(600);
@@ -27,8 +27,7 @@ pub(super) const RUNTIME_WAIT: Duration = Duration::from_secs(10);
 /// What the scheduler keeps of a model beside its instances.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Model {
-    /// In the order in which they will be granted.
-    pub queue: Vec<Waiter>,
+    pub queue: Queue,
     pub learned: Learned,
     pub service: Service,
     pub failure: Option<Failure>,
@@ -50,25 +49,6 @@ pub(super) struct Model {
     pub claim: Option<Claim>,
     /// Leases of late, about.
     pub visit: Service,
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct Waiter {
-    pub request: Request,
-    pub enqueued: Time,
-    /// From here `max_wait` counts: the arrival, or the end of the tenure that left it behind.
-    pub overdue_from: Time,
-}
-
-impl Waiter {
-    pub(super) fn order(&self) -> (Time, RequestId) {
-        let handicap = match self.request.priority {
-            Priority::High => Duration::ZERO,
-            Priority::Normal => CLASS_HEAD_START,
-            Priority::Low => CLASS_HEAD_START * 2,
-        };
-        (self.enqueued + handicap, self.request.id)
-    }
 }
 
 /// The residency `Failed{retry_at}`: between two instances, nothing is tried until `retry_at`.
@@ -109,8 +89,15 @@ impl Scheduler {
         }
         if let Some(state) = self.models.get_mut(&model) {
             state.unloaded = false;
-            let at = state.queue.partition_point(|w| w.order() <= waiter.order());
-            state.queue.insert(at, waiter);
+            // The first of its model, or of its class, may be given what others could not.
+            let leads = state.queue.top().is_none_or(|top| top < waiter.request.priority);
+            self.waiting.insert(waiter.request.id, model.clone());
+            state.queue.insert(waiter);
+            let served = self.current(&model).filter(|i| self.only_serves(i)).map(|i| i.id);
+            if leads && served.is_none() {
+                self.changed();
+            }
+            self.touched = Touched { instance: served, model: Some(model) };
         }
     }
 
@@ -154,7 +141,7 @@ impl Scheduler {
     }
 
     pub(super) fn queued(&self) -> usize {
-        self.models.values().map(|m| m.queue.len()).sum()
+        self.waiting.len()
     }
 
     pub(super) fn queue_len(&self, model: &ModelName) -> usize {
@@ -170,10 +157,23 @@ impl Scheduler {
         .then_some(instance.id)
     }
 
-    pub(super) fn gone(&mut self, request: RequestId) {
-        for state in self.models.values_mut() {
-            state.queue.retain(|w| w.request.id != request);
+    fn take_out(&mut self, request: RequestId) -> Option<ModelName> {
+        let model = self.waiting.remove(&request)?;
+        if let Some(state) = self.models.get_mut(&model) {
+            state.queue.remove(request);
         }
+        Some(model)
+    }
+
+    pub(super) fn gone(&mut self, request: RequestId) {
+        let Some(model) = self.take_out(request) else { return };
+        let served = self.current(&model).filter(|i| self.only_serves(i));
+        let is_busy = served.is_some_and(|i| i.in_flight() > 0);
+        let instance = served.map(|i| i.id);
+        if !is_busy && self.queue_len(&model) == 0 {
+            self.changed();
+        }
+        self.touched = Touched { instance, model: Some(model) };
     }
 
     pub(super) fn grant(&mut self, request: RequestId, id: InstanceId) {
@@ -194,11 +194,15 @@ impl Scheduler {
         }
         let ids: Vec<InstanceId> = self.instances.keys().copied().collect();
         for id in ids {
-            while let Some(request) = self.next_grant(id) {
-                self.gone(request);
-                self.grant(request, id);
-                self.changed();
-            }
+            self.grant_from(id);
+        }
+    }
+
+    pub(super) fn grant_from(&mut self, id: InstanceId) {
+        while let Some(request) = self.next_grant(id) {
+            self.take_out(request);
+            self.grant(request, id);
+            self.progressed();
         }
     }
 
@@ -237,15 +241,14 @@ impl Scheduler {
     pub(super) fn restart_overdue(&mut self, model: &ModelName) {
         let now = self.now;
         if let Some(state) = self.models.get_mut(model) {
-            for waiter in &mut state.queue {
-                waiter.overdue_from = now;
-            }
+            state.queue.restart_overdue(now);
         }
     }
 
     pub(super) fn refuse_queue(&mut self, model: &ModelName, refusal: &Refusal) {
         let Some(state) = self.models.get_mut(model) else { return };
-        for waiter in std::mem::take(&mut state.queue) {
+        for waiter in state.queue.take() {
+            self.waiting.remove(&waiter.request.id);
             self.emit(Action::Refuse { request: waiter.request.id, refusal: refusal.clone() });
         }
     }
@@ -254,20 +257,14 @@ impl Scheduler {
     pub(super) fn expire_waiters(&mut self) {
         let timeout = self.catalog.settings.queue.timeout;
         let now = self.now;
-        let late = |w: &Waiter| w.enqueued + timeout <= now;
-        let names: Vec<ModelName> = self
-            .models
-            .iter()
-            .filter(|(_, m)| m.queue.iter().any(late))
-            .map(|(name, _)| name.clone())
-            .collect();
+        let late = |m: &Model| m.queue.first_entry().is_some_and(|at| at + timeout <= now);
+        let names: Vec<ModelName> =
+            self.models.iter().filter(|(_, m)| late(m)).map(|(name, _)| name.clone()).collect();
         for name in names {
             let waiting_for = self.waiting_for(&name);
             let Some(state) = self.models.get_mut(&name) else { continue };
-            let (gone, kept) = std::mem::take(&mut state.queue).into_iter().partition(late);
-            state.queue = kept;
-            let gone: Vec<Waiter> = gone;
-            for waiter in gone {
+            for waiter in state.queue.take_late(now, timeout) {
+                self.waiting.remove(&waiter.request.id);
                 let waited = now.since(waiter.enqueued).as_millis();
                 let refusal = Refusal::QueueTimeout {
                     waited_ms: u64::try_from(waited).unwrap_or(u64::MAX),
@@ -293,8 +290,9 @@ impl Scheduler {
 
     /// Refuses who waited for a runtime to come back; its instances stay lost, their bytes promised.
     pub(super) fn expire_lost(&mut self) {
-        let names: Vec<ModelName> =
-            self.models.keys().filter(|name| self.is_wanted(name)).cloned().collect();
+        let lost = self.instances.values().filter(|i| i.is_lost()).map(|i| &i.model);
+        let names: BTreeSet<ModelName> =
+            lost.filter(|name| self.is_wanted(name)).cloned().collect();
         for name in names {
             let Some(refusal) = self.runtime_gone(&name) else { continue };
             self.refuse_queue(&name, &refusal);

@@ -159,6 +159,7 @@ impl Scheduler {
             return self.answer(ask, Answer::Refused(Refusal::UnknownModel));
         };
         state.stay.pinned = Some(pinned);
+        self.standing.fit.clear();
         self.spare_pinned();
         self.changed();
         let shut_out = self.shut_out().difference(&before).cloned().collect();

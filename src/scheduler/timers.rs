@@ -14,14 +14,16 @@ impl Scheduler {
     pub(super) fn deadlines(&self) -> impl Iterator<Item = Due> + '_ {
         let queue_timeout = self.catalog.settings.queue.timeout;
         let waiters = self.models.values().flat_map(move |m| {
-            let oldest = m.queue.iter().map(|w| w.enqueued + queue_timeout).min();
+            let oldest = m.queue.first_entry().map(|at| at + queue_timeout);
             let retry = m.failure.as_ref().map(|f| (f.retry_at, WakeCause::RetryAt));
             oldest.map(|at| (at, WakeCause::QueueTimeout)).into_iter().chain(retry)
         });
         let asks = self.asks.values().map(|a| (a.deadline, WakeCause::AskDeadline));
         let instances = self.instances.values().flat_map(|i| self.instance_deadlines(i));
-        let lost = self.models.keys().filter(|name| self.is_wanted(name));
-        let lost = lost.filter_map(|name| Some((self.runtime_due(name)?, WakeCause::RuntimeWait)));
+        let lost = self.instances.values().filter(|i| i.is_lost()).map(|i| &i.model);
+        let lost = lost
+            .filter(|name| self.is_wanted(name))
+            .filter_map(|name| Some((self.runtime_due(name)?, WakeCause::RuntimeWait)));
         waiters.chain(asks).chain(lost).chain(instances).filter(|(at, _)| *at < Time::MAX)
     }
 
@@ -52,7 +54,7 @@ impl Scheduler {
 
     /// Times at which a decision may turn out differently.
     pub(super) fn turns(&self) -> impl Iterator<Item = Due> + '_ {
-        let waiting = self.candidates();
+        let waiting = &self.standing.candidates;
         let anyone = !waiting.is_empty();
         let preloads: Vec<ModelName> = waiting
             .iter()
@@ -80,16 +82,7 @@ impl Scheduler {
             let idle = preloads.map(|c| (self.idle_enough_at(&c, i), WakeCause::Linger));
             ttl.into_iter().chain(victim.into_iter().flatten()).chain(idle)
         });
-        let tenures = waiting.into_iter().flat_map(move |c| {
-            // The same clock also decides when what waits outweighs what runs.
-            let ends = self
-                .instances
-                .values()
-                .filter(|i| i.is_ready())
-                .map(move |i| (c.oldest + self.tenure(i), WakeCause::MinResidency));
-            ends.collect::<Vec<_>>()
-        });
-        overdue.into_iter().chain(placed).chain(residents).chain(tenures).chain(self.restores())
+        overdue.into_iter().chain(placed).chain(residents).chain(self.restores())
     }
 
     /// When warm-up models may come back into free memory.

@@ -20,12 +20,12 @@ use crate::units::{ModelName, Priority, Time};
 
 /// Busy models get notice when what waits has suffered so many moves' time for each request that
 /// would have to go without them. Less gives way too early: turns become short, and moves many.
-const NOTICE_MOVES: u128 = 12;
+pub(super) const NOTICE_MOVES: u128 = 12;
 /// Of the mean service time, in the length of a turn: a few requests at once take about twice the
 /// mean of one.
 const SERVICE_WEIGHT: u32 = 2;
 /// Weight of the squares in the score, in per cent of the sum.
-const SQUARES_PERCENT: u128 = 150;
+const SQUARES_PERCENT: u128 = 100;
 
 /// A waiter's right to a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,48 +105,42 @@ impl Scheduler {
 
     /// The age of who waits longest for any model, in milliseconds.
     pub(super) fn longest_wait(&self) -> u128 {
-        let oldest =
-            self.models.values().filter_map(|m| m.queue.iter().map(|w| w.request.arrived).min());
+        let oldest = self.models.values().filter_map(|m| m.queue.oldest());
         oldest.min().map_or(0, |at| self.now.since(at).as_millis())
     }
 
     /// What the waiters of a model have suffered: weighted milliseconds.
     fn suffered(&self, model: &ModelName, longest: u128) -> u128 {
-        let queue = self.models.get(model).map(|m| m.queue.as_slice()).unwrap_or_default();
-        let (mut ages, mut squares) = (0, 0);
-        for waiter in queue {
-            let age = self.now.since(waiter.request.arrived).as_millis() + 1;
-            let weight = u128::from(waiter.request.priority.weight_x4());
-            ages += weight * age;
-            squares += weight * age * age;
-        }
+        let Some(state) = self.models.get(model) else { return 0 };
+        let (ages, squares) = state.queue.suffered(self.now);
         ages + squares * SQUARES_PERCENT / 100 / longest.max(1)
     }
 
-    /// Rank among models that wait: larger is sooner.
-    pub(super) fn score(&self, spec: &ModelSpec, longest: u128) -> u128 {
+    /// Rank among models that wait (larger is sooner), and what weighs against those who are
+    /// there: weighted milliseconds per millisecond of move.
+    pub(super) fn score(&self, spec: &ModelSpec, longest: u128) -> (u128, u128) {
         let service = self.models.get(&spec.name).and_then(|m| m.visit.mean()).unwrap_or_default();
-        let turn =
-            self.move_cost(&spec.name) + self.stop_cost(&spec.name) + service * SERVICE_WEIGHT;
-        self.suffered(&spec.name, longest) * u128::from(spec.priority.weight_x4()) * 1000
-            / (turn.as_millis() + 100)
+        let start = self.move_cost(&spec.name);
+        let turn = start + self.stop_cost(&spec.name) + service * SERVICE_WEIGHT;
+        let class = u128::from(spec.priority.weight_x4());
+        let waits = self.suffered(&spec.name, longest) * class;
+        (waits * 1000 / (turn.as_millis() + 100), waits / start.as_millis().max(1))
     }
 
     /// What waits has suffered enough for what the resident would have to leave undone.
     pub(super) fn outweighs(&self, candidate: &Candidate, instance: &Instance) -> bool {
-        let spec = &candidate.spec;
+        candidate.pressure >= NOTICE_MOVES * self.stays_weight(instance)
+    }
+
+    /// What would have to do without the instance, and as much as one request for itself.
+    pub(super) fn stays_weight(&self, instance: &Instance) -> u128 {
         let one = u128::from(Priority::Normal.weight_x4());
-        let class = |spec: &ModelSpec| u128::from(spec.priority.weight_x4());
-        let stays = (self.work(instance) + one) * class(&instance.spec);
-        let waits = self.suffered(&spec.name, self.longest_wait()) * class(spec);
-        waits >= NOTICE_MOVES * self.move_cost(&spec.name).as_millis() * stays
+        (self.work(instance) + one) * u128::from(instance.spec.priority.weight_x4())
     }
 
     /// Requests that an instance serves, or has waiting, by their weight.
     pub(super) fn work(&self, instance: &Instance) -> u128 {
-        let queue =
-            self.models.get(&instance.model).map(|m| m.queue.as_slice()).unwrap_or_default();
-        let queued: u64 = queue.iter().map(|w| w.request.priority.weight_x4()).sum();
+        let queued = self.models.get(&instance.model).map_or(0, |m| m.queue.weight_x4());
         let running = u64::from(instance.in_flight()) * Priority::Normal.weight_x4();
         u128::from(queued + running)
     }

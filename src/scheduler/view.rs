@@ -50,7 +50,6 @@ impl Scheduler {
             (None, None, Some(leaving)) => residency_view(leaving),
             (None, None, None) => ResidencyView::Stopped,
         };
-        let queue = state.map(|m| m.queue.as_slice()).unwrap_or_default();
         let spec = self.catalog.model(name);
         ModelView {
             name: name.clone(),
@@ -62,10 +61,13 @@ impl Scheduler {
             since: instance.map(|i| i.since).or(state.map(|m| m.since)).unwrap_or_default(),
             footprint: self.footprint_shown(spec, instance),
             swap: self.swap_shown(name, instance),
-            queue: queue.iter().map(|w| w.request.id).collect(),
-            oldest: queue.iter().map(|w| w.request.arrived).min(),
+            queue: state.into_iter().flat_map(|m| m.queue.iter()).map(|w| w.request.id).collect(),
+            oldest: state.and_then(|m| m.queue.oldest()),
             ready_in: self.ready_in(name),
-            waiting_for: if queue.is_empty() { String::new() } else { self.waiting_for(name) },
+            waiting_for: match self.queue_len(name) {
+                0 => String::new(),
+                _ => self.waiting_for(name),
+            },
             pinned: spec.is_some_and(|spec| self.pins(spec)),
             kept: self.is_kept(name),
             ttl_runs: instance.is_some_and(|i| i.is_ready() && self.ttl_runs(i)),
