@@ -4,17 +4,22 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::models::Setup;
 use crate::world::{Step, World};
 
 /// From every so many states everything is let come to its end.
-const ENDS_EVERY: u64 = 32;
+const ENDS_EVERY: u64 = 64;
 /// Steps to an end: more are no end.
 const END_STEPS_MAX: usize = 400;
 /// What the scheduler assumes of a start that it never saw.
 const START_UNKNOWN: Duration = Duration::from_secs(10);
+
+/// Worlds that were searched by this run, and their states.
+static WORLDS: AtomicUsize = AtomicUsize::new(0);
+static STATES: AtomicUsize = AtomicUsize::new(0);
 
 /// How a state was reached first.
 struct Way {
@@ -72,10 +77,12 @@ pub fn explore(setup: Setup) {
         frontier = next;
     }
     // Past the test harness's capture: the figures are wanted of green runs, too.
+    let states = STATES.fetch_add(ways.len(), Ordering::SeqCst) + ways.len();
+    let worlds = WORLDS.fetch_add(1, Ordering::SeqCst) + 1;
     let _ = writeln!(
         std::io::stderr(),
         "{}: {} states by {} steps to depth {depth} ({} at its edge), {} led to their end, longest \
-         wait there {} ms",
+         wait there {} ms\nsmall worlds: {states} states in {worlds}",
         setup.name,
         ways.len(),
         figures.steps,

@@ -90,7 +90,7 @@ fn under_overload_every_model_gets_its_turn_and_turns_stay_long() {
     assert!(crowd.longest.values().all(|&waited| waited <= bound), "{:?}", crowd.longest);
     let starts = crowd.starts() - before;
     assert!(starts <= 1800 / 15, "{starts} starts in half an hour: nothing else is done");
-    assert!(crowd.served >= 2800, "{} of {} were served", crowd.served, 1800 + 900 + 120);
+    assert!(crowd.served >= 2700, "{} of {} were served", crowd.served, 1800 + 900 + 120);
 }
 
 #[test]
