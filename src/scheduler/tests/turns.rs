@@ -21,11 +21,17 @@ fn three() -> Sim {
     sim
 }
 
+struct Open {
+    request: RequestId,
+    since: Time,
+    /// Since when it runs.
+    began: Option<Time>,
+}
+
 /// Clients that ask for their models faster than these can be served.
 struct Crowd {
     sim: Sim,
-    /// Open requests of each model: since when, and since when they run.
-    open: BTreeMap<&'static str, Vec<(RequestId, Time, Option<Time>)>>,
+    open: BTreeMap<&'static str, Vec<Open>>,
     longest: BTreeMap<&'static str, Duration>,
     served: u32,
 }
@@ -41,7 +47,11 @@ impl Crowd {
 
     fn ask(&mut self, model: &'static str) -> RequestId {
         let request = self.sim.request(model);
-        self.open.entry(model).or_default().push((request, self.sim.now, None));
+        self.open.entry(model).or_default().push(Open {
+            request,
+            since: self.sim.now,
+            began: None,
+        });
         request
     }
 
@@ -50,18 +60,18 @@ impl Crowd {
         self.sim.run_secs(1);
         let now = self.sim.now;
         for (model, open) in &mut self.open {
-            for (request, since, began) in open.iter_mut() {
-                let serves = self.sim.granted.contains_key(request);
-                if began.is_none() && (serves || self.sim.is_over(*request)) {
-                    *began = Some(now);
+            for one in open.iter_mut() {
+                let serves = self.sim.granted.contains_key(&one.request);
+                if serves || self.sim.is_over(one.request) {
+                    one.began.get_or_insert(now);
                 }
-                let waited = began.unwrap_or(now).since(*since);
+                let waited = one.began.unwrap_or(now).since(one.since);
                 let longest = self.longest.entry(model).or_default();
                 *longest = (*longest).max(waited);
             }
-            let over = |began: Option<Time>| began.is_some_and(|at| now.since(at) >= SERVICE);
-            for (request, _, _) in open.extract_if(.., |(_, _, began)| over(*began)) {
-                self.sim.end(request);
+            let over = |one: &mut Open| one.began.is_some_and(|at| now.since(at) >= SERVICE);
+            for one in open.extract_if(.., over) {
+                self.sim.end(one.request);
                 self.served += 1;
             }
         }
@@ -116,7 +126,8 @@ fn many_go_before_one_who_came_first() {
 fn one_among_many_is_served_once_its_claim_falls_due() {
     let mut crowd = Crowd::new();
     for _ in 0..60 {
-        (crowd.ask("a"), crowd.ask("b"));
+        crowd.ask("a");
+        crowd.ask("b");
         crowd.second();
     }
     let lonely = crowd.ask("c");
@@ -128,7 +139,8 @@ fn one_among_many_is_served_once_its_claim_falls_due() {
             break;
         }
         for _ in 0..4 {
-            (crowd.ask("a"), crowd.ask("b"));
+            crowd.ask("a");
+            crowd.ask("b");
         }
         crowd.second();
     }
