@@ -297,7 +297,8 @@ impl World {
                 holders,
             }
         });
-        let sample = MemorySample { taken_at: Time(self.now), gpus: gpus.collect(), host: None };
+        let (gpus, ram) = (gpus.collect(), Default::default());
+        let sample = MemorySample { taken_at: Time(self.now), gpus, host: None, ram };
         self.step("memory seen", Event::MemorySeen(Ok(sample)), costs);
     }
 

@@ -3,7 +3,7 @@
 
 use super::Scheduler;
 use super::policy::{Candidate, Urgency};
-use super::record::Phase;
+use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
 use super::turn::NOTICE_MOVES;
 use crate::config::catalog::{GpuRequest, Vram};
@@ -11,6 +11,8 @@ use crate::units::{Bytes, GpuId, Priority};
 
 /// With fewer, each is planned for, and told exactly whom it waits for.
 const MANY: usize = 24;
+/// Each costs several plans.
+const CALL_OFF_TRIES: u32 = 2;
 
 /// Never less than what a plan could find, as long as nobody has been given room since.
 #[derive(Debug)]
@@ -19,6 +21,8 @@ pub(super) struct Bound {
     most: Bytes,
     /// The lowest class of a start that might be called off; `None` within: nobody waits for it.
     young: Option<Option<Priority>>,
+    /// How many more may look whether a start gives way to them, in order of rank.
+    tries: u32,
 }
 
 impl Scheduler {
@@ -46,7 +50,7 @@ impl Scheduler {
             return None;
         }
         let most = gpus.iter().map(|&(_, room)| room).max()?;
-        Some(Bound { gpus, most, young: self.lowest_start() })
+        Some(Bound { gpus, most, young: self.lowest_start(), tries: CALL_OFF_TRIES })
     }
 
     /// For somebody who waits and is not overdue, with the most that any of them has suffered.
@@ -73,32 +77,61 @@ impl Scheduler {
 
     fn lowest_start(&self) -> Option<Option<Priority>> {
         let young = self.swaps.values().filter(|s| {
-            s.is_load() && matches!(s.phase, Phase::Vacate | Phase::Prove | Phase::Start)
+            let asked = matches!(s.cause, SwapCause::Ensure | SwapCause::Load);
+            let once = self.models.get(&s.model).is_some_and(|m| m.called_off);
+            let young = match s.phase {
+                Phase::Vacate | Phase::Prove => !s.started,
+                Phase::Start => self.start_done_percent(s).is_some_and(|percent| percent < 50),
+                Phase::Preflight | Phase::Fetch | Phase::Drain | Phase::Vouch => false,
+            };
+            s.is_load() && young && !asked && !once
         });
         young.map(|s| self.models.get(&s.model).and_then(|m| m.queue.top())).min()
     }
 
-    /// Whatever is planned for it, there is no room and nobody makes any.
-    pub(super) fn is_out_of_reach(&self, bound: &Bound, candidate: &Candidate) -> bool {
+    /// What it needs on a GPU, if nothing but room decides where it goes.
+    fn plain_need(&self, bound: &Bound, candidate: &Candidate) -> Option<Bytes> {
         let spec = &candidate.spec;
         let plain = candidate.urgency == Urgency::Normal
             && candidate.swap.is_none()
             && candidate.instead_of.is_none()
             && matches!(spec.vram, Vram::Declared(_))
             && self.current(&spec.name).is_none();
-        let top = || self.models.get(&spec.name).and_then(|m| m.queue.top());
-        if !plain || bound.young.is_some_and(|lowest| lowest < top()) {
-            return false;
-        }
-        let Some(&(first, _)) = bound.gpus.first() else { return false };
-        let Some(need) = self.need(spec, first).filter(|need| !need.elastic) else { return false };
-        match spec.gpus {
+        let &(first, _) = bound.gpus.first().filter(|_| plain)?;
+        self.need(spec, first).filter(|need| !need.elastic).map(|need| need.bytes)
+    }
+
+    /// The sets of GPUs that may have room for it.
+    pub(super) fn sets_within(
+        &self,
+        bound: Option<&Bound>,
+        candidate: &Candidate,
+    ) -> Option<Vec<Vec<GpuId>>> {
+        let bound = bound?;
+        let need = self.plain_need(bound, candidate)?;
+        let mut sets = self.placements(&candidate.spec);
+        let room = |gpu: &GpuId| bound.gpus.iter().any(|(g, room)| g == gpu && *room >= need);
+        sets.retain(|set| set.iter().all(room));
+        (!sets.is_empty()).then_some(sets)
+    }
+
+    /// Whatever is planned for it, there is no room and nobody makes any.
+    pub(super) fn is_out_of_reach(&self, bound: &mut Bound, candidate: &Candidate) -> bool {
+        let spec = &candidate.spec;
+        let Some(need) = self.plain_need(bound, candidate) else { return false };
+        let has_none = match spec.gpus {
             GpuRequest::None => false,
-            GpuRequest::Count(1) | GpuRequest::Explicit(_) => need.bytes > bound.most,
+            GpuRequest::Count(1) | GpuRequest::Explicit(_) => need > bound.most,
             GpuRequest::Count(count) => {
-                let with_room = bound.gpus.iter().filter(|(_, room)| *room >= need.bytes);
+                let with_room = bound.gpus.iter().filter(|(_, room)| *room >= need);
                 with_room.count() < usize::from(count)
             }
+        };
+        let top = || self.models.get(&spec.name).and_then(|m| m.queue.top());
+        if has_none && bound.tries > 0 && bound.young.is_some_and(|lowest| lowest < top()) {
+            bound.tries -= 1;
+            return false;
         }
+        has_none
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::Scheduler;
 use super::action::Action;
+use super::queue::Model;
 use super::residency::{Instance, MoveKind};
 use crate::units::{Bytes, InstanceId, ModelName};
 
@@ -20,6 +21,11 @@ const RESIDUE_UNKNOWN: Bytes = Bytes::gib(2);
 
 fn mean(old: Option<Duration>, new: Duration) -> Duration {
     old.map_or(new, |old| (old * 7 + new * 3) / 10)
+}
+
+/// Of an awake instance.
+pub(super) fn stop_cost(state: &Model) -> Duration {
+    state.learned.stop.unwrap_or(STOP_UNKNOWN)
 }
 
 impl Scheduler {
@@ -82,7 +88,7 @@ impl Scheduler {
     }
 
     pub(super) fn stop_cost(&self, model: &ModelName) -> Duration {
-        self.models.get(model).and_then(|m| m.learned.stop).unwrap_or(STOP_UNKNOWN)
+        self.models.get(model).map_or(STOP_UNKNOWN, stop_cost)
     }
 
     /// What bringing an evicted instance back would take.

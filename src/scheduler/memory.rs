@@ -243,10 +243,7 @@ impl Scheduler {
                 self.note_holders();
                 self.prove_releases();
                 self.note_unlisted();
-                let releases = self.instances.values().any(|i| i.release.is_some());
-                if releases || self.swaps.values().any(|s| s.watching) || self.is_news() {
-                    self.changed();
-                }
+                self.advance_swaps();
             }
         }
     }

@@ -82,15 +82,11 @@ impl Scheduler {
         combinations(&gpus, count)
     }
 
-    /// That nothing is pinned, and no rule ties models together, makes whether a model fits a
-    /// matter of its size alone: asked once.
+    /// Asked once, as long as what it depends on stays (see `renew_fits`).
     pub(super) fn is_known_to_fit(&mut self, spec: &ModelSpec) -> bool {
-        if self.standing.fit.contains(&spec.name) {
-            return true;
-        }
-        let tied = !self.catalog.groups.is_empty() || !self.pinned_beside(&spec.name).is_empty();
-        let fits = !tied && self.cannot_fit(spec).is_none();
-        if fits {
+        let known = self.standing.fit.contains(&spec.name);
+        let fits = known || self.cannot_fit(spec).is_none();
+        if fits && !known {
             self.standing.fit.insert(spec.name.clone());
         }
         fits
@@ -215,7 +211,7 @@ impl Scheduler {
         candidate.swap.is_none().then_some(sleeper.id)
     }
 
-    fn plan_on(
+    pub(super) fn plan_on(
         &self,
         sets: Vec<Vec<GpuId>>,
         candidate: &Candidate,

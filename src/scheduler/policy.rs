@@ -83,14 +83,15 @@ impl Scheduler {
     fn give_room(&mut self, candidates: &[Candidate]) {
         let mut wanted: BTreeSet<GpuId> = BTreeSet::new();
         let mut longer: Vec<ModelName> = Vec::new();
-        let bound = self.bound(candidates);
+        self.renew_fits();
+        let mut bound = self.bound(candidates);
         for candidate in candidates {
             // Somebody of higher rank may just have been given its place.
             let name = &candidate.spec.name;
             if self.is_process_left(name) || self.is_leaving(name) {
                 continue;
             }
-            if bound.as_ref().is_some_and(|bound| self.is_out_of_reach(bound, candidate))
+            if bound.as_mut().is_some_and(|bound| self.is_out_of_reach(bound, candidate))
                 && self.is_known_to_fit(&candidate.spec)
             {
                 if !self.blocked.contains_key(name) {
@@ -112,7 +113,10 @@ impl Scheduler {
             let urgent = candidate.urgency < Urgency::Normal;
             let planned = match self.rival_waiting(&candidate, &longer) {
                 Some(why) => Planned::Blocked { gpus: Vec::new(), why },
-                None => self.plan(&candidate, &wanted),
+                None => match self.sets_within(bound.as_ref(), &candidate) {
+                    Some(sets) => self.plan_on(sets, &candidate, &wanted),
+                    None => self.plan(&candidate, &wanted),
+                },
             };
             let planned = self.or_call_off(planned, &mut candidate, &wanted);
             match (planned, candidate.swap) {
@@ -158,6 +162,7 @@ impl Scheduler {
                 }
             }
             self.blocked.remove(&candidate.spec.name);
+            bound = self.bound(candidates);
         }
     }
 
@@ -225,7 +230,7 @@ impl Scheduler {
         let swap = self.load_of(&spec.name);
         let (urgency, cause) = self.urgency(spec, swap.map(|s| s.cause))?;
         let instead_of = swap.and_then(|s| s.instead_of.clone());
-        let (score, pressure) = self.score(spec, longest);
+        let (score, pressure) = self.score(spec, state, longest);
         let score = self.baseline_score(state).unwrap_or(score);
         Some(Candidate {
             spec: Arc::clone(spec),
@@ -252,10 +257,11 @@ impl Scheduler {
         if let Some((id, cause)) = ensure {
             return Some((Urgency::Ensure(id), cause));
         }
-        if let Some(due) = self.pressing(&spec.name) {
+        let state = self.models.get(&spec.name)?;
+        if let Some(due) = state.claim.map(|claim| claim.due).filter(|&due| due <= self.now) {
             return Some((Urgency::Overdue(due), SwapCause::Request));
         }
-        if self.queue_len(&spec.name) > 0 {
+        if !state.queue.is_empty() {
             return Some((Urgency::Normal, SwapCause::Request));
         }
         match begun {

@@ -120,7 +120,7 @@ impl Scheduler {
     }
 
     /// How much of its start has passed, by what earlier ones took.
-    fn start_done_percent(&self, swap: &Swap) -> Option<u128> {
+    pub(super) fn start_done_percent(&self, swap: &Swap) -> Option<u128> {
         let began = self.instances.get(&swap.instance)?.moving?.since;
         let usual = self.models.get(&swap.model)?.learned.start?.as_millis();
         (self.now.since(began).as_millis() * 100).checked_div(usual)

@@ -126,6 +126,7 @@ impl Scheduler {
         // One that is away, or asleep, and was configured anew meanwhile will not serve again.
         let serves = |i: &Instance| i.is_ready() || spec.is_same(&i.spec);
         if !self.current(&request.model).is_some_and(serves)
+            && !self.standing.fit.contains(&spec.name)
             && let Some(refusal) = self.cannot_fit(spec)
         {
             return Err(refusal);

@@ -4,8 +4,8 @@
 //! `room` counts whatever bears on a decision: everything but such requests. While it stands where
 //! the last settling left it, nothing has fallen due and the last look at who waits is fresh
 //! enough, only what the event touched is granted, and its gate set. Ages grow meanwhile, and
-//! queues get shorter: so a look at whether what waits outweighs what runs is never older than
-//! [`LOOK_AGAIN`] when an event comes.
+//! queues get shorter, and samples show other figures: so while anybody waits for room, no look at
+//! them is older than [`LOOK_AGAIN`] when an event comes.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -13,11 +13,9 @@ use std::time::Duration;
 use super::policy::Candidate;
 use super::residency::Instance;
 use super::{Scheduler, WakeCause};
-use crate::units::{Bytes, GpuId, InstanceId, ModelName, Time};
+use crate::units::{Bytes, InstanceId, ModelName, Time};
 
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
-/// Driver bookkeeping moves free memory by less.
-const SAMPLE_SLACK: Bytes = Bytes::mib(16);
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What the last whole settling left.
 #[derive(Clone, Debug, Default)]
@@ -30,10 +28,10 @@ pub(super) struct Standing {
     pub candidates: Vec<Candidate>,
     /// When something falls due, at the earliest.
     pub due: Option<(Time, WakeCause)>,
-    /// Free memory that it decided on, where a sample was fresh.
-    free: Vec<(GpuId, Option<Bytes>)>,
     /// Models that were found to fit, while nothing that this depends on has changed.
     pub fit: BTreeSet<ModelName>,
+    /// The pinned ones that they were found to fit beside.
+    pinned: Vec<(InstanceId, Option<Bytes>)>,
 }
 
 /// Requests came or went here, nothing else.
@@ -117,30 +115,18 @@ impl Scheduler {
     pub(super) fn looked_at(&mut self, candidates: Vec<Candidate>) {
         self.standing.looked = self.now;
         self.standing.candidates = candidates;
-        self.standing.free = self.free_now();
     }
 
-    fn free_now(&self) -> Vec<(GpuId, Option<Bytes>)> {
-        self.world.gpus.iter().map(|g| (g.id, self.fresh_free(g.id))).collect()
+    /// Whether a model fits depends on its size, and on who is pinned beside it.
+    pub(super) fn renew_fits(&mut self) {
+        let pinned = self.instances.values().filter(|i| !i.is_stopping() && self.is_pinned(i));
+        let pinned: Vec<(InstanceId, Option<Bytes>)> = pinned.map(|i| (i.id, i.promise)).collect();
+        if pinned != self.standing.pinned || !self.catalog.groups.is_empty() {
+            self.standing.fit.clear();
+            self.standing.pinned = pinned;
+        }
     }
 
-    /// A sample showed something else than the last decision was made on.
-    pub(super) fn is_news(&self) -> bool {
-        let alike =
-            |(now, then): (&(GpuId, Option<Bytes>), &(GpuId, Option<Bytes>))| match (now.1, then.1)
-            {
-                (Some(now), Some(then)) => now - then < SAMPLE_SLACK && then - now < SAMPLE_SLACK,
-                (None, None) => true,
-                (Some(_), None) | (None, Some(_)) => false,
-            };
-        let now = self.free_now();
-        now.len() != self.standing.free.len()
-            || !now.iter().zip(&self.standing.free).all(alike)
-            || self.is_ram_sampled()
-            || self.swaps.values().any(|s| s.memory_wait.is_some())
-    }
-
-    /// As `is_idle`, by what is known of its gate.
     pub(super) fn is_idle(&self, instance: &Instance) -> bool {
         instance.in_flight() == 0 && self.queue_len(&instance.model) == 0
     }

@@ -13,7 +13,9 @@
 use std::time::Duration;
 
 use super::Scheduler;
+use super::cost::stop_cost;
 use super::policy::Candidate;
+use super::queue::Model;
 use super::residency::Instance;
 use crate::config::catalog::ModelSpec;
 use crate::units::{ModelName, Priority, Time};
@@ -39,21 +41,22 @@ pub(super) struct Claim {
 impl Scheduler {
     /// Claims of those who became overdue; ends those of models that wait no more.
     pub(super) fn renew_claims(&mut self) {
-        let mut fresh: Vec<(Time, ModelName)> = Vec::new();
-        let names: Vec<ModelName> = self
-            .models
-            .iter()
-            .filter(|(_, m)| m.claim.is_some() || !m.queue.is_empty())
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in names {
-            let ready = self.current(&name).is_some_and(Instance::is_ready);
-            let since = self.overdue_since(&name).filter(|&at| at <= self.now && !ready);
-            let Some(state) = self.models.get_mut(&name) else { continue };
-            match (since, state.claim) {
-                (None, _) => state.claim = None,
-                (Some(_), Some(_)) => {}
-                (Some(since), None) => fresh.push((since, name)),
+        let (mut fresh, mut over): (Vec<(Time, ModelName)>, Vec<ModelName>) = Default::default();
+        for (name, state) in &self.models {
+            if state.claim.is_none() && state.queue.is_empty() {
+                continue;
+            }
+            let overdue = self.overdue_since(name).filter(|&at| at <= self.now);
+            let waits = || !self.current(name).is_some_and(Instance::is_ready);
+            match (overdue.filter(|_| waits()), state.claim) {
+                (None, Some(_)) => over.push(name.clone()),
+                (Some(since), None) => fresh.push((since, name.clone())),
+                (None, None) | (Some(_), Some(_)) => {}
+            }
+        }
+        for name in over {
+            if let Some(state) = self.models.get_mut(&name) {
+                state.claim = None;
             }
         }
         fresh.sort();
@@ -91,12 +94,6 @@ impl Scheduler {
         swap.min_residency.max(start * 2) + swap.drain_timeout + start + self.stop_cost(&spec.name)
     }
 
-    /// Since when its claim is due.
-    pub(super) fn pressing(&self, model: &ModelName) -> Option<Time> {
-        let claim = self.models.get(model)?.claim?;
-        (claim.due <= self.now).then_some(claim.due)
-    }
-
     /// When a model that waits outranks the others, as things are.
     pub(super) fn claim_due(&self, model: &ModelName) -> Option<Time> {
         let claim = self.models.get(model)?.claim;
@@ -109,21 +106,15 @@ impl Scheduler {
         oldest.min().map_or(0, |at| self.now.since(at).as_millis())
     }
 
-    /// What the waiters of a model have suffered: weighted milliseconds.
-    fn suffered(&self, model: &ModelName, longest: u128) -> u128 {
-        let Some(state) = self.models.get(model) else { return 0 };
-        let (ages, squares) = state.queue.suffered(self.now);
-        ages + squares * SQUARES_PERCENT / 100 / longest.max(1)
-    }
-
     /// Rank among models that wait (larger is sooner), and what weighs against those who are
     /// there: weighted milliseconds per millisecond of move.
-    pub(super) fn score(&self, spec: &ModelSpec, longest: u128) -> (u128, u128) {
-        let service = self.models.get(&spec.name).and_then(|m| m.visit.mean()).unwrap_or_default();
+    pub(super) fn score(&self, spec: &ModelSpec, state: &Model, longest: u128) -> (u128, u128) {
+        let service = state.visit.mean().unwrap_or_default();
         let start = self.move_cost(&spec.name);
-        let turn = start + self.stop_cost(&spec.name) + service * SERVICE_WEIGHT;
+        let turn = start + stop_cost(state) + service * SERVICE_WEIGHT;
         let class = u128::from(spec.priority.weight_x4());
-        let waits = self.suffered(&spec.name, longest) * class;
+        let (ages, squares) = state.queue.suffered(self.now);
+        let waits = (ages + squares * SQUARES_PERCENT / 100 / longest.max(1)) * class;
         (waits * 1000 / (turn.as_millis() + 100), waits / start.as_millis().max(1))
     }
 
