@@ -32,8 +32,9 @@ step() { # step NAME COMMAND...: one line per step; the whole output only when i
     fi
 }
 
-summary() { # of cargo's closing lines
-    awk '/^test result:/ { p += $4; f += $6; i += $8 } END { if (p + f) printf "%d tests", p + f; if (i) printf ", %d ignored", i }' "$1"
+summary() { # of cargo's closing lines, and what the small worlds say
+    awk '/^test result:/ { p += $4; f += $6; i += $8 } /^small worlds:/ { if ($3 > s) s = $3 }
+        END { if (p + f) printf "%d tests", p + f; if (i) printf ", %d ignored", i; if (s) printf ", %d states", s }' "$1"
 }
 
 # What failed, short: the last lines of a run are what people and CI keep.

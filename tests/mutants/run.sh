@@ -86,19 +86,19 @@ first_failure() { # of a suite's output
 
 try() { # try NAME: prints its row; false if nothing caught it
     local name=$1 log=$place/$1.log suite status
-    plant "$name" || { printf '%-24s DOES NOT APPLY\n' "$name"; return 1; }
+    plant "$name" || { printf '%-26s DOES NOT APPLY\n' "$name"; return 1; }
     for suite in "${suites[@]}"; do
         (cd "$tree" && suite "$suite") >"$log" 2>&1
         status=$?
         if grep -q '^error: could not compile' "$log"; then
-            printf '%-24s DOES NOT COMPILE (%s)\n' "$name" "${log#"$root/"}"
+            printf '%-26s DOES NOT COMPILE (%s)\n' "$name" "${log#"$root/"}"
             return 1
         elif [ $status -ne 0 ]; then
-            printf '%-24s %-12s %s\n' "$name" "$suite" "$(first_failure "$log")"
+            printf '%-26s %-12s %s\n' "$name" "$suite" "$(first_failure "$log")"
             return 0
         fi
     done
-    printf '%-24s SURVIVED: %s\n' "$name" "$(field "$name" breaks)"
+    printf '%-26s SURVIVED: %s\n' "$name" "$(field "$name" breaks)"
     return 1
 }
 
@@ -113,7 +113,7 @@ if [ ${#names[@]} -eq 0 ]; then
     done
 fi
 bad=0
-printf '%-24s %-12s %s\n' fault 'caught by' test
+printf '%-26s %-12s %s\n' fault 'caught by' test
 for name in "${names[@]}"; do
     try "$name" || bad=$((bad + 1))
     file=$(field "$name" file)

@@ -4,7 +4,7 @@
 //! arrives, a request ends, a client leaves, a move completes, a move fails, the clock reaches
 //! what the scheduler waits for), breadth first and each state once, to a depth. After every
 //! event the scheduler's own invariants hold, and so does `reference`, which knows nothing of
-//! them; from every 32nd state, what is under way is let come to its end: everyone who waits
+//! them; from every 64th state, what is under way is let come to its end: everyone who waits
 //! must be served or refused within a bound. What is found is printed as the shortest way there.
 //!
 //! A state is the scheduler's digest and the world's. Times that differ by less than [`GRAIN`]

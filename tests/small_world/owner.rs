@@ -26,6 +26,7 @@ impl World {
         let (what, swap) = engine.moving.take().ok_or("nothing moves")?;
         let stale = engine.stale.take();
         let model = engine.model.clone();
+        let took = self.now - engine.moving_since;
         if what == Move::Release {
             engine.held = Bytes::ZERO;
             return self.sample();
@@ -33,6 +34,9 @@ impl World {
         if let Some((what, swap)) = stale {
             let done = self.done(id, what, true)?;
             self.nothing_comes_of(Event::MoveDone { swap, instance: id, done })?;
+        }
+        if well && what == Move::Start {
+            self.reference.slowest_start = self.reference.slowest_start.max(took);
         }
         if !well {
             self.reference.failed.insert(model);

@@ -44,9 +44,11 @@ pub struct Reference {
     pub failed: BTreeSet<ModelName>,
     /// Somebody could not be stopped, or its memory is late.
     pub stuck: bool,
-    /// For a grant, from here on at the earliest.
+    /// Until a grant, or a refusal by the queue's timeout; counted from here on at the earliest.
     pub longest_wait: u64,
     pub counts_from: u64,
+    /// The longest that a start took which completed.
+    pub slowest_start: u64,
 }
 
 type Check = Result<(), String>;
@@ -180,9 +182,15 @@ impl World {
         require(places == u32::MAX || !gate.open, || {
             format!("{request} is granted on {model} with its gate open")
         })?;
-        self.reference.longest_wait =
-            self.reference.longest_wait.max(self.now - since.max(self.reference.counts_from));
+        self.count_wait(since);
         Ok(())
+    }
+
+    /// A wait ended: by a grant, or because it was too long (who should have been served by then
+    /// is a finding, however politely it was refused).
+    fn count_wait(&mut self, since: u64) {
+        let waited = self.now - since.max(self.reference.counts_from);
+        self.reference.longest_wait = self.reference.longest_wait.max(waited);
     }
 
     fn judge_refusal(&mut self, request: RequestId, refusal: &Refusal) -> Check {
@@ -195,7 +203,10 @@ impl World {
         let fine = match refusal {
             Refusal::StartFailed { .. } => self.reference.failed.contains(&model),
             Refusal::VramNeverFreed { .. } => self.reference.stuck,
-            Refusal::QueueTimeout { .. } => since + timeout <= self.now,
+            Refusal::QueueTimeout { .. } => {
+                self.count_wait(since);
+                since + timeout <= self.now
+            }
             Refusal::UnknownModel
             | Refusal::NotLoaded
             | Refusal::QueueFull { .. }

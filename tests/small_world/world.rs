@@ -198,11 +198,14 @@ impl World {
             Step::Ends(id, _) => self.ends(*id)?,
             Step::Leaves(model) => {
                 self.leaves -= 1;
+                self.read_gates()?;
                 let mut waiting = self.reference.waiting.iter().rev();
                 let last = waiting.find(|(_, (_, waits_for))| waits_for == model);
-                let request = *last.ok_or("nobody waits")?.0;
-                self.reference.waiting.remove(&request);
-                self.deliver(Event::RequestGone { request })?;
+                // (What the gates told may have served it just before: then it stays.)
+                if let Some((&request, _)) = last {
+                    self.reference.waiting.remove(&request);
+                    self.deliver(Event::RequestGone { request })?;
+                }
             }
             Step::Completes(id, _, _) => self.completes(*id, true)?,
             Step::Fails(id, _, _) => {

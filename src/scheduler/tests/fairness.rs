@@ -123,6 +123,37 @@ fn the_queue_is_bounded_and_time_limited() {
 }
 
 #[test]
+fn who_waits_behind_one_that_gave_up_is_served() {
+    let mut config = catalog(vec![spec("a", 20)]);
+    config.settings.queue.timeout = Duration::from_secs(3);
+    let mut sim = Sim::new(config, &[24]);
+    let first = sim.request("a");
+    sim.run_secs(2);
+    let second = sim.request("a");
+    sim.run_for(Duration::from_millis(1500));
+    assert!(matches!(sim.refused.get(&first), Some(Refusal::QueueTimeout { .. })));
+    assert_eq!(sim.model("a").queue, vec![second]);
+    sim.run_secs(1);
+    assert_eq!(sim.served_by(second), Some("a"));
+}
+
+/// Nothing happens on the machine, no memory is read: the scheduler asked to be woken.
+#[test]
+fn a_drain_deadline_wakes_the_scheduler_by_itself() {
+    let mut config = catalog(vec![spec("a", 20), spec("b", 20)]);
+    config.settings.swap.drain_timeout = Duration::from_secs(20);
+    let mut sim = Sim::new(config, &[24]);
+    sim.request("a");
+    sim.run_secs(5);
+    sim.request("b");
+    sim.run_secs(31);
+    assert_eq!(sim.state("a"), "draining");
+    sim.sample_every = Duration::from_secs(3600);
+    sim.run_secs(25);
+    assert_eq!(sim.count(|a| matches!(a, Action::CancelLeases { .. })), 1);
+}
+
+#[test]
 fn a_swap_that_nobody_waits_for_is_called_off_before_it_stops_anyone() {
     let mut sim = Sim::new(catalog(vec![spec("a", 20), spec("b", 20)]), &[24]);
     let stream = sim.request("a");

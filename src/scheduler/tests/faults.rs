@@ -99,6 +99,24 @@ fn memory_that_is_never_freed_names_its_holder_and_others_are_served() {
 }
 
 #[test]
+fn bytes_that_a_start_is_about_to_take_are_not_free() {
+    let mut sim = Sim::new(catalog(vec![spec("a", 10), spec("b", 10)]), &[24]);
+    sim.strangers.insert(GpuId(0), Bytes::gib(8));
+    sim.run_secs(1);
+    let first = sim.request("a");
+    sim.run_for(Duration::from_millis(100));
+    // It reads its files: nothing of it is on the GPU yet, where 16 GiB are free.
+    let loading = sim.running.values_mut().next().expect("it starts");
+    let bytes = std::mem::replace(&mut loading.bytes, Bytes::ZERO);
+    sim.request("b");
+    sim.run_secs(2);
+    assert_eq!((sim.state("a"), sim.starts("b")), ("starting", 0));
+    sim.running.values_mut().next().expect("it starts").bytes = bytes;
+    sim.run_secs(3);
+    assert_eq!(sim.served_by(first), Some("a"));
+}
+
+#[test]
 fn a_victim_that_cannot_be_stopped_is_tried_again_later() {
     let mut sim = Sim::new(catalog(vec![spec("a", 20), spec("b", 20)]), &[24]);
     let first = sim.request("a");

@@ -18,4 +18,5 @@ mod reload;
 mod sleepers;
 mod stay;
 mod swaps;
+mod turns;
 mod world;

@@ -46,6 +46,13 @@ fn nobody_is_put_to_sleep_where_no_memory_can_be_read() {
 }
 
 #[test]
+fn what_a_sleeper_keeps_stays_promised() {
+    let sim = asleep(spec("b", 18));
+    let view = sim.scheduler.view(sim.now);
+    assert_eq!(view.gpus[0].promised, Bytes::gib(18 + 1));
+}
+
+#[test]
 fn a_sleeper_whose_unload_has_to_wait_is_not_woken_meanwhile() {
     let mut sim = Sim::new(catalog(vec![vllm("a", 20), vllm("b", 18)]), &[24]);
     let first = sim.request("a");
