@@ -68,9 +68,7 @@ impl Scheduler {
         if let Some(id) = touched.instance {
             self.sync_gate(id, !self.standing.candidates.is_empty());
         }
-        if let Some(model) = &touched.model {
-            self.note_due(model);
-        }
+        self.note_due(touched.model.as_ref());
         true
     }
 
@@ -79,15 +77,18 @@ impl Scheduler {
         self.room == self.standing.room && (fresh || self.standing.candidates.is_empty())
     }
 
-    /// What a request of this model that came or went may be due for.
-    fn note_due(&mut self, model: &ModelName) {
+    /// What a request that came or went may be due for.
+    fn note_due(&mut self, model: Option<&ModelName>) {
         let timeout = self.catalog.settings.queue.timeout;
-        let first = self.models.get(model).and_then(|m| m.queue.first_entry());
+        let first = model.and_then(|m| self.models.get(m)).and_then(|m| m.queue.first_entry());
         let times_out = first.map(|at| (at + timeout, WakeCause::QueueTimeout));
-        let overdue = self.claim_due(model).map(|at| (at, WakeCause::MaxWait));
-        let now = self.now;
-        let due = [times_out, overdue, self.standing.due].into_iter().flatten();
-        self.standing.due = due.filter(|(at, _)| *at > now).min();
+        let overdue = model.and_then(|m| self.claim_due(m)).map(|at| (at, WakeCause::MaxWait));
+        // Every demand puts off the return of warm-up models.
+        let warm = self.catalog.models.values().filter(|spec| spec.warmup);
+        let back = warm.filter_map(|spec| Some((self.restore_due(spec)?, WakeCause::Restore)));
+        let asked = [times_out, overdue, self.standing.due].into_iter().flatten();
+        let due = asked.chain(back).filter(|(at, _)| *at > self.now).min();
+        self.standing.due = due;
     }
 
     /// Whether something has fallen due that nobody has looked at.

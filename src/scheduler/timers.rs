@@ -76,11 +76,13 @@ impl Scheduler {
         let residents = self.instances.values().filter(|i| i.is_ready()).flat_map(move |i| {
             let ttl = self.ttl_due(i).map(|at| (at, WakeCause::Ttl));
             let tenure = (i.ready_at + self.tenure(i), WakeCause::MinResidency);
-            let linger = (i.last_used() + self.linger(i), WakeCause::Linger);
-            let victim = anyone.then_some([tenure, linger]);
-            let preloads = preloads.clone().into_iter();
-            let idle = preloads.map(|c| (self.idle_enough_at(&c, i), WakeCause::Linger));
-            ttl.into_iter().chain(victim.into_iter().flatten()).chain(idle)
+            // (One in use leaves for none of these.)
+            let idle = self.is_idle(i);
+            let linger = idle.then(|| (i.last_used() + self.linger(i), WakeCause::Linger));
+            let victim = [Some(tenure), linger].into_iter().flatten().filter(move |_| anyone);
+            let preloads = preloads.clone().into_iter().filter(move |_| idle);
+            let long_idle = preloads.map(|c| (self.idle_enough_at(&c, i), WakeCause::Linger));
+            ttl.into_iter().chain(victim).chain(long_idle)
         });
         overdue.into_iter().chain(placed).chain(residents).chain(self.restores())
     }
