@@ -73,6 +73,7 @@ impl Scheduler {
         if let Some(model) = &touched.model {
             self.note_due(model);
         }
+        self.note_put_off(touched.instance);
         true
     }
 
@@ -90,6 +91,15 @@ impl Scheduler {
         let now = self.now;
         let due = [times_out, overdue, self.standing.due].into_iter().flatten();
         self.standing.due = due.filter(|(at, _)| *at > now).min();
+    }
+
+    /// What a use put off: somebody lingers anew, and warm-up models wait for quiet again.
+    fn note_put_off(&mut self, used: Option<InstanceId>) {
+        let used = used.and_then(|id| self.instances.get(&id)).filter(|i| i.is_ready());
+        let lingers = used.map(|i| (i.last_used() + self.linger(i), WakeCause::Linger));
+        let ttl = used.and_then(|i| Some((self.ttl_due(i)?, WakeCause::Ttl)));
+        let due = self.restores().chain(lingers).chain(ttl).filter(|(at, _)| *at > self.now);
+        self.standing.due = due.chain(self.standing.due).min();
     }
 
     /// Whether something has fallen due that nobody has looked at.
