@@ -39,7 +39,7 @@ const BANNED_IN_SCHEDULER: [&str; 20] = [
 ];
 
 /// What `use` (and full paths) in the scheduler may begin with.
-const ALLOWED_IN_SCHEDULER: [&str; 13] = [
+const ALLOWED_IN_SCHEDULER: [&str; 14] = [
     "std::collections::",
     "std::sync::Arc",
     "std::time::Duration",
@@ -48,6 +48,7 @@ const ALLOWED_IN_SCHEDULER: [&str; 13] = [
     // Its keys are fixed: the same state, the same digest.
     "std::hash::Hasher",
     "std::mem",
+    "std::ops::",
     "serde::{Deserialize, Serialize}",
     "super::",
     "crate::units",
@@ -57,8 +58,18 @@ const ALLOWED_IN_SCHEDULER: [&str; 13] = [
     "self::",
 ];
 
-const SCHEDULER_SIBLINGS: [&str; 8] =
-    ["action::", "ask::", "event::", "memory::", "queue::", "record::", "residency::", "swap::"];
+const SCHEDULER_SIBLINGS: [&str; 10] = [
+    "action::",
+    "ask::",
+    "event::",
+    "memory::",
+    "queue::",
+    "record::",
+    "residency::",
+    "swap::",
+    "quiet::",
+    "table::",
+];
 
 struct Source {
     path: PathBuf,

@@ -88,7 +88,7 @@ impl Scheduler {
     }
 
     /// When warm-up models may come back into free memory.
-    fn restores(&self) -> impl Iterator<Item = Due> + '_ {
+    pub(super) fn restores(&self) -> impl Iterator<Item = Due> + '_ {
         self.catalog
             .models
             .values()
