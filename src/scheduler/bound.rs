@@ -5,9 +5,10 @@ use super::Scheduler;
 use super::policy::{Candidate, Urgency};
 use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
+use super::swap::Swap;
 use super::turn::NOTICE_MOVES;
 use crate::config::catalog::{GpuRequest, Vram};
-use crate::units::{Bytes, GpuId, Priority};
+use crate::units::{Bytes, GpuId, Priority, Time};
 
 /// With fewer, each is planned for, and told exactly whom it waits for.
 const MANY: usize = 24;
@@ -19,8 +20,9 @@ const CALL_OFF_TRIES: u32 = 2;
 pub(super) struct Bound {
     gpus: Vec<(GpuId, Bytes)>,
     most: Bytes,
-    /// The lowest class of a start that might be called off; `None` within: nobody waits for it.
-    young: Option<Option<Priority>>,
+    /// The lowest class of a start that might be called off (`None`: nobody waits for it), and
+    /// since when: it gives way to those who came later.
+    young: Option<(Option<Priority>, Time)>,
     /// How many more may look whether a start gives way to them, in order of rank.
     tries: u32,
 }
@@ -75,7 +77,7 @@ impl Scheduler {
         }
     }
 
-    fn lowest_start(&self) -> Option<Option<Priority>> {
+    fn lowest_start(&self) -> Option<(Option<Priority>, Time)> {
         let young = self.swaps.values().filter(|s| {
             let asked = matches!(s.cause, SwapCause::Ensure | SwapCause::Load);
             let once = self.models.get(&s.model).is_some_and(|m| m.called_off);
@@ -86,7 +88,8 @@ impl Scheduler {
             };
             s.is_load() && young && !asked && !once
         });
-        young.map(|s| self.models.get(&s.model).and_then(|m| m.queue.top())).min()
+        let class = |s: &Swap| self.models.get(&s.model).and_then(|m| m.queue.top());
+        young.map(|s| (class(s), s.began)).min()
     }
 
     /// What it needs on a GPU, if nothing but room decides where it goes.
@@ -97,8 +100,19 @@ impl Scheduler {
             && candidate.instead_of.is_none()
             && matches!(spec.vram, Vram::Declared(_))
             && self.current(&spec.name).is_none();
-        let &(first, _) = bound.gpus.first().filter(|_| plain)?;
-        self.need(spec, first).filter(|need| !need.elastic).map(|need| need.bytes)
+        if !plain {
+            return None;
+        }
+        // The least anywhere: learned peaks are cut to what a GPU has.
+        let learned = self.models.get(&spec.name).is_some_and(|m| m.learned.footprint.is_some());
+        let gpus = if learned { bound.gpus.len() } else { 1 };
+        let needs = bound
+            .gpus
+            .iter()
+            .take(gpus)
+            .map(|&(gpu, _)| self.need(spec, gpu).filter(|n| !n.elastic));
+        let needs: Option<Vec<Bytes>> = needs.map(|need| Some(need?.bytes)).collect();
+        needs?.into_iter().min()
     }
 
     /// The sets of GPUs that may have room for it.
@@ -127,8 +141,10 @@ impl Scheduler {
                 with_room.count() < usize::from(count)
             }
         };
-        let top = || self.models.get(&spec.name).and_then(|m| m.queue.top());
-        if has_none && bound.tries > 0 && bound.young.is_some_and(|lowest| lowest < top()) {
+        let calls_off = |(class, since): (Option<Priority>, Time)| {
+            class < self.class_since(candidate, Some(since))
+        };
+        if has_none && bound.tries > 0 && bound.young.is_some_and(calls_off) {
             bound.tries -= 1;
             return false;
         }

@@ -71,7 +71,11 @@ impl Scheduler {
     pub(super) fn remember(&mut self, model: &ModelName) {
         if let Some(state) = self.models.get(model) {
             let learned = state.learned.clone();
-            self.standing.fit.remove(model);
+            if self.catalog.model(model).is_some_and(|spec| self.pins(spec)) {
+                self.standing.fit.clear();
+            } else {
+                self.standing.fit.remove(model);
+            }
             self.emit(Action::Remember { model: model.clone(), learned });
         }
     }

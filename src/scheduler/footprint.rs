@@ -66,6 +66,10 @@ impl Scheduler {
     /// The margin must not keep a model from where it ran before: neither from a GPU that it fills,
     /// reserve and all, nor from beside pinned ones. On a GPU smaller than its peak it never ran.
     pub(super) fn with_margin(&self, spec: &ModelSpec, gpu: GpuId, peak: Bytes) -> Bytes {
+        // What a pinned model is promised beyond need others can never have.
+        if self.pins(spec) {
+            return peak;
+        }
         let bytes = peak + margin(peak);
         let usable = self.usable(gpu);
         let reserve = self.total(gpu) - self.capacity(gpu);

@@ -9,6 +9,7 @@
 use super::Scheduler;
 use super::event::HostUse;
 use super::footprint::margin;
+use super::residency::Instance;
 use crate::config::catalog::ModelSpec;
 use crate::units::{Bytes, InstanceId};
 
@@ -19,8 +20,17 @@ impl Scheduler {
             return Bytes::ZERO;
         }
         let learned = self.models.get(&spec.name).map(|m| &m.learned);
-        let with_margin = |peak: Bytes| peak + margin(peak);
-        let held = learned.and_then(|l| l.ram_held).map(with_margin).unwrap_or_default();
+        let pins = self.pins(spec);
+        let with_margin = |peak: Bytes| if pins { peak } else { peak + margin(peak) };
+        let peak = learned.and_then(|l| l.ram_held).unwrap_or_default();
+        // The margin must not keep it from where it ran: beside the pinned ones.
+        let pinned = self
+            .instances
+            .values()
+            .filter(|i| i.model != spec.name && self.is_pinned(i) && !i.is_stopping());
+        let beside: Bytes = pinned.map(Instance::ram).sum();
+        let room = self.ram_capacity().map(|capacity| (capacity - beside).max(peak));
+        let held = with_margin(peak).min(room.unwrap_or(with_margin(peak)));
         let seasoned = learned.filter(|l| l.seasoned).and_then(|l| l.ram_resident);
         let declared = spec.ram.unwrap_or_default();
         let most = seasoned.map_or(declared, |peak| with_margin(peak).min(declared));

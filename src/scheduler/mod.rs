@@ -247,7 +247,7 @@ impl Scheduler {
                 if let Some(state) = self.models.get_mut(&model) {
                     state.learned = learned;
                 }
-                self.standing.fit.remove(&model);
+                self.standing.fit.clear();
             }
             Event::CatalogChanged(catalog) => {
                 self.catalog_changed(catalog);

@@ -78,7 +78,8 @@ impl Scheduler {
         let expected = work + ready_in.unwrap_or_default();
         let timeout = self.catalog.settings.queue.timeout;
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        (expected >= timeout + timeout / 2)
+        // By the line alone: who comes first starts the model, however long that takes.
+        (work >= timeout + timeout / 2)
             .then(|| Refusal::Overloaded { expected_ms: ms(expected), timeout_ms: ms(timeout) })
     }
 }

@@ -164,6 +164,7 @@ impl Scheduler {
             self.blocked.remove(&candidate.spec.name);
             bound = self.bound(candidates);
         }
+        self.standing.wanted = wanted;
     }
 
     /// Everything that should become ready and has no room yet, by rank.

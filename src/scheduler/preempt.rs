@@ -17,7 +17,7 @@
 use std::collections::BTreeSet;
 
 use super::Scheduler;
-use super::placement::Planned;
+use super::placement::{Plan, Planned};
 use super::policy::{Candidate, Urgency};
 use super::record::{Phase, SwapCause};
 use super::residency::MoveKind;
@@ -48,7 +48,11 @@ impl Scheduler {
     }
 
     /// The class of those who came after `since` (an ensure always did); `None`: nobody.
-    fn class_since(&self, candidate: &Candidate, since: Option<Time>) -> Option<Priority> {
+    pub(super) fn class_since(
+        &self,
+        candidate: &Candidate,
+        since: Option<Time>,
+    ) -> Option<Priority> {
         let ensure = matches!(candidate.urgency, Urgency::Ensure(_));
         let queue = self.models.get(&candidate.spec.name).map(|m| &m.queue);
         let came = |w: &&Waiter| since.is_none_or(|since| w.enqueued > since);
@@ -72,7 +76,12 @@ impl Scheduler {
             may.iter().filter(|s| s.started).map(|s| s.instance).collect();
         if !started.is_empty() {
             let without = Candidate { calls_off: started, ..candidate.clone() };
-            if let Planned::Room(plan) = self.plan(&without, wanted) {
+            // Where somebody else had to leave, too, the room would not be there at once.
+            let alone =
+                |plan: &Plan| plan.victims.iter().all(|v| without.calls_off.contains(&v.instance));
+            if let Planned::Room(plan) = self.plan(&without, wanted)
+                && alone(&plan)
+            {
                 let leaves = |s: &&&Swap| plan.victims.iter().any(|v| v.instance == s.instance);
                 return may.iter().filter(leaves).map(|s| s.id).collect();
             }

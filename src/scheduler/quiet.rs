@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::policy::Candidate;
 use super::residency::Instance;
 use super::{Scheduler, WakeCause};
-use crate::units::{Bytes, InstanceId, ModelName, Time};
+use crate::units::{Bytes, GpuId, InstanceId, ModelName, Time};
 
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -26,6 +26,8 @@ pub(super) struct Standing {
     looked: Time,
     /// Who waits for room and has none yet, by rank.
     pub candidates: Vec<Candidate>,
+    /// GPUs that the urgent among them wait for.
+    pub wanted: BTreeSet<GpuId>,
     /// When something falls due, at the earliest.
     pub due: Option<(Time, WakeCause)>,
     /// Models that were found to fit, while nothing that this depends on has changed.

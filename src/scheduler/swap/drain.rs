@@ -3,7 +3,6 @@
 //! An idle victim found busy when its gate closed is let go again, and another choice made,
 //! unless notice is due to it anyway. Until the first stop everything here can be undone.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::super::Scheduler;
@@ -129,7 +128,7 @@ impl Scheduler {
             return false;
         }
         let Some(candidate) = self.candidate_of(&swap.model) else { return false };
-        let planned = self.plan(&candidate, &BTreeSet::new());
+        let planned = self.plan(&candidate, &self.standing.wanted);
         matches!(planned, Planned::Room(plan) if plan.victims.iter().all(|v| !v.busy))
     }
 
