@@ -3,6 +3,7 @@
 mod show;
 mod world;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -40,7 +41,7 @@ Figures:
 Examples:
   wharf replay trace.csv --slots 2 --load 20s
   wharf replay trace.csv --gpus 24GiB,48GiB --sizes 8GiB,big=40GiB,huge=20GiBx2 --plot waits.svg
-  wharf replay activity.json --config models.yaml --policy fair --json | jq .policies[0].wait
+  wharf replay activity.json --config models.yaml --gpus 24GiB --policy fair --json | jq .policies[0].wait
   wharf replay --generate 1 --limit 6000 --compress 10 --service-scale 0.2
   wharf replay --generate 1 --limit 6000 --csv > trace.csv
   wharf replay --sessions 8 --seed 1
@@ -58,10 +59,10 @@ pub struct Args {
     #[arg(long, value_name = "SEED", conflicts_with = "trace")]
     pub generate: Option<u64>,
     /// Print the made-up trace and replay nothing
-    #[arg(long, requires = "generate")]
+    #[arg(long, requires = "generate", conflicts_with_all = ["plot", "json"])]
     pub csv: bool,
     /// Agents that wait for each answer (planner → coder → planner), 1 to 16, instead of a trace
-    #[arg(long, value_name = "N", conflicts_with_all = ["trace", "generate", "plot"])]
+    #[arg(long, value_name = "N", conflicts_with_all = ["trace", "generate", "plot", "csv", "limit", "compress", "service_scale"])]
     pub sessions: Option<usize>,
     /// Of the agents
     #[arg(long, default_value_t = 1, requires = "sessions")]
@@ -136,7 +137,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let Traffic { name, mut arrivals } = traffic(args)?;
     if args.csv {
-        print!("{}", replay::generate::to_csv(&arrivals));
+        say(&replay::generate::to_csv(&arrivals));
         return Ok(ExitCode::SUCCESS);
     }
     let (setup, world) = args.world.setup(&name, &mut arrivals)?;
@@ -145,7 +146,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let all: Vec<Figures> = runs.iter().map(|run| figures(run, &setup)).collect();
     let scale = scale(args);
     if let Some(path) = &args.plot {
-        draw(path, &format!("{name}{scale}: {world}"), &runs)?;
+        draw(path, &format!("{name}{scale}\n{world}"), &runs)?;
     }
     if args.json {
         let ratios = show::Ratios::of(&all);
@@ -157,10 +158,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             "policies": all,
             "fair_to_exhaustive": ratios,
         });
-        println!("{}", serde_json::to_string_pretty(&object)?);
+        say(&format!("{}\n", serde_json::to_string_pretty(&object)?));
     } else {
-        println!("{name}: {} arrivals{scale}\n{world}\n", arrivals.len());
-        print!("{}", show::table(&all));
+        let head = format!("{name}: {} arrivals{scale}\n{world}\n\n", arrivals.len());
+        say(&(head + &show::table(&all)));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -179,16 +180,21 @@ fn run_sessions(args: &Args, count: usize) -> anyhow::Result<ExitCode> {
     if args.json {
         let object =
             json!({ "sessions": count, "seed": args.seed, "world": world, "policies": all });
-        println!("{}", serde_json::to_string_pretty(&object)?);
+        say(&format!("{}\n", serde_json::to_string_pretty(&object)?));
     } else {
-        println!(
-            "{count} agents with {} tasks each (seed {})\n{world}\n",
+        let head = format!(
+            "{count} agents with {} tasks each (seed {})\n{world}\n\n",
             sessions::TASKS,
             args.seed
         );
-        print!("{}", show::session_table(&all));
+        say(&(head + &show::session_table(&all)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whoever reads may have seen enough (`| head`).
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 /// Each policy has a thread of its own.

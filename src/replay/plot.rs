@@ -47,7 +47,12 @@ fn end_of(run: &Run) -> Time {
 /// The title, and what each policy's line looks like.
 fn heading(sheet: &mut Sheet, title: &str, runs: &[Run]) {
     sheet.y = 38.0;
-    sheet.text(LEFT, "head", title);
+    let mut lines = title.lines();
+    sheet.text(LEFT, "head", lines.next().unwrap_or_default());
+    for line in lines {
+        sheet.y += 20.0;
+        sheet.text(LEFT, "dim", line);
+    }
     sheet.y += 10.0;
     for (at, run) in runs.iter().enumerate() {
         sheet.y += 20.0;

@@ -87,7 +87,16 @@ impl Disk {
             | OpenFlags::SQLITE_OPEN_URI;
         let absolute = path.canonicalize()?;
         let name: String = absolute.to_string_lossy().chars().map(escaped).collect();
-        let connection = Connection::open_with_flags(format!("file:{name}?immutable=1"), flags)?;
+        // What a running Wharf wrote last stands beside the file, which `immutable` would pass over.
+        let mut beside = absolute.into_os_string();
+        beside.push("-wal");
+        let is_open = std::fs::metadata(&beside).is_ok_and(|wal| wal.len() > 0);
+        let shared = || Connection::open_with_flags(format!("file:{name}?mode=ro"), flags).ok();
+        let readable = |c: &Connection| version(c).is_ok();
+        let connection = match is_open.then(shared).flatten().filter(readable) {
+            Some(connection) => connection,
+            None => Connection::open_with_flags(format!("file:{name}?immutable=1"), flags)?,
+        };
         if version(&connection)? != MIGRATIONS.len() as i64 {
             return Ok(Loaded::default());
         }

@@ -17,7 +17,7 @@ use crate::units::{Bytes, ModelName};
 #[command(next_help_heading = "The modelled world")]
 pub struct WorldArgs {
     /// One GPU on which so many models fit, all of the same size
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "gpus")]
     pub slots: u32,
     /// GPUs of these sizes instead (24GiB,48GiB); --sizes or --config say what models take
     #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = size)]
@@ -44,8 +44,8 @@ pub struct WorldArgs {
     /// What a sleeper keeps on each GPU
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size)]
     pub residue: Bytes,
-    /// Requests that a model serves at once
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Requests that a model serves at once (with --config: as many as that file says)
+    #[arg(long, value_name = "N", default_value_t = 16, conflicts_with = "config", value_parser = clap::value_parser!(u32).range(1..))]
     pub concurrency: u32,
     /// Notice to leave falls due when a request has waited so long; max(30 s, 3 starts) by default
     #[arg(long, value_name = "TIME", value_parser = duration)]
@@ -184,6 +184,11 @@ impl WorldArgs {
             _ => String::new(),
         };
         let (load, unload) = (seconds(self.load), seconds(self.unload));
+        if self.config.is_some() {
+            return format!(
+                "{place}; where nothing was learned: start {load}, stop {unload}{sleep}"
+            );
+        }
         format!("{place}, start {load}, stop {unload}{sleep}, {} at once", self.concurrency)
     }
 }
