@@ -15,6 +15,7 @@ pub mod orchestrator;
 pub mod announce;
 pub mod api;
 pub mod gateway;
+pub mod markup;
 pub mod reload;
 pub mod store;
 pub mod telemetry;

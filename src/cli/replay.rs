@@ -3,7 +3,6 @@
 mod show;
 mod world;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use serde_json::json;
 
+use super::client::say;
 use crate::replay::figures::{Figures, figures};
 use crate::replay::sessions::{self, AGENTS_MAX, SessionFigures};
 use crate::replay::setup::Setup;
@@ -137,7 +137,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let Traffic { name, mut arrivals } = traffic(args)?;
     if args.csv {
-        say(&replay::generate::to_csv(&arrivals));
+        say(replay::generate::to_csv(&arrivals).trim_end());
         return Ok(ExitCode::SUCCESS);
     }
     let (setup, world) = args.world.setup(&name, &mut arrivals)?;
@@ -158,10 +158,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             "policies": all,
             "fair_to_exhaustive": ratios,
         });
-        say(&format!("{}\n", serde_json::to_string_pretty(&object)?));
+        say(&serde_json::to_string_pretty(&object)?);
     } else {
         let head = format!("{name}: {} arrivals{scale}\n{world}\n\n", arrivals.len());
-        say(&(head + &show::table(&all)));
+        say((head + &show::table(&all)).trim_end());
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -180,21 +180,16 @@ fn run_sessions(args: &Args, count: usize) -> anyhow::Result<ExitCode> {
     if args.json {
         let object =
             json!({ "sessions": count, "seed": args.seed, "world": world, "policies": all });
-        say(&format!("{}\n", serde_json::to_string_pretty(&object)?));
+        say(&serde_json::to_string_pretty(&object)?);
     } else {
         let head = format!(
             "{count} agents with {} tasks each (seed {})\n{world}\n\n",
             sessions::TASKS,
             args.seed
         );
-        say(&(head + &show::session_table(&all)));
+        say((head + &show::session_table(&all)).trim_end());
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Whoever reads may have seen enough (`| head`).
-fn say(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 /// Each policy has a thread of its own.

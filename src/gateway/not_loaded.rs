@@ -7,6 +7,7 @@ use http::{HeaderMap, HeaderValue, header};
 use super::path::encode;
 use super::reject::Reject;
 use crate::config::catalog::{ModelSpec, Settings};
+use crate::markup::escaped;
 
 /// Somebody looks at a page (and not a script or a picture of one).
 pub fn is_navigation(headers: &HeaderMap) -> bool {
@@ -35,19 +36,4 @@ pub fn page(spec: &ModelSpec, settings: &Settings, reject: Reject) -> Response {
     head.headers.remove(header::CONTENT_TYPE);
     head.headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     (head.status, head.headers, Html(html)).into_response()
-}
-
-fn escaped(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => safe.push_str("&amp;"),
-            '<' => safe.push_str("&lt;"),
-            '>' => safe.push_str("&gt;"),
-            '"' => safe.push_str("&quot;"),
-            '\'' => safe.push_str("&#39;"),
-            c => safe.push(c),
-        }
-    }
-    safe
 }

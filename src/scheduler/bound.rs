@@ -3,7 +3,6 @@
 
 use super::Scheduler;
 use super::policy::{Candidate, Urgency};
-use super::record::{Phase, SwapCause};
 use super::residency::{Instance, Residency};
 use super::swap::Swap;
 use super::turn::NOTICE_MOVES;
@@ -78,16 +77,7 @@ impl Scheduler {
     }
 
     fn lowest_start(&self) -> Option<(Option<Priority>, Time)> {
-        let young = self.swaps.values().filter(|s| {
-            let asked = matches!(s.cause, SwapCause::Ensure | SwapCause::Load);
-            let once = self.models.get(&s.model).is_some_and(|m| m.called_off);
-            let young = match s.phase {
-                Phase::Vacate | Phase::Prove => !s.started,
-                Phase::Start => self.start_done_percent(s).is_some_and(|percent| percent < 50),
-                Phase::Preflight | Phase::Fetch | Phase::Drain | Phase::Vouch => false,
-            };
-            s.is_load() && young && !asked && !once
-        });
+        let young = self.swaps.values().filter(|s| self.is_young_start(s));
         let class = |s: &Swap| self.models.get(&s.model).and_then(|m| m.queue.top());
         young.map(|s| (class(s), s.began)).min()
     }

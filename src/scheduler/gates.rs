@@ -11,10 +11,9 @@ use crate::units::InstanceId;
 impl Scheduler {
     pub(super) fn gate_seen(&mut self, id: InstanceId, count: GateCount) {
         let Some(instance) = self.instances.get(&id) else { return };
+        let (served, idle) = (self.only_serves(instance), self.is_idle(instance));
         let ended = count.granted.saturating_sub(u64::from(count.in_flight));
         self.count_service(id, ended.saturating_sub(instance.ended()));
-        let Some(instance) = self.instances.get(&id) else { return };
-        let (served, idle) = (self.only_serves(instance), self.is_idle(instance));
         let Some(instance) = self.instances.get_mut(&id) else { return };
         let before = std::mem::replace(&mut instance.gate.count, count);
         instance.gate.unconfirmed = false;

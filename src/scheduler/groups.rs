@@ -212,7 +212,7 @@ impl Scheduler {
             let Some(mate) = self.current(&mate).filter(|i| i.launched && !i.is_sleeping()) else {
                 continue;
             };
-            if mate.in_flight() > 0 || self.queue_len(&mate.model) > 0 || mate.hold.is_some() {
+            if !self.is_idle(mate) || mate.hold.is_some() {
                 return None;
             }
             last = last.max(mate.last_used());

@@ -81,7 +81,8 @@ use queue::Model;
 use quiet::{Standing, Touched};
 use record::SchedulerView;
 use residency::Instance;
-use table::{Instances, Swaps};
+use swap::Swap;
+use table::Table;
 
 /// More rounds than any settling needs; a bound against a rule that contradicts another.
 const ROUNDS_MAX: usize = 64;
@@ -134,8 +135,9 @@ pub struct Scheduler {
     now: Time,
     next_ids: NextIds,
     models: BTreeMap<ModelName, Model>,
-    instances: Instances,
-    swaps: Swaps,
+    instances: Table<InstanceId, Instance>,
+    /// By model: those that make it ready.
+    swaps: Table<SwapId, Swap>,
     /// Whose queue each waiting request is in.
     waiting: BTreeMap<RequestId, ModelName>,
     asks: BTreeMap<AskId, Ask>,
@@ -173,8 +175,8 @@ impl Scheduler {
             now: Time::ZERO,
             next_ids,
             models,
-            instances: Instances::default(),
-            swaps: Swaps::default(),
+            instances: Table::default(),
+            swaps: Table::default(),
             waiting: BTreeMap::new(),
             asks: BTreeMap::new(),
             memory: Memory::default(),

@@ -392,7 +392,7 @@ impl Scheduler {
             return verdict;
         }
         let name = &instance.model;
-        let idle = instance.in_flight() == 0 && self.queue_len(name) == 0;
+        let idle = self.is_idle(instance);
         let tenure_ends = instance.ready_at + self.tenure(instance);
         match candidate.urgency {
             Urgency::Ensure(_) => return Ok(if idle { Leaves::Idle } else { Leaves::Busy }),

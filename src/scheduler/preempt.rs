@@ -20,7 +20,7 @@ use super::Scheduler;
 use super::placement::{Plan, Planned};
 use super::policy::{Candidate, Urgency};
 use super::record::{Phase, SwapCause};
-use super::residency::MoveKind;
+use super::residency::{Instance, MoveKind};
 use super::swap::Swap;
 use super::waiters::Waiter;
 use crate::units::{GpuId, InstanceId, ModelName, Priority, SwapId, Time};
@@ -96,17 +96,25 @@ impl Scheduler {
     }
 
     fn may_call_off(&self, swap: &Swap, candidate: &Candidate) -> bool {
+        let stays = |i: &Instance| self.stays_for(&candidate.spec.name, i);
+        let class = self.class_since(candidate, Some(swap.began));
+        self.is_young_start(swap)
+            && !self.instances.get(&swap.instance).is_some_and(stays)
+            && class.is_some_and(|class| self.is_of_lower_class(&swap.model, class))
+    }
+
+    /// It may be called off for somebody: not asked for, not half done, and not a second time.
+    pub(super) fn is_young_start(&self, swap: &Swap) -> bool {
         let (Some(state), Some(instance)) =
             (self.models.get(&swap.model), self.instances.get(&swap.instance))
         else {
             return false;
         };
         let asked = matches!(swap.cause, SwapCause::Ensure | SwapCause::Load);
-        let stays = self.stays_for(&candidate.spec.name, instance);
-        if !swap.is_load() || asked || stays || state.called_off {
+        if !swap.is_load() || asked || state.called_off {
             return false;
         }
-        let young = match swap.phase {
+        match swap.phase {
             Phase::Start => {
                 instance.is_moving(MoveKind::Start)
                     && self.start_done_percent(swap).is_some_and(|percent| percent < 50)
@@ -114,9 +122,7 @@ impl Scheduler {
             }
             Phase::Vacate | Phase::Prove => !swap.started,
             Phase::Preflight | Phase::Fetch | Phase::Drain | Phase::Vouch => false,
-        };
-        let class = self.class_since(candidate, Some(swap.began));
-        young && class.is_some_and(|class| self.is_of_lower_class(&swap.model, class))
+        }
     }
 
     fn is_of_lower_class(&self, model: &ModelName, class: Priority) -> bool {
@@ -129,7 +135,7 @@ impl Scheduler {
     }
 
     /// How much of its start has passed, by what earlier ones took.
-    pub(super) fn start_done_percent(&self, swap: &Swap) -> Option<u128> {
+    fn start_done_percent(&self, swap: &Swap) -> Option<u128> {
         let began = self.instances.get(&swap.instance)?.moving?.since;
         let usual = self.models.get(&swap.model)?.learned.start?.as_millis();
         (self.now.since(began).as_millis() * 100).checked_div(usual)

@@ -149,6 +149,11 @@ impl Scheduler {
         self.models.get(model).map_or(0, |m| m.queue.len())
     }
 
+    /// Nobody uses it, or waits for it.
+    pub(super) fn is_idle(&self, instance: &Instance) -> bool {
+        instance.in_flight() == 0 && self.queue_len(&instance.model) == 0
+    }
+
     /// The ready instance that could take one more request of this model right now.
     fn servable_now(&self, model: &ModelName) -> Option<InstanceId> {
         let instance = self.current(model)?;

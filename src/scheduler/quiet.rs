@@ -130,10 +130,6 @@ impl Scheduler {
         }
     }
 
-    pub(super) fn is_idle(&self, instance: &Instance) -> bool {
-        instance.in_flight() == 0 && self.queue_len(&instance.model) == 0
-    }
-
     /// Only requests concern it now: it is ready, and nobody has asked for anything else.
     pub(super) fn only_serves(&self, instance: &Instance) -> bool {
         instance.is_ready()

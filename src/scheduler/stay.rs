@@ -63,7 +63,7 @@ impl Scheduler {
     /// When the ttl of an instance ends that is idle from now on, or was since its last request.
     fn ttl_ends(&self, instance: &Instance) -> Option<Time> {
         let ttl = instance.spec.ttl.filter(|_| self.ttl_runs(instance))?;
-        let idle = instance.in_flight() == 0 && self.queue_len(&instance.model) == 0;
+        let idle = self.is_idle(instance);
         // Members of a group leave together: the last use of any counts.
         let from = idle.then(|| self.idle_since(instance)).flatten().unwrap_or(self.now);
         Some((from + ttl).max(instance.ttl_until.unwrap_or_default()))
@@ -72,8 +72,7 @@ impl Scheduler {
     /// When an idle instance leaves: the end of its ttl and of the grace after it.
     pub(super) fn ttl_due(&self, instance: &Instance) -> Option<Time> {
         let counts = instance.residency == Residency::Ready
-            && instance.in_flight() == 0
-            && self.queue_len(&instance.model) == 0
+            && self.is_idle(instance)
             && instance.hold.is_none();
         let ends = self.ttl_ends(instance).filter(|_| counts)?;
         Some(ends + instance.spec.grace)
@@ -242,7 +241,7 @@ impl Scheduler {
         if self.is_kept(name) {
             return Some(format!("{name} is kept by its schedule"));
         }
-        if instance.in_flight() > 0 || self.queue_len(name) > 0 {
+        if !self.is_idle(instance) {
             return Some(format!("{name} serves {} requests", instance.in_flight()));
         }
         let free_from = self.idle_enough_at(candidate, instance);

@@ -7,104 +7,85 @@ use std::ops::{Deref, DerefMut};
 
 use super::residency::Instance;
 use super::swap::Swap;
-use crate::units::{InstanceId, ModelName, SwapId};
+use crate::units::ModelName;
 
-#[derive(Clone, Debug, Default)]
-pub(super) struct Instances {
-    entries: BTreeMap<InstanceId, Instance>,
-    by_model: BTreeMap<ModelName, BTreeSet<InstanceId>>,
+/// What a table finds by model.
+pub(super) trait OfModel {
+    /// `None`: not to be found that way.
+    fn of_model(&self) -> Option<&ModelName>;
 }
 
-impl Deref for Instances {
-    type Target = BTreeMap<InstanceId, Instance>;
+impl OfModel for Instance {
+    fn of_model(&self) -> Option<&ModelName> {
+        Some(&self.model)
+    }
+}
 
-    fn deref(&self) -> &BTreeMap<InstanceId, Instance> {
+impl OfModel for Swap {
+    /// Those that make their model ready.
+    fn of_model(&self) -> Option<&ModelName> {
+        self.is_load().then_some(&self.model)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Table<K, V> {
+    entries: BTreeMap<K, V>,
+    by_model: BTreeMap<ModelName, BTreeSet<K>>,
+}
+
+impl<K, V> Default for Table<K, V> {
+    fn default() -> Table<K, V> {
+        Table { entries: BTreeMap::new(), by_model: BTreeMap::new() }
+    }
+}
+
+impl<K, V> Deref for Table<K, V> {
+    type Target = BTreeMap<K, V>;
+
+    fn deref(&self) -> &BTreeMap<K, V> {
         &self.entries
     }
 }
 
-impl DerefMut for Instances {
-    fn deref_mut(&mut self) -> &mut BTreeMap<InstanceId, Instance> {
+impl<K, V> DerefMut for Table<K, V> {
+    fn deref_mut(&mut self) -> &mut BTreeMap<K, V> {
         &mut self.entries
     }
 }
 
-impl Instances {
-    pub fn insert(&mut self, id: InstanceId, instance: Instance) {
-        self.by_model.entry(instance.model.clone()).or_default().insert(id);
-        self.entries.insert(id, instance);
+impl<K: Ord + Copy, V: OfModel> Table<K, V> {
+    pub fn insert(&mut self, id: K, entry: V) {
+        if let Some(model) = entry.of_model() {
+            self.by_model.entry(model.clone()).or_default().insert(id);
+        }
+        self.entries.insert(id, entry);
     }
 
-    pub fn remove(&mut self, id: &InstanceId) {
-        let Some(instance) = self.entries.remove(id) else { return };
-        if let Some(ids) = self.by_model.get_mut(&instance.model) {
+    pub fn remove(&mut self, id: &K) -> Option<V> {
+        let entry = self.entries.remove(id)?;
+        if let Some(model) = entry.of_model()
+            && let Some(ids) = self.by_model.get_mut(model)
+        {
             ids.remove(id);
             if ids.is_empty() {
-                self.by_model.remove(&instance.model);
+                self.by_model.remove(model);
             }
         }
+        Some(entry)
     }
 
     /// All of a model, the oldest first.
-    pub fn of(&self, model: &ModelName) -> impl Iterator<Item = &Instance> {
+    pub fn of(&self, model: &ModelName) -> impl Iterator<Item = &V> {
         self.by_model.get(model).into_iter().flatten().filter_map(|id| self.entries.get(id))
     }
 
     pub fn check(&self) -> bool {
         let indexed = self.by_model.values().map(BTreeSet::len).sum::<usize>();
-        let found = |i: &Instance| self.by_model.get(&i.model).is_some_and(|s| s.contains(&i.id));
-        indexed == self.len() && self.values().all(found)
-    }
-}
-
-#[derive(Clone, Debug, Default)]
-pub(super) struct Swaps {
-    entries: BTreeMap<SwapId, Swap>,
-    loads: BTreeMap<ModelName, BTreeSet<SwapId>>,
-}
-
-impl Deref for Swaps {
-    type Target = BTreeMap<SwapId, Swap>;
-
-    fn deref(&self) -> &BTreeMap<SwapId, Swap> {
-        &self.entries
-    }
-}
-
-impl DerefMut for Swaps {
-    fn deref_mut(&mut self) -> &mut BTreeMap<SwapId, Swap> {
-        &mut self.entries
-    }
-}
-
-impl Swaps {
-    pub fn insert(&mut self, id: SwapId, swap: Swap) {
-        if swap.is_load() {
-            self.loads.entry(swap.model.clone()).or_default().insert(id);
-        }
-        self.entries.insert(id, swap);
-    }
-
-    pub fn remove(&mut self, id: &SwapId) -> Option<Swap> {
-        let swap = self.entries.remove(id)?;
-        if let Some(ids) = self.loads.get_mut(&swap.model) {
-            ids.remove(id);
-            if ids.is_empty() {
-                self.loads.remove(&swap.model);
-            }
-        }
-        Some(swap)
-    }
-
-    /// The swap that makes a model ready.
-    pub fn load_of(&self, model: &ModelName) -> Option<&Swap> {
-        self.entries.get(self.loads.get(model)?.first()?)
-    }
-
-    pub fn check(&self) -> bool {
-        let indexed = self.loads.values().map(BTreeSet::len).sum::<usize>();
-        let loads = || self.values().filter(|s| s.is_load());
-        let found = |s: &Swap| self.loads.get(&s.model).is_some_and(|ids| ids.contains(&s.id));
-        indexed == loads().count() && loads().all(found)
+        let models = || self.iter().filter_map(|(id, entry)| Some((id, entry.of_model()?)));
+        let found = |(id, model): (&K, &ModelName)| {
+            self.by_model.get(model).is_some_and(|ids| ids.contains(id))
+        };
+        indexed == models().count() && models().all(found)
     }
 }

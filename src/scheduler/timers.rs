@@ -88,7 +88,7 @@ impl Scheduler {
     }
 
     /// When warm-up models may come back into free memory.
-    pub(super) fn restores(&self) -> impl Iterator<Item = Due> + '_ {
+    fn restores(&self) -> impl Iterator<Item = Due> + '_ {
         self.catalog
             .models
             .values()

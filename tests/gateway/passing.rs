@@ -254,16 +254,20 @@ async fn paths_outside_of_an_engines_list_are_refused_however_they_are_spelt() {
     assert!(world.engine.has_none(), "nothing reached an engine");
 }
 
-// contract: RULE development endpoints want an admin key
-#[tokio::test]
-async fn development_paths_take_an_admin_key_and_what_wharf_owns_takes_none() {
-    let key = |name: &str, scopes: &[Scope]| ApiKey {
+/// For every model.
+fn key(name: &str, scopes: &[Scope]) -> ApiKey {
+    ApiKey {
         name: name.into(),
         key: format!("{name}-key-0123456789").into(),
         models: vec!["*".into()],
         scopes: scopes.to_vec(),
         ..ApiKey::default()
-    };
+    }
+}
+
+// contract: RULE development endpoints want an admin key
+#[tokio::test]
+async fn development_paths_take_an_admin_key_and_what_wharf_owns_takes_none() {
     let keys = vec![
         key("user", &[Scope::Inference]),
         key("reader", &[Scope::Inference, Scope::Read]),
@@ -308,13 +312,6 @@ async fn development_paths_take_an_admin_key_and_what_wharf_owns_takes_none() {
 /// The endpoints that load and unload adapters are Wharf's alone: by no path, with no key.
 #[tokio::test]
 async fn no_client_reaches_an_engines_adapter_endpoints() {
-    let key = |name: &str, scopes: &[Scope]| ApiKey {
-        name: name.into(),
-        key: format!("{name}-key-0123456789").into(),
-        models: vec!["*".into()],
-        scopes: scopes.to_vec(),
-        ..ApiKey::default()
-    };
     let everything = [Scope::Inference, Scope::Read, Scope::Admin];
     let keyed = vec![key("user", &[Scope::Inference]), key("root", &everything)];
     for (keys, callers) in [(Vec::new(), &[""][..]), (keyed, &["user", "root"])] {

@@ -117,7 +117,7 @@ impl Swap {
 impl Scheduler {
     /// The swap that makes a model ready, if one is under way.
     pub(in crate::scheduler) fn load_of(&self, model: &ModelName) -> Option<&Swap> {
-        self.swaps.load_of(model)
+        self.swaps.of(model).next()
     }
 
     /// A candidate got room (or needs none, or waits for memory that nobody accounts for): its

@@ -8,18 +8,8 @@ use crate::scheduler::event::EnsureKind;
 use crate::scheduler::record::SwapOutcome;
 use crate::units::*;
 
-/// Three models of which one fits at a time, each of them started once: 4 s.
 fn three() -> Sim {
-    let mut config = catalog(vec![spec("a", 20), spec("b", 20), spec("c", 20)]);
-    config.settings.swap.min_residency = Duration::from_secs(1);
-    let mut sim = Sim::new(config, &[24]);
-    for model in ["a", "b", "c"] {
-        let request = sim.request(model);
-        sim.run_secs(10);
-        sim.end(request);
-    }
-    sim.run_secs(20);
-    sim
+    three_started(Duration::from_secs(1), ["a", "b", "c"])
 }
 
 fn ask(sim: &mut Sim, model: &str, priority: Priority) -> RequestId {

@@ -7,18 +7,8 @@ use super::config::*;
 use super::world::*;
 use crate::units::*;
 
-/// Three models of which one fits at a time, each of them started once: 4 s.
 fn three() -> Sim {
-    let mut config = catalog(vec![spec("a", 20), spec("b", 20), spec("c", 20)]);
-    config.settings.swap.min_residency = Duration::from_secs(5);
-    let mut sim = Sim::new(config, &[24]);
-    for model in ["c", "b", "a"] {
-        let request = sim.request(model);
-        sim.run_secs(10);
-        sim.end(request);
-    }
-    sim.run_secs(20);
-    sim
+    three_started(Duration::from_secs(5), ["c", "b", "a"])
 }
 
 struct Open {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::config::{catalog, spec};
 use crate::config::catalog::Catalog;
 use crate::scheduler::action::{Action, Answer, Refusal};
 use crate::scheduler::event::*;
@@ -447,4 +448,18 @@ impl Sim {
     pub fn run_secs(&mut self, seconds: u64) {
         self.run_for(Duration::from_secs(seconds));
     }
+}
+
+/// Three models of which one fits at a time, each of them started once, in this order: 4 s.
+pub fn three_started(min_residency: Duration, order: [&str; 3]) -> Sim {
+    let mut config = catalog(vec![spec("a", 20), spec("b", 20), spec("c", 20)]);
+    config.settings.swap.min_residency = min_residency;
+    let mut sim = Sim::new(config, &[24]);
+    for model in order {
+        let request = sim.request(model);
+        sim.run_secs(10);
+        sim.end(request);
+    }
+    sim.run_secs(20);
+    sim
 }
