@@ -3,7 +3,8 @@
 # instructions.sh [REQUESTS]. Counted by callgrind between a short and a long series of requests,
 # so that start-up and what happens in the background do not count. Kernel time is not in it.
 #
-#   WHARF=path of the binary (default: the release build)   TOP=number of functions shown (25)
+#   WHARF, BENCH   paths of the two binaries, instead of building them
+#   TOP            number of functions shown (25)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 requests=${1:-1000}
@@ -18,12 +19,14 @@ finish() {
 }
 trap finish EXIT
 
-built=$(cargo bench --locked --bench proxy --no-run --message-format=json 2>"$work/build.log") ||
-    { cat "$work/build.log" >&2; exit 1; }
+if [ -z "${WHARF:-}" ] || [ -z "${BENCH:-}" ]; then
+    built=$(cargo bench --locked --bench proxy --no-run --message-format=json 2>"$work/build.log") ||
+        { cat "$work/build.log" >&2; exit 1; }
+fi
 executable() { # executable NAME: of what was just built
     printf '%s\n' "$built" | grep "\"name\":\"$1\"" | grep -o '"executable":"[^"]*"' | tail -n 1 | cut -d'"' -f4
 }
-bench=$(executable proxy)
+bench=${BENCH:-$(executable proxy)}
 wharf=${WHARF:-$(executable wharf)}
 
 port() { # a port that is free just now
@@ -52,9 +55,9 @@ for _ in $(seq 240); do # a start under valgrind takes a while
     sleep 0.5
 done
 measure() { # measure REQUESTS NAME: the counts of these alone, in $work/NAME
-    callgrind_control --zero "$wharf_pid" >/dev/null
+    callgrind_control --zero "$wharf_pid" >/dev/null 2>&1
     "$bench" drive "$gateway" "$1"
-    callgrind_control --dump="$2" "$wharf_pid" >/dev/null
+    callgrind_control --dump="$2" "$wharf_pid" >/dev/null 2>&1
     local dump
     dump=$(grep -lE "^desc: Trigger: .*$2" "$work"/out* | head -n 1)
     mv "$dump" "$work/$2"
@@ -65,9 +68,29 @@ measure "$short" short
 measure "$requests" long
 each=$((($(total long) - $(total short)) / (requests - short)))
 echo "instructions per proxied request: $each (callgrind, $requests less $short requests, $("$wharf" --version))"
+
+# Not callgrind_annotate: functions that were never left while we counted confuse it.
+costs() { # costs FILE: own and inclusive cost of each function
+    awk '
+        function learn(line) { # (id) name, and later only (id)
+            id = line; sub(/^c?fn=\(/, "", id); sub(/\).*/, "", id)
+            if (sub(/^c?fn=\([0-9]+\) /, "", line)) name[id] = line
+            return id
+        }
+        /^fn=/ { current = learn($0); next }
+        /^cfn=/ { learn($0); next }
+        /^calls=/ { getline; all[current] += $NF; next }
+        /^[0-9+*-]/ { own[current] += $NF; all[current] += $NF }
+        END { for (id in all) printf "%d\t%d\t%s\n", own[id], all[id], name[id] }' "$1"
+}
+show() { # show COLUMN
+    costs "$work/long" | sort -t "$(printf '\t')" -k "$1,$1nr" |
+        awk -F'\t' -v column="$1" -v n="$requests" -v top="$top" \
+            'NR <= top { printf "%9.0f  %s\n", $column / n, substr($3, 1, 110) }'
+}
 echo
-echo "largest, per request, without what they call:"
-callgrind_annotate --threshold=100 "$work/long" 2>/dev/null |
-    sed -nE 's/^ *([0-9,]+) \([^)]*\) +(.*)$/\1\t\2/p' | grep -v 'PROGRAM TOTALS' |
-    awk -F'\t' -v n="$requests" -v top="$top" 'NR <= top { gsub(",", "", $1); sub(/^[^:]*:/, "", $2); sub(/ \[[^]]*\]$/, "", $2);
-        printf "%9.0f  %s\n", $1 / n, $2 }'
+echo "by function, without what it calls:"
+show 1
+echo
+echo "by function, with what it calls:"
+show 2
