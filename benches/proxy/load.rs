@@ -43,8 +43,17 @@ pub struct Paced {
     pub listen: Duration,
 }
 
-/// Opens `paced.streams` streams, listens to them, and calls `at_full` while they are open.
-pub fn hold(target: SocketAddr, paced: Paced, at_full: impl FnOnce()) -> io::Result<Held> {
+/// When all streams are open.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Moment {
+    /// From now on delays are noted.
+    Begin,
+    /// No longer.
+    Full,
+}
+
+/// Opens `paced.streams` streams and listens to them.
+pub fn hold(target: SocketAddr, paced: Paced, mut look: impl FnMut(Moment)) -> io::Result<Held> {
     runtime()?.block_on(async {
         let body =
             wire::body(Wanted::Stream { events: 1 << 40, every: paced.every, usage: false }, 0);
@@ -76,10 +85,11 @@ pub fn hold(target: SocketAddr, paced: Paced, at_full: impl FnOnce()) -> io::Res
         }
         // Every stream has had its first event, and what the opening took is over.
         tokio::time::sleep(Duration::from_nanos(paced.every).max(Duration::from_secs(1))).await;
+        look(Moment::Begin);
         listening.store(true, Ordering::Relaxed);
         tokio::time::sleep(paced.listen).await;
         listening.store(false, Ordering::Relaxed);
-        at_full();
+        look(Moment::Full);
         let mut held = Held { open: open.load(Ordering::Relaxed), ..Held::default() };
         done.store(true, Ordering::Relaxed);
         let last = tokio::time::Instant::now() + PATIENCE;

@@ -23,7 +23,7 @@ pub fn describe(binary: &Path) -> Vec<(&'static str, String)> {
     vec![
         ("date", first_line("date", "-uI")),
         ("processor", model.map_or(String::new(), |(_, name)| name.to_owned())),
-        ("cores", format!("{cores}, shared by client, upstream and proxy")),
+        ("cores", cores.to_string()),
         ("memory", format!("{:.0} GiB", total.unwrap_or_default() / 1024.0 / 1024.0)),
         ("kernel", kernel.trim().to_owned()),
         ("wharf", first_line(&binary.display().to_string(), "--version")),

@@ -61,8 +61,16 @@ pub fn plot(table: &Table, machine: &[(&str, String)]) -> String {
 impl Row {
     /// Rates and what goes with them say the same twice; those that one would look for are shown.
     fn is_shown(&self) -> bool {
-        !["json-1-mean", "paced-rate", "json-32-mean", "json-32-p50", "json-256-p50"]
-            .contains(&self.key)
+        let hidden = [
+            "json-1-mean",
+            "json-1-cpu",
+            "json-32-p50",
+            "json-32-p99",
+            "json-256-p50",
+            "json-256-cpu",
+            "paced-rate",
+        ];
+        !hidden.contains(&self.key)
     }
 }
 

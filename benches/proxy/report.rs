@@ -19,7 +19,8 @@ pub fn write(options: &Run, machine: &[(&str, String)], table: &Table) -> io::Re
         text.push_str(&format!("| {name} | {value} |\n"));
     }
     text.push_str(&format!(
-        "| rounds | {}, of {} s each |\n\nMedian (least–most) of the rounds:\n\n",
+        "| rounds | {}, of {} s each |\n\nClient, upstream and proxy \
+         share the cores. Median (least–most) of the rounds:\n\n",
         options.rounds, options.seconds
     ));
     text.push_str(&table.markdown());

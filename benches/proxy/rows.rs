@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use super::load::{self, Held, Paced};
+use super::load::{self, Held, Moment, Paced};
 use super::processes::{self, Server, Wharf};
 use super::table::{TARGETS, Table, Target};
 use super::wire::ANSWER_BYTES;
@@ -33,19 +33,30 @@ pub struct Bench {
     pub table: Table,
 }
 
+/// Of the rows that one load yields.
+#[derive(Clone, Copy)]
+struct JsonKeys {
+    rate: &'static str,
+    p50: &'static str,
+    /// The mean where nothing queues, else p99.
+    tail: &'static str,
+    cpu: &'static str,
+}
+
+const JSON_1: JsonKeys =
+    JsonKeys { rate: "json-1", p50: "json-1-p50", tail: "json-1-mean", cpu: "json-1-cpu" };
+const JSON_32: JsonKeys =
+    JsonKeys { rate: "json-32", p50: "json-32-p50", tail: "json-32-p99", cpu: "json-32-cpu" };
+const JSON_256: JsonKeys =
+    JsonKeys { rate: "json-256", p50: "json-256-p50", tail: "json-256-p99", cpu: "json-256-cpu" };
+
 type Run = fn(&mut Bench) -> io::Result<()>;
 
 /// Key, what it is, and how it is measured.
 pub const ROWS: [(&str, &str, Run); 11] = [
-    ("json-1", "JSON of 1 KB, 1 connection", |bench| {
-        bench.json(("json-1", "json-1-p50", "json-1-mean"), 1)
-    }),
-    ("json-32", "JSON of 1 KB, 32 connections", |bench| {
-        bench.json(("json-32", "json-32-p50", "json-32-mean"), 32)
-    }),
-    ("json-256", "JSON of 1 KB, 256 connections", |bench| {
-        bench.json(("json-256", "json-256-p50", "json-256-mean"), 256)
-    }),
+    ("json-1", "JSON of 1 KB, 1 connection", |bench| bench.json(JSON_1, 1)),
+    ("json-32", "JSON of 1 KB, 32 connections", |bench| bench.json(JSON_32, 32)),
+    ("json-256", "JSON of 1 KB, 256 connections", |bench| bench.json(JSON_256, 256)),
     ("sse-32", "short streams, 32 at once", Bench::short_streams),
     ("paced", "1,000 streams at 50 tokens/s", Bench::paced),
     ("slow", "many open streams at 1 event/s", Bench::slow),
@@ -92,24 +103,26 @@ impl Bench {
         Wharf { binary, work, upstream: self.upstream.address, models }
     }
 
-    fn json(
-        &mut self,
-        (rate, p50, mean): (&'static str, &'static str, &'static str),
-        connections: usize,
-    ) -> io::Result<()> {
-        let load = Load::new(&self.work, rate, connections, (0, ANSWER_BYTES))?;
+    fn json(&mut self, keys: JsonKeys, connections: usize) -> io::Result<()> {
+        let load = Load::new(&self.work, keys.rate, connections, (0, ANSWER_BYTES))?;
         let plural = if connections == 1 { "connection" } else { "connections" };
         let name = format!("JSON 1 KB, {connections} {plural}");
         for target in TARGETS {
+            let pid = self.of(target).worker;
+            let before = processes::busy(pid)?;
             let measured = load.run(self.of(target).address, self.time())?;
-            self.table.note((rate, "requests/s"), &name, target, measured.per_second);
-            self.table.note((p50, "µs"), &format!("{name}: latency p50"), target, measured.p50);
+            let each = (processes::busy(pid)? - before) / measured.requests;
+            let mut note = |key, unit, what: &str, value| {
+                self.table.note((key, unit), &format!("{name}{what}"), target, value);
+            };
+            note(keys.rate, "requests/s", "", measured.per_second);
+            note(keys.p50, "µs", ": latency p50", measured.p50);
             if connections == 1 {
-                let name = format!("{name}: latency mean");
-                self.table.note((mean, "µs"), &name, target, measured.mean);
+                note(keys.tail, "µs", ": latency mean", measured.mean);
             } else {
-                self.table.note((mean, "µs"), &format!("{name}: p99"), target, measured.p99);
+                note(keys.tail, "µs", ": latency p99", measured.p99);
             }
+            note(keys.cpu, "µs", ": CPU time per request", each);
         }
         Ok(())
     }
@@ -153,7 +166,14 @@ impl Bench {
         };
         let name = "1,000 streams at 50 tokens/s";
         for target in TARGETS {
-            let held = load::hold(self.of(target).streams, paced, || ())?;
+            let pid = self.of(target).worker;
+            let mut busy = Vec::new();
+            let look = |_: Moment| busy.push(processes::busy(pid));
+            let held = load::hold(self.of(target).streams, paced, look)?;
+            let busy = busy.into_iter().collect::<io::Result<Vec<f64>>>()?;
+            let each = (busy[1] - busy[0]) / held.delays.len().max(1) as f64;
+            let what = format!("{name}: CPU time per event");
+            self.table.note(("paced-cpu", "µs"), &what, target, each);
             self.delays(("paced-p50", "paced-p99"), name, target, &held);
             let rate = held.delays.len() as f64 / paced.listen.as_secs_f64();
             self.table.note(("paced-rate", "events/s"), &format!("{name}: received"), target, rate);
@@ -197,8 +217,10 @@ impl Bench {
             let address = own.as_ref().unwrap_or(&self.upstream).streams;
             let before = own.as_ref().map(|own| processes::resident(own.worker)).transpose()?;
             let mut full = None;
-            let held = load::hold(address, paced, || {
-                full = own.as_ref().map(|own| processes::resident(own.worker));
+            let held = load::hold(address, paced, |moment| {
+                if moment == Moment::Full {
+                    full = own.as_ref().map(|own| processes::resident(own.worker));
+                }
             })?;
             if let (Some(before), Some(full)) = (before, full.transpose()?) {
                 let each = (full - before) / held.open.max(1) as f64;

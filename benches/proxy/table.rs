@@ -126,7 +126,7 @@ impl Table {
             for values in &row.values {
                 let _ = write!(text, " {} |", cell(values));
             }
-            let ratio = median(&row.values[2]).zip(median(&row.values[1]));
+            let ratio = median(&row.values[2]).zip(median(&row.values[1]).filter(|&by| by > 0.0));
             let ratio =
                 ratio.map_or(String::new(), |(wharf, nginx)| format!("{:.2}", wharf / nginx));
             let _ = writeln!(text, " {ratio} |");

@@ -16,6 +16,7 @@ pub struct Measured {
     pub p50: f64,
     pub p99: f64,
     pub mean: f64,
+    pub requests: f64,
 }
 
 /// A load: what is sent, by how many connections.
@@ -69,7 +70,7 @@ impl Load {
             Some(&[requests, duration, 0.0, p50, p99, mean])
                 if requests > 0.0 && duration > 0.0 =>
             {
-                Ok(Measured { per_second: requests * 1e6 / duration, p50, p99, mean })
+                Ok(Measured { per_second: requests * 1e6 / duration, p50, p99, mean, requests })
             }
             _ => {
                 let words = String::from_utf8_lossy(&output.stderr);
