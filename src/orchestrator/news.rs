@@ -15,7 +15,11 @@ pub(super) fn between(before: &View, now: &View) -> Vec<News> {
     for swap in ended.iter().filter(|swap| under_way(before, swap.id).is_none()) {
         news.push(began(swap));
     }
-    news.extend(now.scheduler.models.iter().filter_map(|model| state(before, model)));
+    for (place, model) in now.scheduler.models.iter().enumerate() {
+        // Only a reload moves models about: to look for each one would take the square of their number.
+        let same = before.scheduler.models.get(place).filter(|same| same.name == model.name);
+        news.extend(state(same.or_else(|| before.model(&model.name)), model));
+    }
     news.extend(ended.into_iter().filter_map(ended_news));
     news
 }
@@ -76,8 +80,7 @@ fn ended_news(swap: &SwapRecord) -> Option<News> {
     })
 }
 
-fn state(before: &View, model: &ModelView) -> Option<News> {
-    let earlier = before.model(&model.name);
+fn state(earlier: Option<&ModelView>, model: &ModelView) -> Option<News> {
     let told = earlier.map_or(ResidencyView::Stopped.as_str(), |model| model.residency.as_str());
     let state = model.residency.as_str();
     if told == state {

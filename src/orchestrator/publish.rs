@@ -28,7 +28,7 @@ impl Owner {
                 utilization: reading.utilization.get(&gpu.id).copied(),
             })
             .collect();
-        let mut scheduler = self.scheduler.view(now);
+        let mut scheduler = self.scheduler.view_in_passing(now);
         let mut models = self.facts.clone();
         self.show_adapters(&mut scheduler, &mut models);
         let gpu_health = match (&scheduler.no_proof, &reading.error) {

@@ -305,13 +305,22 @@ impl Scheduler {
         self.standing.due
     }
 
+    /// As it is at `now`, which no event need have told yet.
     pub fn view(&self, now: Time) -> SchedulerView {
         if now <= self.now {
             return self.build_view();
         }
-        let mut later = self.clone();
-        later.now = now;
-        later.build_view()
+        self.clone().view_in_passing(now)
+    }
+
+    /// The same for its owner, without a copy of everything. Leaves no trace: what is decided
+    /// depends on events alone.
+    pub fn view_in_passing(&mut self, now: Time) -> SchedulerView {
+        let told = self.now;
+        self.now = told.max(now);
+        let view = self.build_view();
+        self.now = told;
+        view
     }
 
     /// The instance that is (or becomes) the model's, not one that is on its way out.
