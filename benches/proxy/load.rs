@@ -196,19 +196,31 @@ async fn one_after_the_other(
     while Instant::now() < until {
         stream.write_all(&request).await?;
         let (mut seen, mut head) = (0, false);
+        // A proxy that has all of a short stream may send it with its length instead of in chunks.
+        let (mut received, mut length) = (0, 0);
         loop {
-            if stream.read_buf(&mut rest).await? == 0 {
-                return Err(ErrorKind::UnexpectedEof.into());
+            let read = stream.read_buf(&mut rest).await?;
+            received += read;
+            if read == 0 {
+                let text = String::from_utf8_lossy(&rest);
+                let so_far =
+                    format!("stream {ended} ended after {seen} of {events} events: {text:?}");
+                return Err(io::Error::other(so_far));
             }
             if !head && let Some(end) = wire::head_end(&rest) {
                 if wire::status(&rest) != 200 {
                     return Err(io::Error::other(String::from_utf8_lossy(&rest).into_owned()));
                 }
+                length = wire::content_length(&rest[..end]);
+                received = rest.len() - end;
                 rest.drain(..end);
                 head = true;
             }
             if head {
-                let whole = rest.ends_with(wire::LAST_CHUNK);
+                let whole = match length {
+                    0 => rest.ends_with(wire::LAST_CHUNK),
+                    _ => received >= length,
+                };
                 let read = wire::stamps(&rest, |_| seen += 1);
                 rest.drain(..read);
                 if whole {

@@ -152,7 +152,8 @@ impl Bench {
         let name = format!("Streams of {SHORT_EVENTS} events, 32 at once");
         for target in TARGETS {
             let address = self.of(target).streams;
-            let rate = load::short_streams(address, (32, 2), SHORT_EVENTS, self.time())?;
+            let rate = load::short_streams(address, (32, 2), SHORT_EVENTS, self.time())
+                .map_err(|error| io::Error::other(format!("{}: {error}", target.name())))?;
             self.table.note(("sse-32", "streams/s"), &name, target, rate);
         }
         Ok(())
