@@ -71,12 +71,19 @@ struct Run {
     /// Wharf, instead of the one built with this benchmark
     #[arg(long, default_value = env!("CARGO_BIN_EXE_wharf"))]
     wharf: PathBuf,
-    /// Cargo says this when it is asked for benchmarks, and not when it runs tests.
+    /// Said by Cargo when it is asked for benchmarks.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
 fn main() -> ExitCode {
+    // Cargo runs benchmarks as tests, too, with arguments of its own: that it was built is enough.
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next().is_none_or(|first| first.starts_with('-') && first != "--help")
+        && !std::env::args().any(|argument| argument == "--bench")
+    {
+        return ExitCode::SUCCESS;
+    }
     let cli = Cli::parse();
     let ran = match cli.command {
         Some(Command::Upstream { address }) => allow_many().and_then(|()| upstream::serve(address)),
@@ -85,8 +92,6 @@ fn main() -> ExitCode {
             println!("{}", processes::models_yaml(upstream, 1));
             Ok(())
         }
-        // Cargo runs benchmarks as tests, too: that it was built is enough.
-        None if !cli.run.bench => Ok(()),
         None => run(&cli.run),
     };
     match ran {
