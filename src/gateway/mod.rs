@@ -34,12 +34,14 @@ mod pages;
 mod parse;
 mod pass;
 mod path;
+mod places;
 mod receive;
 pub mod reject;
 mod relay;
 pub mod routes;
 mod server;
 mod timing;
+mod tls;
 mod traffic;
 mod underway;
 mod usage;
@@ -63,8 +65,10 @@ use websocket::Sockets;
 pub use captures::Capture;
 pub use door::door;
 pub use in_flight::Entry;
+pub use places::{Places, usual as usual_places};
 pub use reject::{Reject, Viewer};
-pub use server::{serve, serve_until};
+pub use server::{Bounds, serve, serve_until};
+pub use tls::{Certificate, Tls};
 pub use traffic::Traffic;
 
 /// The gateway's paths, to be served by [`serve`].

@@ -11,21 +11,23 @@ use axum::body::Body;
 use axum::extract::ConnectInfo;
 use axum::response::IntoResponse;
 use futures_util::future::BoxFuture;
-use http::{Request, StatusCode};
+use http::{HeaderMap, Request, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
+use super::places::{self, Places};
 use super::reject::Reject;
+use super::tls::{self, Opened, Tls};
 
-/// Connections served at once, on each listener. Further ones get 503.
-const CONNECTIONS_MAX: usize = 4096;
 /// Connections that are being refused at once. Further ones are closed without a word.
 const REFUSING_MAX: usize = 64;
 const REFUSING_TIME: Duration = Duration::from_secs(5);
@@ -43,11 +45,13 @@ pub async fn serve(
     grace: Duration,
 ) {
     let grace = async move { sleep(grace).await };
-    serve_until(listener, router, shutdown, grace, CancellationToken::new()).await;
+    let bounds = Bounds::new(Places::new(places::usual()), Tls::default());
+    serve_until(bounds, listener, router, shutdown, grace, CancellationToken::new()).await;
 }
 
 /// As [`serve`]; `grace` is first polled when it begins, and `hurry` ends it.
 pub async fn serve_until(
+    bounds: Bounds,
     listener: TcpListener,
     router: Router,
     shutdown: CancellationToken,
@@ -55,7 +59,7 @@ pub async fn serve_until(
     hurry: CancellationToken,
 ) {
     let end = End { shutdown, grace: Box::pin(grace), hurry };
-    serve_within(Bounds::default(), listener, router, end).await;
+    serve_within(bounds, listener, router, end).await;
 }
 
 /// When serving ends, and how.
@@ -65,15 +69,17 @@ struct End {
     hurry: CancellationToken,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Bounds {
-    connections: usize,
+#[derive(Clone, Debug)]
+pub struct Bounds {
+    /// Connections served at once. Further ones get 503.
+    places: Places,
+    tls: Tls,
     header_timeout: Duration,
 }
 
-impl Default for Bounds {
-    fn default() -> Bounds {
-        Bounds { connections: CONNECTIONS_MAX, header_timeout: HEADER_TIMEOUT }
+impl Bounds {
+    pub fn new(places: Places, tls: Tls) -> Bounds {
+        Bounds { places, tls, header_timeout: HEADER_TIMEOUT }
     }
 }
 
@@ -84,12 +90,16 @@ async fn serve_within(
     End { shutdown, grace, hurry }: End,
 ) {
     let server = Server {
-        closing: CancellationToken::new(),
-        abort: CancellationToken::new(),
-        serving: Arc::new(Semaphore::new(bounds.connections)),
+        terms: Terms {
+            closing: CancellationToken::new(),
+            abort: CancellationToken::new(),
+            header_timeout: bounds.header_timeout,
+        },
+        serving: TaskTracker::new(),
         refusing: Arc::new(Semaphore::new(REFUSING_MAX)),
-        busy: busy_router(bounds.connections),
-        header_timeout: bounds.header_timeout,
+        busy: busy_router(bounds.places.clone()),
+        places: bounds.places,
+        tls: bounds.tls,
         router,
     };
     let mut backoff = ACCEPT_BACKOFF;
@@ -115,92 +125,148 @@ async fn serve_within(
         }
     }
     drop(listener);
-    let Server { closing, abort, serving, .. } = server;
+    let Server { terms: Terms { closing, abort, .. }, serving, .. } = server;
     closing.cancel();
-    let all = u32::try_from(bounds.connections).unwrap_or(u32::MAX);
+    serving.close();
     let in_order = tokio::select! {
-        in_order = serving.acquire_many(all) => in_order.is_ok(),
+        () = serving.wait() => true,
         () = grace => false,
         () = hurry.cancelled() => false,
     };
     if !in_order {
-        let left = bounds.connections - serving.available_permits();
+        let left = serving.len();
         let why = if hurry.is_cancelled() { "yet" } else { "in time" };
         tracing::warn!("cutting {left} connections that did not end {why}");
         abort.cancel();
         // They only have to be dropped; a second is plenty.
-        let _ = timeout(Duration::from_secs(1), serving.acquire_many(all)).await;
+        let _ = timeout(Duration::from_secs(1), serving.wait()).await;
     }
 }
 
 struct Server {
-    /// Idle connections end, the others after their answer.
-    closing: CancellationToken,
-    abort: CancellationToken,
-    serving: Arc<Semaphore>,
+    terms: Terms,
+    serving: TaskTracker,
+    places: Places,
+    tls: Tls,
     refusing: Arc<Semaphore>,
     router: Router,
     busy: Router,
-    header_timeout: Duration,
 }
 
 impl Server {
     fn accepted(&self, stream: TcpStream, peer: SocketAddr) {
         // Tokens are small: each must leave at once.
         let _ = stream.set_nodelay(true);
-        if let Ok(permit) = Arc::clone(&self.serving).try_acquire_owned() {
-            let connection = self.connection(stream, peer, self.router.clone(), permit);
-            tokio::spawn(connection);
+        if let Some(place) = self.places.take() {
+            let (terms, router) = (self.terms.clone(), self.router.clone());
+            match self.tls.config() {
+                None => self.serving.spawn(terms.serve(stream, peer, router, place)),
+                Some(tls) => self.serving.spawn(terms.secure(stream, tls, peer, router, place)),
+            };
         } else if let Ok(permit) = Arc::clone(&self.refusing).try_acquire_owned() {
-            let connection = self.connection(stream, peer, self.busy.clone(), permit);
-            tokio::spawn(timeout(REFUSING_TIME, connection));
-        }
-    }
-
-    fn connection(
-        &self,
-        stream: TcpStream,
-        peer: SocketAddr,
-        router: Router,
-        permit: OwnedSemaphorePermit,
-    ) -> impl Future<Output = ()> + Send + 'static {
-        let (closing, abort) = (self.closing.clone(), self.abort.clone());
-        let header_timeout = self.header_timeout;
-        async move {
-            let service = service_fn(move |mut request: Request<Incoming>| {
-                request.extensions_mut().insert(ConnectInfo(peer));
-                router.clone().oneshot(request.map(Body::new))
-            });
-            // HTTP/1.1 only: one HTTP/2 connection could carry any number of requests past the
-            // bound, and waiting for its preface has no deadline.
-            let mut builder = http1::Builder::new();
-            builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
-            let mut connection =
-                pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
-            let ended = tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = abort.cancelled() => Ok(()),
-                () = closing.cancelled() => {
-                    connection.as_mut().graceful_shutdown();
-                    tokio::select! {
-                        ended = connection.as_mut() => ended,
-                        () = abort.cancelled() => Ok(()),
-                    }
+            let (terms, router) = (self.terms.clone(), self.busy.clone());
+            match self.tls.config() {
+                None => {
+                    let serve = terms.serve(stream, peer, router, permit);
+                    tokio::spawn(timeout(REFUSING_TIME, serve))
+                }
+                Some(tls) => {
+                    let serve = terms.secure(stream, tls, peer, router, permit);
+                    tokio::spawn(timeout(REFUSING_TIME, serve))
                 }
             };
-            if let Err(error) = ended {
-                tracing::trace!(%peer, "connection ended: {error}");
-            }
-            drop(permit);
         }
     }
 }
 
-fn busy_router(connections_max: usize) -> Router {
+/// What every connection of a listener obeys.
+#[derive(Clone)]
+struct Terms {
+    /// Idle connections end, the others after their answer.
+    closing: CancellationToken,
+    abort: CancellationToken,
+    header_timeout: Duration,
+}
+
+impl Terms {
+    /// Serves what is inside of TLS; tells who speaks plain HTTP that this port does not.
+    async fn secure(
+        self,
+        stream: TcpStream,
+        config: Arc<rustls::ServerConfig>,
+        peer: SocketAddr,
+        router: Router,
+        place: impl Send + 'static,
+    ) {
+        let opened = tokio::select! {
+            opened = tls::open(stream, config) => opened,
+            () = self.closing.cancelled() => return,
+        };
+        match opened {
+            Ok(Opened::Tls(stream)) => self.serve(stream, peer, router, place).await,
+            Ok(Opened::Plain(stream)) => {
+                let _ =
+                    timeout(REFUSING_TIME, self.serve(stream, peer, https_router(), place)).await;
+            }
+            Err(error) => tracing::debug!(%peer, "no TLS connection came about: {error}"),
+        }
+    }
+
+    async fn serve(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        peer: SocketAddr,
+        router: Router,
+        place: impl Send + 'static,
+    ) {
+        let Terms { closing, abort, header_timeout } = self;
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(ConnectInfo(peer));
+            router.clone().oneshot(request.map(Body::new))
+        });
+        // HTTP/1.1 only: one HTTP/2 connection could carry any number of requests past the
+        // bound, and waiting for its preface has no deadline.
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
+        let mut connection =
+            pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = abort.cancelled() => Ok(()),
+            () = closing.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                tokio::select! {
+                    ended = connection.as_mut() => ended,
+                    () = abort.cancelled() => Ok(()),
+                }
+            }
+        };
+        if let Err(error) = ended {
+            tracing::trace!(%peer, "connection ended: {error}");
+        }
+        drop(place);
+    }
+}
+
+/// For plain requests to a port with TLS.
+fn https_router() -> Router {
+    Router::new().fallback(|headers: HeaderMap| async move {
+        let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        let message =
+            format!("this port speaks HTTPS: ask for https://{}", host.unwrap_or("HOST:PORT"));
+        let reject = Reject::bad_request("https_required", message);
+        ([(header::CONNECTION, "close")], reject).into_response()
+    })
+}
+
+fn busy_router(places: Places) -> Router {
     Router::new().fallback(move || async move {
-        let message = format!("all {connections_max} connections are in use; send again later");
+        let message = format!(
+            "all {} connections are in use (listen.connections); send again later",
+            places.max()
+        );
         let reject = Reject::new(StatusCode::SERVICE_UNAVAILABLE, "connections_full", message);
-        ([(http::header::CONNECTION, "close")], reject).into_response()
+        ([(header::CONNECTION, "close")], reject).into_response()
     })
 }
 
@@ -220,6 +286,10 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn bounds(places: usize) -> Bounds {
+        Bounds::new(Places::new(places), Tls::default())
+    }
 
     /// Serves "hello" on a port of its own.
     async fn serving(
@@ -247,8 +317,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_connection_too_many_is_told_so() {
-        let (address, shutdown, served) =
-            serving(Bounds { connections: 1, ..Bounds::default() }).await;
+        let (address, shutdown, served) = serving(bounds(1)).await;
         let (first, answer) = ask(address).await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         let (_, answer) = ask(address).await;
@@ -262,7 +331,7 @@ mod tests {
     }
     #[tokio::test]
     async fn http_2_is_not_spoken() {
-        let (address, shutdown, served) = serving(Bounds::default()).await;
+        let (address, shutdown, served) = serving(bounds(9)).await;
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         let mut answer = Vec::new();
@@ -275,7 +344,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_without_a_whole_head_is_closed() {
-        let bounds = Bounds { header_timeout: Duration::from_millis(100), ..Bounds::default() };
+        let header_timeout = Duration::from_millis(100);
+        let bounds = Bounds { header_timeout, ..bounds(9) };
         let (address, _shutdown, _served) = serving(bounds).await;
         for word in [&b""[..], b"P", b"GET / HT"] {
             let mut stream = TcpStream::connect(address).await.unwrap();
