@@ -31,6 +31,9 @@ use super::tls::{self, Opened, Tls};
 /// Connections that are being refused at once. Further ones are closed without a word.
 const REFUSING_MAX: usize = 64;
 const REFUSING_TIME: Duration = Duration::from_secs(5);
+/// Of one connection: the head of a request (431 beyond), and what is written and not sent yet, so
+/// that a client that does not read takes no more.
+const BUFFER_MAX: usize = 64 << 10;
 /// For the head of a request, and how long an idle connection is kept.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
 /// After a failed accept (no file descriptors left, say).
@@ -227,7 +230,10 @@ impl Terms {
         // HTTP/1.1 only: one HTTP/2 connection could carry any number of requests past the
         // bound, and waiting for its preface has no deadline.
         let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(header_timeout)
+            .max_buf_size(BUFFER_MAX);
         let mut connection =
             pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
         let ended = tokio::select! {

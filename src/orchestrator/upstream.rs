@@ -12,6 +12,8 @@ use crate::runtime::Endpoint;
 
 /// vLLM keeps idle connections 120 s (we set it so); uvicorn's own default would be 5 s.
 const POOL_IDLE: Duration = Duration::from_secs(4);
+/// Of one connection: the head of an answer, and what came and was not taken yet.
+const BUFFER_MAX: usize = 64 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub type UpstreamBody = http_body_util::Full<bytes::Bytes>;
@@ -51,6 +53,7 @@ impl UpstreamClient {
 fn pool() -> Builder {
     let mut builder = Client::builder(TokioExecutor::new());
     builder
+        .http1_max_buf_size(BUFFER_MAX)
         .pool_idle_timeout(POOL_IDLE)
         .pool_timer(TokioTimer::new())
         .retry_canceled_requests(false);
