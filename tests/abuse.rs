@@ -58,6 +58,15 @@ async fn behave(mut stream: TcpStream, written: Arc<AtomicU64>) {
     loop {
         let Some(request) = read_request(&mut stream).await else { return };
         let has = |word: &str| request.windows(word.len()).any(|part| part == word.as_bytes());
+        if has("upgrade: websocket") {
+            let head = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\n\
+                        upgrade: websocket\r\n\r\n";
+            let _ = stream.write_all(head.as_bytes()).await;
+            // Says back what it hears.
+            let (mut from, mut to) = stream.split();
+            let _ = tokio::io::copy(&mut from, &mut to).await;
+            return;
+        }
         let answer = if has("be-large") {
             let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", 20 * MIB);
             write(&mut stream, head.as_bytes(), &[b'x'; 64 << 10], 20 * MIB, &written).await
@@ -140,6 +149,9 @@ async fn abused(settings: &str) -> Abused {
     let models = format!(
         "  ada:\n    engine: openai\n    aliases: [eda]\n    health: none\n    concurrency: 4096\n    \
          external: {{ url: \"http://{}\" }}\n",
+        engine.address
+    ) + &format!(
+        "  pia:\n    engine: http\n    health: none\n    external: {{ url: \"http://{}\" }}\n",
         engine.address
     );
     let world = serve(settings, &models, &[]).await;
@@ -377,5 +389,78 @@ async fn engines_that_never_come_to_an_end_take_no_memory_either() {
     abused.serves_others().await;
     abused.took_at_most(112 * MIB);
     drop((open, silent));
+    abused.world.stop().await;
+}
+
+impl Abused {
+    async fn socket(&self) -> TcpStream {
+        let mut stream = self.connect().await;
+        let ask = "GET /upstream/pia/ws HTTP/1.1\r\nhost: localhost\r\nconnection: Upgrade\r\n\
+                   upgrade: websocket\r\nsec-websocket-version: 13\r\n\
+                   sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+        stream.write_all(ask.as_bytes()).await.expect("sent");
+        let answer = read_some(&mut stream).await;
+        assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+        stream
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sockets_that_say_nothing_take_little_and_those_that_do_not_listen_have_a_bound() {
+    const SOCKETS: u64 = 400;
+    let abused = abused("").await;
+    let (load, nothing) = ("/models/pia/load", serde_json::json!({}));
+    let loaded = abused.world.server.talk.call(http::Method::POST, load, nothing).await;
+    assert_eq!(loaded.expect("an answer").0, 200);
+    // The first is paid for by nobody: what it makes stays.
+    let mut sockets = vec![abused.socket().await];
+    let before = abused.memory("VmRSS");
+    while sockets.len() < SOCKETS as usize {
+        sockets.push(abused.socket().await);
+    }
+    for socket in &mut sockets {
+        socket.write_all(b"hello").await.expect("sent");
+        assert_eq!(read_some(socket).await, "hello");
+    }
+    let each = (abused.memory("VmRSS") - before) / SOCKETS;
+    println!("an idle socket takes {} bytes", each);
+    assert!(each <= 16 << 10, "an idle socket takes {each} bytes");
+
+    // What comes back is read by nobody: the engine stops listening, and Wharf with it.
+    let mut flooding = JoinSet::new();
+    for mut socket in sockets.drain(..32) {
+        flooding.spawn(async move {
+            let mut sent = 0;
+            let part = [b'x'; 64 << 10];
+            while let Ok(Ok(())) = timeout(Duration::from_secs(2), socket.write_all(&part)).await {
+                sent += part.len() as u64;
+                assert!(sent < 256 * MIB, "it takes for ever");
+            }
+            socket
+        });
+    }
+    let mut full = Vec::new();
+    while let Some(socket) = timeout(PATIENCE, flooding.join_next()).await.expect("an end") {
+        full.push(socket.expect("no panic"));
+    }
+    abused.serves_others().await;
+    abused.took_at_most(48 * MIB);
+    drop((full, sockets));
+
+    let (mut from, mut to) = abused.socket().await.into_split();
+    let began = std::time::Instant::now();
+    let sending = tokio::spawn(async move {
+        for _ in 0..1024 {
+            to.write_all(&[b'x'; 64 << 10]).await.expect("sent");
+        }
+        to
+    });
+    let (mut buffer, mut left) = (vec![0; 256 << 10], 64 * MIB);
+    while left > 0 {
+        left -=
+            timeout(PATIENCE, from.read(&mut buffer)).await.expect("in time").expect("all") as u64;
+    }
+    println!("64 MiB there and back: {:?}", began.elapsed());
+    drop(sending.await.expect("sent"));
     abused.world.stop().await;
 }
