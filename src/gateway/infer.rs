@@ -133,6 +133,10 @@ impl Admitted<'_> {
         let company = catalog.asked(&wanted).and_then(|asked| asked.group).map(str::to_owned);
         let Fitted { body, stream, remove_usage } =
             fit::fit(inference, &received.bytes, asked, &spec)?;
+        let mut held = received.held;
+        if !rest.is_empty() && body.as_ptr() != received.bytes.as_ptr() {
+            held.also(body.len(), &catalog.settings.queue)?;
+        }
         let others = (!rest.is_empty()).then(|| {
             let (body, key) = (received.bytes.clone(), key.cloned());
             Box::new(Others { rest, within, inference, body, wishes, key, failed: Vec::new() })
@@ -158,7 +162,7 @@ impl Admitted<'_> {
             spec,
             company,
             outgoing,
-            held: received.held,
+            held,
             remove_usage,
             viewer: auth::viewer(key, from.peer),
             arrived,

@@ -2,6 +2,7 @@
 //! stream. Also takes out of a stream the usage event that only Wharf asked for.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::{Bytes, BytesMut};
 use serde::Deserialize;
@@ -12,8 +13,36 @@ use super::figures::{Figures, Timings, Usage, figures};
 const TAIL_BYTES: usize = 4096;
 /// Of the beginning, which is looked at where the end of an answer is not all of it.
 const HEAD_BYTES: usize = 1024;
-/// An event longer than this is passed on in parts and not looked into.
+/// Of an event that has not ended: every stream may hold so much,
+const EVENT_BYTES_USUAL: usize = 16 << 10;
+/// and this many streams at once so much (the last event of `/v1/responses` holds the whole
+/// answer). What is longer is passed on in parts and not looked into.
 const EVENT_BYTES_MAX: usize = 1 << 20;
+const LONG_EVENTS_MAX: usize = 32;
+
+/// Long events that are held now, by all streams: without a common bound each of thousands of
+/// streams could hold its maximum.
+static LONG_EVENTS: AtomicUsize = AtomicUsize::new(0);
+
+/// Leave to hold a long event.
+#[derive(Debug)]
+struct LongEvent;
+
+impl LongEvent {
+    fn begin() -> Option<LongEvent> {
+        if LONG_EVENTS.fetch_add(1, Ordering::Relaxed) >= LONG_EVENTS_MAX {
+            LONG_EVENTS.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(LongEvent)
+    }
+}
+
+impl Drop for LongEvent {
+    fn drop(&mut self) {
+        LONG_EVENTS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// Finds the token counts of an answer that passes through.
 #[derive(Debug)]
@@ -123,6 +152,8 @@ pub struct Events {
     partial: BytesMut,
     /// Inside an event that is too long to be held.
     overlong: bool,
+    /// While `partial` is longer than usual.
+    long: Option<LongEvent>,
     usage: Option<Usage>,
     timings: Option<Timings>,
 }
@@ -164,7 +195,7 @@ impl Events {
         // `end` lies in the new part: else the event had ended before.
         let used = end.saturating_sub(before).min(data.len());
         self.partial.truncate(end);
-        let event = self.partial.split().freeze();
+        let event = self.take_partial();
         if self.overlong || !self.is_ours(&event) {
             push(out, event);
         }
@@ -173,16 +204,30 @@ impl Events {
     }
 
     fn release_overlong(&mut self, out: &mut VecDeque<Bytes>) {
-        if self.partial.len() > EVENT_BYTES_MAX {
+        let length = self.partial.len();
+        if length <= EVENT_BYTES_USUAL {
+            return;
+        }
+        if !self.overlong && self.long.is_none() {
+            self.long = LongEvent::begin();
+        }
+        if self.long.is_none() || length > EVENT_BYTES_MAX {
             // Three bytes stay: the blank line that ends the event may be half there.
-            let pass = self.partial.len() - 3;
-            push(out, self.partial.split_to(pass).freeze());
+            let event = self.take_partial();
+            self.partial.extend_from_slice(&event[length - 3..]);
+            push(out, event.slice(..length - 3));
             self.overlong = true;
         }
     }
 
+    /// With its memory, which a part of it would keep.
+    fn take_partial(&mut self) -> Bytes {
+        self.long = None;
+        std::mem::take(&mut self.partial).freeze()
+    }
+
     fn flush(&mut self, out: &mut VecDeque<Bytes>) {
-        let rest = self.partial.split().freeze();
+        let rest = self.take_partial();
         if self.overlong || !self.is_ours(&rest) {
             push(out, rest);
         }
