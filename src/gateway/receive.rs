@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{HeaderMap, StatusCode, header};
+use http_body::Body as _;
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -86,10 +88,18 @@ pub async fn receive(
     }
     let mut received = Gathered::default();
     let mut held = Held { budget: Arc::clone(budget), bytes: 0 };
-    let deadline = Instant::now() + limits.body_total;
-    loop {
-        let until = deadline.min(Instant::now() + limits.body_idle);
-        let frame = match timeout_at(until, body.frame()).await {
+    let mut deadline = None;
+    while !body.is_end_stream() {
+        // Small bodies came with their head: nobody has to be waited for.
+        let frame = match body.frame().now_or_never() {
+            Some(frame) => Ok(frame),
+            None => {
+                let now = Instant::now();
+                let until = *deadline.get_or_insert(now + limits.body_total);
+                timeout_at(until.min(now + limits.body_idle), body.frame()).await
+            }
+        };
+        let frame = match frame {
             Ok(Some(Ok(frame))) => frame,
             Ok(Some(Err(error))) => {
                 let message = format!("the request body broke off: {error}");

@@ -2,12 +2,17 @@
 //! stream. Also takes out of a stream the usage event that only Wharf asked for.
 
 use std::collections::VecDeque;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::{Bytes, BytesMut};
+use memchr::memmem::Finder;
 use serde::Deserialize;
 
 use super::figures::{Figures, Timings, Usage, figures};
+
+static USAGE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"usage\""));
+static TIMINGS: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"timings\""));
 
 /// Engines write usage near the end of an answer.
 const TAIL_BYTES: usize = 4096;
@@ -106,7 +111,7 @@ impl Ends {
         if surplus > 0 && !self.looked {
             self.looked = true;
             let first: Vec<u8> = self.tail.iter().chain(data).copied().take(HEAD_BYTES).collect();
-            self.early = last_value(&first, b"\"usage\"");
+            self.early = last_value(&first, &USAGE);
         }
         if data.len() >= TAIL_BYTES {
             self.tail.clear();
@@ -118,17 +123,18 @@ impl Ends {
     }
 
     fn figures(&self) -> Option<Figures> {
-        let usage = last_value(&self.tail, b"\"usage\"").or(self.early);
-        figures(usage, last_value(&self.tail, b"\"timings\""))
+        let usage = last_value(&self.tail, &USAGE).or(self.early);
+        figures(usage, last_value(&self.tail, &TIMINGS))
     }
 }
 
 /// The value after the last `"key":` that parses. Text inside of JSON strings cannot be mistaken
 /// for it: there every quote is escaped.
-fn last_value<T: serde::de::DeserializeOwned>(text: &[u8], key: &[u8]) -> Option<T> {
+fn last_value<T: serde::de::DeserializeOwned>(text: &[u8], key: &Finder<'_>) -> Option<T> {
     let mut end = text.len();
-    while let Some(at) = rfind(&text[..end], key) {
-        let rest = text[at + key.len()..].trim_ascii_start();
+    // Forward, as that is many times as fast a search: there are few of them.
+    while let Some(at) = key.find_iter(&text[..end]).last() {
+        let rest = text[at + key.needle().len()..].trim_ascii_start();
         if let Some(value) = rest.strip_prefix(b":") {
             let parsed = serde_json::Deserializer::from_slice(value).into_iter::<T>().next();
             if let Some(Ok(value)) = parsed {
@@ -138,11 +144,6 @@ fn last_value<T: serde::de::DeserializeOwned>(text: &[u8], key: &[u8]) -> Option
         end = at;
     }
     None
-}
-
-fn rfind(text: &[u8], part: &[u8]) -> Option<usize> {
-    // Forward, as that is many times as fast a search: there are few of them.
-    memchr::memmem::find_iter(text, part).last()
 }
 
 /// Cuts a stream into events. A frame that ends with an event (the usual case) passes uncopied;
@@ -237,8 +238,7 @@ impl Events {
 
     /// Reads the event's usage; true if the event is to be taken out.
     fn is_ours(&mut self, event: &[u8]) -> bool {
-        let usage = rfind(event, b"\"usage\"").is_some();
-        if !usage && rfind(event, b"\"timings\"").is_none() {
+        if USAGE.find(event).is_none() && TIMINGS.find(event).is_none() {
             return false;
         }
         let Some(data) = event_data(event) else { return false };
@@ -296,7 +296,7 @@ fn push(out: &mut VecDeque<Bytes>, data: Bytes) {
 /// may lie at `from`.
 fn event_end(data: &[u8], from: usize) -> Option<usize> {
     let mut at = from;
-    while let Some(offset) = data[at..].iter().position(|&byte| byte == b'\n' || byte == b'\r') {
+    while let Some(offset) = memchr::memchr2(b'\n', b'\r', &data[at..]) {
         let line_end = at + offset;
         let rest = &data[line_end..];
         for blank in [&b"\n\n"[..], b"\r\n\r\n", b"\r\r"] {
