@@ -1,6 +1,8 @@
 # make demo [WORLD=laptop|homelab|team|agents] [EXERCISE=1] [ENGINE=standin|llama [GGUF=a.gguf,b.gguf]]
 # make test      everything; make quick: without Docker, llama-server and Prometheus
 # make mutants [FAULTS="name ..."]   do the scheduler's tests notice seeded faults?
+# make bench [ROWS="json-32 paced ..."] [ROUNDS=5] [SECONDS=3] [OUT=docs]   beside nginx; needs wrk, too
+# make bench-instructions [REQUESTS=1000]   what a proxied request costs, by valgrind
 
 WORLD ?= laptop
 ENGINE ?= standin
@@ -21,7 +23,13 @@ $(error ENGINE=llama has one world, laptop: leave WORLD=$(WORLD) out)
 endif
 endif
 
-.PHONY: demo test quick build mutants
+ROUNDS ?= 5
+SECONDS ?= 3
+STREAMS ?= 8000
+OUT ?= .cache/bench
+REQUESTS ?= 1000
+
+.PHONY: demo test quick build mutants bench bench-instructions
 build:
 	cargo build --locked --bin wharf
 
@@ -42,3 +50,13 @@ quick:
 
 mutants:
 	tests/mutants/run.sh $(FAULTS)
+
+# The profile is the release's; CARGO_PROFILE_RELEASE_LTO=off and such make a quicker, worse one.
+bench:
+	@tests/support/setup.sh bench
+	PATH="$$PATH:/usr/sbin" cargo bench --locked --bench proxy -- --rounds $(ROUNDS) --seconds $(SECONDS) \
+	  --streams $(STREAMS) --out "$(abspath $(OUT))" $(if $(ROWS),--rows "$(ROWS)")
+
+bench-instructions:
+	@tests/support/setup.sh valgrind
+	benches/proxy/instructions.sh $(REQUESTS)

@@ -40,6 +40,8 @@ pub mod reject;
 mod relay;
 pub mod routes;
 mod server;
+mod site;
+mod threads;
 mod timing;
 mod tls;
 mod traffic;
@@ -68,6 +70,8 @@ pub use in_flight::Entry;
 pub use places::{Places, usual as usual_places};
 pub use reject::{Reject, Viewer};
 pub use server::{Bounds, serve, serve_until};
+pub use site::{Content, Site};
+pub use threads::Threads;
 pub use tls::{Certificate, Tls};
 pub use traffic::Traffic;
 

@@ -1,5 +1,6 @@
 //! The listener: accepts, bounds the number of connections, and ends them in an orderly way.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -7,8 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
-use axum::extract::ConnectInfo;
 use axum::response::IntoResponse;
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, StatusCode, header};
@@ -22,10 +21,10 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tower::ServiceExt;
 
 use super::places::{self, Places};
 use super::reject::Reject;
+use super::site::Site;
 use super::tls::{self, Opened, Tls};
 
 /// Connections that are being refused at once. Further ones are closed without a word.
@@ -43,26 +42,26 @@ const ACCEPT_BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// Serves until `shutdown`, then lets requests end for `grace`, then cuts what is left.
 pub async fn serve(
     listener: TcpListener,
-    router: Router,
+    site: impl Into<Site>,
     shutdown: CancellationToken,
     grace: Duration,
 ) {
     let grace = async move { sleep(grace).await };
     let bounds = Bounds::new(Places::new(places::usual()), Tls::default());
-    serve_until(bounds, listener, router, shutdown, grace, CancellationToken::new()).await;
+    serve_until(bounds, listener, site.into(), shutdown, grace, CancellationToken::new()).await;
 }
 
 /// As [`serve`]; `grace` is first polled when it begins, and `hurry` ends it.
 pub async fn serve_until(
     bounds: Bounds,
     listener: TcpListener,
-    router: Router,
+    site: Site,
     shutdown: CancellationToken,
     grace: impl Future<Output = ()> + Send + 'static,
     hurry: CancellationToken,
 ) {
     let end = End { shutdown, grace: Box::pin(grace), hurry };
-    serve_within(bounds, listener, router, end).await;
+    serve_within(bounds, listener, site, end).await;
 }
 
 /// When serving ends, and how.
@@ -89,7 +88,7 @@ impl Bounds {
 async fn serve_within(
     bounds: Bounds,
     listener: TcpListener,
-    router: Router,
+    site: Site,
     End { shutdown, grace, hurry }: End,
 ) {
     let server = Server {
@@ -100,10 +99,10 @@ async fn serve_within(
         },
         serving: TaskTracker::new(),
         refusing: Arc::new(Semaphore::new(REFUSING_MAX)),
-        busy: busy_router(bounds.places.clone()),
+        busy: busy_router(bounds.places.clone()).into(),
         places: bounds.places,
         tls: bounds.tls,
-        router,
+        site,
     };
     let mut backoff = ACCEPT_BACKOFF;
     loop {
@@ -152,32 +151,42 @@ struct Server {
     places: Places,
     tls: Tls,
     refusing: Arc<Semaphore>,
-    router: Router,
-    busy: Router,
+    site: Site,
+    busy: Site,
 }
 
 impl Server {
     fn accepted(&self, stream: TcpStream, peer: SocketAddr) {
         // Tokens are small: each must leave at once.
         let _ = stream.set_nodelay(true);
+        let (terms, tls) = (self.terms.clone(), self.tls.config());
         if let Some(place) = self.places.take() {
-            let (terms, router) = (self.terms.clone(), self.router.clone());
-            match self.tls.config() {
-                None => self.serving.spawn(terms.serve(stream, peer, router, place)),
-                Some(tls) => self.serving.spawn(terms.secure(stream, tls, peer, router, place)),
-            };
+            let site = self.site.clone();
+            self.spawn(stream, move |stream| terms.open(stream, tls, peer, site, place));
         } else if let Ok(permit) = Arc::clone(&self.refusing).try_acquire_owned() {
-            let (terms, router) = (self.terms.clone(), self.busy.clone());
-            match self.tls.config() {
-                None => {
-                    let serve = terms.serve(stream, peer, router, permit);
-                    tokio::spawn(timeout(REFUSING_TIME, serve))
+            let busy = terms.open(stream, tls, peer, self.busy.clone(), permit);
+            tokio::spawn(timeout(REFUSING_TIME, busy));
+        }
+    }
+
+    /// On a thread of the site's, if it has any.
+    fn spawn<F>(&self, stream: TcpStream, serve: impl FnOnce(TcpStream) -> F + Send + 'static)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let Some(threads) = &self.site.threads else {
+            self.serving.spawn(serve(stream));
+            return;
+        };
+        let lost = |error| tracing::error!("a connection is lost: {error}");
+        match stream.into_std() {
+            Ok(stream) => threads.spawn(self.serving.track_future(async move {
+                match TcpStream::from_std(stream) {
+                    Ok(stream) => serve(stream).await,
+                    Err(error) => lost(error),
                 }
-                Some(tls) => {
-                    let serve = terms.secure(stream, tls, peer, router, permit);
-                    tokio::spawn(timeout(REFUSING_TIME, serve))
-                }
-            };
+            })),
+            Err(error) => lost(error),
         }
     }
 }
@@ -192,13 +201,28 @@ struct Terms {
 }
 
 impl Terms {
+    /// Boxed: what a connection keeps for good is to be no larger than it must.
+    async fn open(
+        self,
+        stream: TcpStream,
+        tls: Option<Arc<rustls::ServerConfig>>,
+        peer: SocketAddr,
+        site: Site,
+        place: impl Send + 'static,
+    ) {
+        match tls {
+            None => Box::pin(self.serve(stream, peer, site, place)).await,
+            Some(tls) => Box::pin(self.secure(stream, tls, peer, site, place)).await,
+        }
+    }
+
     /// Serves what is inside of TLS; tells who speaks plain HTTP that this port does not.
     async fn secure(
         self,
         stream: TcpStream,
         config: Arc<rustls::ServerConfig>,
         peer: SocketAddr,
-        router: Router,
+        site: Site,
         place: impl Send + 'static,
     ) {
         let opened = tokio::select! {
@@ -206,10 +230,11 @@ impl Terms {
             () = self.closing.cancelled() => return,
         };
         match opened {
-            Ok(Opened::Tls(stream)) => self.serve(stream, peer, router, place).await,
+            Ok(Opened::Tls(stream)) => self.serve(stream, peer, site, place).await,
             Ok(Opened::Plain(stream)) => {
                 let _ =
-                    timeout(REFUSING_TIME, self.serve(stream, peer, https_router(), place)).await;
+                    timeout(REFUSING_TIME, self.serve(stream, peer, https_router().into(), place))
+                        .await;
             }
             Err(error) => tracing::debug!(%peer, "no TLS connection came about: {error}"),
         }
@@ -219,13 +244,13 @@ impl Terms {
         self,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         peer: SocketAddr,
-        router: Router,
+        site: Site,
         place: impl Send + 'static,
     ) {
         let Terms { closing, abort, header_timeout } = self;
-        let service = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(ConnectInfo(peer));
-            router.clone().oneshot(request.map(Body::new))
+        let service = service_fn(move |request: Request<Incoming>| {
+            let site = site.clone();
+            async move { Ok::<_, Infallible>(site.answer(request, peer).await) }
         });
         // HTTP/1.1 only: one HTTP/2 connection could carry any number of requests past the
         // bound, and waiting for its preface has no deadline.
@@ -236,9 +261,12 @@ impl Terms {
             .max_buf_size(BUFFER_MAX);
         let mut connection =
             pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
+        // Nothing is aborted before it was asked to close. A token of its own: the lock of a common
+        // one would be taken by all connections, whenever one of them stirs.
+        let closing = closing.child_token();
         let ended = tokio::select! {
+            biased;
             ended = connection.as_mut() => ended,
-            () = abort.cancelled() => Ok(()),
             () = closing.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
@@ -308,7 +336,7 @@ mod tests {
         let hurry = CancellationToken::new();
         let grace = Box::pin(async { sleep(Duration::from_secs(1)).await });
         let end = End { shutdown: shutdown.clone(), grace, hurry };
-        let server = serve_within(bounds, listener, router, end);
+        let server = serve_within(bounds, listener, router.into(), end);
         (address, shutdown, tokio::spawn(server))
     }
 
