@@ -100,7 +100,7 @@ pub fn shared(
         limiter: Limiter::default(),
         watched: Arc::default(),
         sockets: Sockets::default(),
-        id_seed: RandomState::new().hash_one(std::process::id()),
+        id_seed: format!("{:016x}", RandomState::new().hash_one(std::process::id())),
         id_next: AtomicU64::new(0),
     })
 }
@@ -149,7 +149,7 @@ pub struct Gateway {
     /// Queues of `engine: http` that are being looked at.
     watched: Arc<Watched>,
     sockets: Sockets,
-    id_seed: u64,
+    id_seed: String,
     id_next: AtomicU64,
 }
 
@@ -157,6 +157,6 @@ impl Gateway {
     /// Unique in this process and hard to confuse with another's.
     fn fresh_id(&self) -> String {
         let next = self.id_next.fetch_add(1, Ordering::Relaxed);
-        format!("{:016x}-{next}", self.id_seed)
+        [&*self.id_seed, "-", itoa::Buffer::new().format(next)].concat()
     }
 }
