@@ -225,6 +225,7 @@ async fn read_some(stream: &mut TcpStream) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+// contract: RULE memory is bounded whatever clients and engines send
 #[tokio::test(flavor = "multi_thread")]
 async fn large_answers_to_clients_that_do_not_read_stay_at_the_engine() {
     const CLIENTS: u64 = 64;

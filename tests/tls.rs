@@ -179,6 +179,7 @@ fn chat(stream: bool) -> String {
     )
 }
 
+// contract: RULE every listener can speak HTTPS
 #[tokio::test]
 async fn every_listener_speaks_https_and_nothing_else() {
     let mut world = World::new(100, true);
@@ -217,6 +218,7 @@ async fn every_listener_speaks_https_and_nothing_else() {
     assert!(text(&stranger).contains("certificate"), "{}", text(&stranger));
 }
 
+// contract: RULE a renewed certificate is taken up without a restart
 #[tokio::test]
 async fn a_renewed_certificate_is_taken_up_and_a_bad_one_is_not() {
     let mut world = World::new(100, true);

@@ -220,3 +220,25 @@ fn too_slow(received: &Gathered, declared: Option<u64>, limits: &Limits) -> Reje
     );
     Reject::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", message)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_counted_before_it_is_taken() {
+        for declared in [None, Some(300_000), Some(7)] {
+            let (mut gathered, mut counted) = (Gathered::default(), 0);
+            for _ in 0..30 {
+                let data = Bytes::from(vec![b'x'; 10_000]);
+                counted += gathered.will_take(data.len(), declared);
+                gathered.push(data, declared);
+                let taken = gathered.all.capacity().max(gathered.first.len());
+                assert!(taken <= counted, "{taken} bytes taken, {counted} counted");
+            }
+            assert!((300_000..=600_000).contains(&counted), "{declared:?}: {counted}");
+            assert!(declared != Some(300_000) || counted == 300_000, "no more than declared");
+            assert_eq!(gathered.finish().len(), 300_000);
+        }
+    }
+}
