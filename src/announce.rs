@@ -107,7 +107,7 @@ fn ready_now(handle: &Handle) -> Services {
             let spec = catalog.model(&model.name)?;
             let door = doors.get(&model.name).copied();
             let address: SocketAddr = reachable(door.unwrap_or(catalog.settings.gateway));
-            let endpoint = format!("http://{address}");
+            let endpoint = format!("{}://{address}", catalog.settings.scheme());
             let service = Service {
                 name: format!("wharf/{}", model.name),
                 service: "wharf",

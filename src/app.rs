@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::catalog::Catalog;
 use crate::gateway::Limits;
 use crate::orchestrator::Handle;
-use crate::reload::{Bound, Built, Listeners, Routers, Source};
+use crate::reload::{Bound, Built, Certificates, Listeners, Routers, Source};
 use crate::store::Store;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::performance;
@@ -32,6 +32,7 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
     let mut signals = stop_signals()?;
     let hangup = signal(SignalKind::hangup())?;
     // Before anything is started: a taken port must cost nothing.
+    let certificates = Certificates::load(settings.tls.as_ref()).map_err(anyhow::Error::msg)?;
     let bound = Bound::all(settings).await?;
     let metrics = Arc::new(Metrics::new());
     let (handle, mut owner) =
@@ -49,7 +50,8 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
         },
         threads: gateway::Threads::start().context("the serving threads cannot be started")?,
     };
-    let listeners = Listeners::new(routers, handle.clone(), stop.clone(), hurry.clone());
+    let listeners =
+        Listeners::new(routers, handle.clone(), certificates, stop.clone(), hurry.clone());
     let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);
     let reloads =
         reload::start(source, built, handle.clone(), inference, (listeners, bound), stop.clone())

@@ -106,7 +106,7 @@ async fn exit_codes_say_what_happened() {
     let url = format!("http://{}", nobody.local_addr().expect("bound"));
     drop(nobody);
     assert_eq!(wharf(&url, &["status"]).await, ExitCode::from(3));
-    assert_eq!(wharf("https://127.0.0.1", &["status"]).await, ExitCode::from(2));
+    assert_eq!(wharf("ftp://127.0.0.1", &["status"]).await, ExitCode::from(2));
 }
 
 fn at(url: &str) -> Connection {

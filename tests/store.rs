@@ -24,7 +24,12 @@ const KILLS: u32 = 200;
 const CHILD: &str = "WHARF_TEST_STORE_CHILD";
 
 fn activity(n: u64) -> Activity {
-    Activity { model: "ada".to_owned(), path: format!("/{n}"), status: 200, ..Activity::default() }
+    Activity {
+        model: "ada".to_owned(),
+        path: format!("/{n}").into(),
+        status: 200,
+        ..Activity::default()
+    }
 }
 
 fn ended_swap(id: u64) -> SwapRow {

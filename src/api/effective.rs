@@ -110,7 +110,16 @@ fn ollama(catalog: &Catalog) -> Option<String> {
 fn settings(settings: &Settings) -> Map<String, Value> {
     let mut tree = object(readable(json!(settings)));
     let mut take = |key: &str| tree.remove(key).unwrap_or_default();
-    let listen = json!({ "gateway": take("gateway"), "orchestrator": take("orchestrator") });
+    take("connections");
+    let tls = take("tls");
+    let listen = json!({
+        "gateway": take("gateway"),
+        "orchestrator": take("orchestrator"),
+        "connections": settings
+            .connections
+            .map_or_else(crate::gateway::usual_places, |max| max as usize),
+        "tls": tls,
+    });
     let docker = json!({ "host": take("docker_host") });
     take("front_doors");
     let watch = take("watch");

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::config::catalog::{Catalog, ModelSpec, SwapMode};
 use crate::config::{self, ConfigErrors, Loaded, Override, Problem, Report, Severity};
+use crate::gateway::Certificate;
 
 /// Exit codes: 0 the configuration can be used, 1 it cannot, 2 the file cannot be read.
 const USABLE: u8 = 0;
@@ -17,7 +18,9 @@ const UNREADABLE: u8 = 2;
 /// Checks the file and prints the result: a summary on stdout, problems on stderr; with `json`
 /// one object on stdout.
 pub fn run(path: &Path, json: bool) -> ExitCode {
-    let outcome = outcome(&path.display().to_string(), config::load(path), json);
+    let file = path.display().to_string();
+    let loaded = config::load(path).and_then(|loaded| with_files(&file, loaded));
+    let outcome = outcome(&file, loaded, json);
     if !outcome.problems.is_empty() {
         eprintln!("{}", outcome.problems);
     }
@@ -25,6 +28,23 @@ pub fn run(path: &Path, json: bool) -> ExitCode {
         println!("{}", outcome.result);
     }
     ExitCode::from(outcome.code)
+}
+
+/// What the file names and only a start reads.
+fn with_files(file: &str, mut loaded: Loaded) -> Result<Loaded, ConfigErrors> {
+    let tls = loaded.catalog.settings.tls.as_ref().map(Certificate::load);
+    match tls {
+        None => {}
+        Some(Ok(certificate)) => loaded
+            .warnings
+            .extend(certificate.warning.map(|why| Problem::warning("listen.tls", why))),
+        Some(Err(why)) => {
+            let mut problems = loaded.warnings;
+            problems.push(Problem::error("listen.tls", why));
+            return Err(ConfigErrors::Invalid { file: file.to_owned(), problems });
+        }
+    }
+    Ok(loaded)
 }
 
 /// What `wharf check` says, apart from printing it.

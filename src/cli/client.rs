@@ -10,11 +10,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
 
+use super::trust;
 use crate::api::reachable;
 
 /// A ledger of a thousand swaps with their logs stays far below.
@@ -33,13 +35,14 @@ pub const EXIT_CODES: &str = "Exit codes: 0 done; 1 unexpected; 2 wrong use; \
 
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct Connection {
-    /// Where the orchestrator listens, as HOST:PORT or http://HOST:PORT. The first that is set
+    /// Where the orchestrator listens, as HOST:PORT, http://HOST:PORT or https://HOST:PORT. The first that is set
     /// counts: --url, WHARF_URL, WHARF_ORCHESTRATOR, `listen.orchestrator` of the configuration,
     /// 127.0.0.1:8888. A key, where one is needed, is read from WHARF_KEY, or from the file that
     /// WHARF_KEY_FILE names
     #[arg(long, env = "WHARF_URL", value_name = "URL")]
     pub url: Option<String>,
-    /// The configuration whose `listen.orchestrator` counts; models.yaml by default
+    /// The configuration whose `listen` counts; models.yaml by default. The certificate of its
+    /// `listen.tls` is trusted, as is that of WHARF_TLS_CERT_FILE
     #[arg(long, short, env = "WHARF_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Print the answer as JSON
@@ -102,28 +105,41 @@ fn key() -> Result<Option<String>, Failure> {
 }
 
 impl Connection {
-    /// The address as given, and where it is from.
-    fn address(&self) -> (String, String) {
+    fn address(&self) -> Address {
         let given = |value: Option<String>| value.filter(|value| !value.is_empty());
-        if let Some(url) = given(self.url.clone()) {
-            return (url, "--url or WHARF_URL".to_owned());
-        }
-        if let Some(listen) = given(std::env::var("WHARF_ORCHESTRATOR").ok()) {
-            return (listen, "WHARF_ORCHESTRATOR; --url says otherwise".to_owned());
-        }
         let path = crate::config::path(self.config.clone());
-        match crate::config::orchestrator_of(&path) {
-            Some(listen) => {
-                let source = format!("listen.orchestrator of {}", path.display());
-                (listen.to_string(), format!("{source}; --url says otherwise"))
-            }
-            None => ("127.0.0.1:8888".to_owned(), "the default; --url says otherwise".to_owned()),
+        let listening = crate::config::listening_of(&path).unwrap_or_default();
+        let own = given(std::env::var("WHARF_TLS_CERT_FILE").ok());
+        let own = own.map(PathBuf::from).or(listening.cert_file);
+        let scheme = if own.is_some() { "https" } else { "http" };
+        if let Some(url) = given(self.url.clone()) {
+            let origin = "--url or WHARF_URL".to_owned();
+            return Address { base: with_scheme("http", &url), origin, own };
         }
+        let (address, origin) =
+            if let Some(listen) = given(std::env::var("WHARF_ORCHESTRATOR").ok()) {
+                (listen, "WHARF_ORCHESTRATOR".to_owned())
+            } else if let Some(listen) = listening.orchestrator {
+                (listen.to_string(), format!("listen.orchestrator of {}", path.display()))
+            } else {
+                ("127.0.0.1:8888".to_owned(), "the default".to_owned())
+            };
+        let origin = format!("{origin}; --url says otherwise");
+        Address { base: with_scheme(scheme, &address), origin, own }
     }
 }
 
+/// Where Wharf is.
+struct Address {
+    base: String,
+    /// Where that is from.
+    origin: String,
+    /// The certificate that it is configured to show.
+    own: Option<PathBuf>,
+}
+
 /// `host:port` as a URL; an address that only says "every interface" is reached on loopback.
-fn with_scheme(address: &str) -> String {
+fn with_scheme(scheme: &str, address: &str) -> String {
     if address.contains("://") {
         return address.trim_end_matches('/').to_owned();
     }
@@ -131,7 +147,7 @@ fn with_scheme(address: &str) -> String {
         Ok(listen) => reachable(listen).to_string(),
         Err(_) => address.trim_end_matches('/').to_owned(),
     };
-    format!("http://{address}")
+    format!("{scheme}://{address}")
 }
 
 /// The control API of one Wharf.
@@ -141,24 +157,31 @@ pub struct Client {
     /// Where the address is from, for who cannot reach it.
     origin: String,
     key: Option<String>,
-    http: HttpClient<HttpConnector, Full<Bytes>>,
+    http: HttpClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
 }
 
 impl Client {
     pub fn new(connection: &Connection) -> Result<Client, Failure> {
-        let (address, origin) = connection.address();
-        let base = with_scheme(&address);
+        let Address { base, origin, own } = connection.address();
         let uri: http::Uri = base
             .parse()
-            .map_err(|error| Failure::Usage(format!("{address} is not a URL: {error}")))?;
-        if uri.scheme_str() != Some("http") || uri.host().is_none() {
-            return Err(Failure::Usage(format!(
-                "{base} must look like http://127.0.0.1:8888 (this client speaks plain HTTP)"
-            )));
+            .map_err(|error| Failure::Usage(format!("{base} is not a URL: {error}")))?;
+        if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none() {
+            let message = format!("{base} must look like http://127.0.0.1:8888 or https://…");
+            return Err(Failure::Usage(message));
         }
+        let tls = trust::config(own.as_deref());
+        let tls = tls.map_err(|error| Failure::Unexpected(format!("no TLS: {error}")))?;
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
         connector.set_nodelay(true);
+        connector.enforce_http(false);
+        // It adds the ALPN itself.
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(connector);
         Ok(Client {
             base,
             origin,
@@ -259,7 +282,10 @@ impl Client {
             .map_err(|error| Failure::Usage(format!("--url or WHARF_KEY is not usable: {error}")))
     }
 
-    fn broken(&self, error: &dyn std::error::Error) -> Failure {
+    fn broken(&self, error: &(dyn std::error::Error + 'static)) -> Failure {
+        if let Some(why) = trust::trouble(error) {
+            return self.unreachable(why);
+        }
         // The outer error says "client error (Connect)"; the innermost one says why.
         let mut innermost = error;
         while let Some(source) = innermost.source() {
@@ -355,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn only_plain_http_urls_are_taken() {
+    fn only_http_urls_are_taken() {
         let client = |url: &str| {
             let connection = Connection { url: Some(url.to_owned()), ..Connection::default() };
             Client::new(&connection).map(|c| c.base().to_owned())
@@ -364,7 +390,8 @@ mod tests {
         assert_eq!(client("localhost:8888").expect("host and port"), "http://localhost:8888");
         assert_eq!(client("0.0.0.0:8888").expect("an address"), "http://127.0.0.1:8888");
         assert_eq!(client("[::]:8888").expect("an address"), "http://[::1]:8888");
-        for bad in ["https://example.org", "not a url", "http://"] {
+        assert_eq!(client("https://a.lan:1/").expect("a URL"), "https://a.lan:1");
+        for bad in ["ftp://example.org", "not a url", "http://"] {
             assert!(matches!(client(bad), Err(Failure::Usage(_))), "{bad}");
         }
     }

@@ -18,6 +18,7 @@ pub mod serve;
 pub mod status;
 pub mod swaps;
 pub mod top;
+mod trust;
 pub mod unload;
 
 use std::path::PathBuf;

@@ -12,7 +12,7 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::config::catalog::{ApiKey, Catalog, Scope};
+use crate::config::catalog::{ApiKey, Catalog, Scope, TlsFiles};
 use crate::config::{Loaded, Overlay, Report};
 use crate::reload::{Flag, Misfits, Source};
 use crate::store::Store;
@@ -32,6 +32,12 @@ pub struct ServeArgs {
     /// Address of the control API, instead of `listen.orchestrator`.
     #[arg(long, env = "WHARF_ORCHESTRATOR")]
     pub orchestrator: Option<SocketAddr>,
+    /// Serve HTTPS with the certificate in this PEM file, instead of `listen.tls.cert_file`.
+    #[arg(long, env = "WHARF_TLS_CERT_FILE", value_name = "FILE", requires = "tls_key_file")]
+    pub tls_cert_file: Option<PathBuf>,
+    /// Its private key, instead of `listen.tls.key_file`.
+    #[arg(long, env = "WHARF_TLS_KEY_FILE", value_name = "FILE", requires = "tls_cert_file")]
+    pub tls_key_file: Option<PathBuf>,
     /// Path of the store, instead of `store`.
     #[arg(long, env = "WHARF_STORE")]
     pub store: Option<PathBuf>,
@@ -59,6 +65,11 @@ impl ServeArgs {
         if let Some(orchestrator) = self.orchestrator {
             settings.orchestrator = orchestrator;
             note("--orchestrator (WHARF_ORCHESTRATOR)", "listen.orchestrator");
+        }
+        if let (Some(cert), Some(key)) = (&self.tls_cert_file, &self.tls_key_file) {
+            settings.tls = Some(TlsFiles { cert_file: cert.clone(), key_file: key.clone() });
+            note("--tls-cert-file (WHARF_TLS_CERT_FILE)", "listen.tls.cert_file");
+            note("--tls-key-file (WHARF_TLS_KEY_FILE)", "listen.tls.key_file");
         }
         if let Some(store) = &self.store {
             settings.store.clone_from(store);

@@ -61,6 +61,12 @@ impl Catalog {
 pub struct Settings {
     pub gateway: SocketAddr,
     pub orchestrator: SocketAddr,
+    /// `listen.connections`; `None`: as the limit of open files allows.
+    #[serde(default)]
+    pub connections: Option<u32>,
+    /// `listen.tls`; `None`: plain HTTP.
+    #[serde(default)]
+    pub tls: Option<TlsFiles>,
     pub swap: SwapSettings,
     pub queue: QueueSettings,
     pub gpu: GpuSettings,
@@ -100,7 +106,19 @@ pub struct Settings {
     pub check_interval: Duration,
 }
 
+/// Both in PEM. Read at the start, at a reload, and when they change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlsFiles {
+    pub cert_file: PathBuf,
+    pub key_file: PathBuf,
+}
+
 impl Settings {
+    /// With which clients reach the listeners.
+    pub const fn scheme(&self) -> &'static str {
+        if self.tls.is_some() { "https" } else { "http" }
+    }
+
     /// Folder of the lock, journal, engine logs and reserved ids; needed also without a store.
     pub fn state_dir(&self) -> PathBuf {
         if self.store == Path::new(MEMORY) {

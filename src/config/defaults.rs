@@ -18,6 +18,8 @@ impl Default for Settings {
         Settings {
             gateway: SocketAddr::from(([127, 0, 0, 1], 8080)),
             orchestrator: SocketAddr::from(([127, 0, 0, 1], 8888)),
+            connections: None,
+            tls: None,
             swap: SwapSettings {
                 mode: SwapMode::MultiActive,
                 max_concurrent_models: 0,

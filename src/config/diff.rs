@@ -77,7 +77,8 @@ fn settings(old: &Settings, new: &Settings) -> Vec<String> {
     differing("", &tree(old), &tree(new), &mut keys);
     for key in &mut keys {
         match key.as_str() {
-            "gateway" | "orchestrator" => key.insert_str(0, "listen."),
+            "gateway" | "orchestrator" | "connections" | "tls" | "tls.cert_file"
+            | "tls.key_file" => key.insert_str(0, "listen."),
             "docker_host" => *key = "docker.host".to_owned(),
             "front_doors" => *key = "ports".to_owned(),
             "watch" => *key = "reload.watch".to_owned(),

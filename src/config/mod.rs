@@ -113,13 +113,27 @@ pub fn read_file(path: &Path) -> Result<String, ConfigErrors> {
 
 /// `listen.orchestrator` of a file that need not be right otherwise (a client may lack the
 /// server's environment). `None`: it is not set, or cannot be read.
-pub fn orchestrator_of(path: &Path) -> Option<SocketAddr> {
+pub fn listening_of(path: &Path) -> Option<Listening> {
     if std::fs::metadata(path).ok()?.len() > MAX_FILE {
         return None;
     }
     let text = std::fs::read_to_string(path).ok()?;
     let (root, _flaws) = tree::parse(text.strip_prefix('\u{feff}').unwrap_or(&text));
-    values::address(root.get("listen")?.get("orchestrator")?.text()?).ok()
+    let listen = root.get("listen")?;
+    let orchestrator = listen.get("orchestrator").and_then(Node::text);
+    let cert_file = listen.get("tls").and_then(|tls| tls.get("cert_file")).and_then(Node::text);
+    Some(Listening {
+        orchestrator: orchestrator.and_then(|text| values::address(text).ok()),
+        cert_file: cert_file.map(PathBuf::from),
+    })
+}
+
+/// What a client has to know of `listen`.
+#[derive(Debug, Default)]
+pub struct Listening {
+    pub orchestrator: Option<SocketAddr>,
+    /// Of `listen.tls`.
+    pub cert_file: Option<PathBuf>,
 }
 
 /// Checks the text of a configuration. `env` gives environment variables.

@@ -48,6 +48,15 @@ pub struct Problem {
 
 impl Problem {
     /// A problem without a place in the file.
+    /// Of what a key names, not of the text of the file.
+    pub fn warning(path: &str, message: String) -> Problem {
+        Problem::outside(Severity::Warning, path, message, "")
+    }
+
+    pub fn error(path: &str, message: String) -> Problem {
+        Problem::outside(Severity::Error, path, message, "")
+    }
+
     pub(super) fn outside(severity: Severity, path: &str, message: String, help: &str) -> Problem {
         Problem {
             severity,

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use super::access::{self, Allowed};
 use super::catalog::{
-    Announce, CaptureSettings, GpuProvider, OnExit, Retention, Settings, SwapMode, WaitingSettings,
-    WaitingStyle,
+    Announce, CaptureSettings, GpuProvider, OnExit, Retention, Settings, SwapMode, TlsFiles,
+    WaitingSettings, WaitingStyle,
 };
 use super::decode::{At, Sink, Spot, Table, Unread};
 use super::subst::Env;
@@ -166,7 +166,31 @@ fn listen(top: &mut Table<'_>, read: &mut ReadSettings, sink: &mut Sink) {
         set(target, address);
         read.spots.insert(path, at.spot);
     }
+    if let Some(at) = table.take("connections") {
+        read.settings.connections = at.int(sink, 1..=1_000_000);
+    }
+    if let Some(at) = table.take("tls") {
+        read.settings.tls = tls(&at, sink);
+    }
     table.finish(sink, &[]);
+}
+
+fn tls(at: &At<'_>, sink: &mut Sink) -> Option<TlsFiles> {
+    let mut table = at.table(sink, "`cert_file` and `key_file`")?;
+    let mut file = |key: &'static str, sink: &mut Sink| {
+        if table.key_spot(key).is_none() {
+            let expected = format!("expected `{key}: …`, a PEM file");
+            sink.error(&at.spot, format!("TLS takes `{key}`, too"), expected);
+        }
+        table.take(key).and_then(|at| at.string(sink, "a PEM file")).map(PathBuf::from)
+    };
+    let (cert_file, key_file) = (file("cert_file", sink), file("key_file", sink));
+    let hints = [
+        ("cert", Unread::Hint("did you mean `cert_file`?")),
+        ("key", Unread::Hint("did you mean `key_file`?")),
+    ];
+    table.finish(sink, &hints);
+    Some(TlsFiles { cert_file: cert_file?, key_file: key_file? })
 }
 
 fn swap(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {

@@ -16,7 +16,7 @@ use super::in_flight::{Cancel, Ticket, Who};
 use super::limits::Permit;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::{CLIENT_CLOSED, Reject};
-use crate::config::catalog::ApiKey;
+use crate::config::catalog::{ApiKey, Catalog};
 use crate::orchestrator::StartKind;
 use crate::store::Activity;
 use crate::units::{ModelName, Time};
@@ -80,9 +80,13 @@ impl Arrival {
         }
     }
 
-    pub fn received(&mut self, headers: &HeaderMap, body: &[u8]) {
+    pub fn arrived(&self) -> Time {
+        self.0.as_ref().map_or(Time::ZERO, |record| record.arrived)
+    }
+
+    pub fn received(&mut self, catalog: &Catalog, headers: &HeaderMap, body: &[u8]) {
         let Some(record) = &mut self.0 else { return };
-        let settings = record.gateway.handle.catalog().settings.captures;
+        let settings = catalog.settings.captures;
         record.capture = record.gateway.traffic.captures.begin(settings, &record.path);
         if let Some(capture) = &mut record.capture {
             capture.request(headers, body);
@@ -169,11 +173,11 @@ impl Account {
         self.model = model;
     }
 
-    pub fn granted(&mut self, start: StartKind, waited: Duration) {
+    pub fn granted(&mut self, start: StartKind, waited: Duration, now: Instant) {
         let Some(record) = &mut self.record else { return };
         record.start = Some(start);
         record.waited = waited;
-        record.sent = Some(Instant::now());
+        record.sent = Some(now);
         if let Some(ticket) = &record.ticket {
             ticket.forwarded();
         }

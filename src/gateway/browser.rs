@@ -107,7 +107,7 @@ fn is_configured(settings: &Settings, origin: &HeaderValue) -> bool {
 fn is_our_host(settings: &Settings, host: &str) -> bool {
     let name = host_name(host);
     if name.eq_ignore_ascii_case("localhost")
-        || name.to_ascii_lowercase().ends_with(".localhost")
+        || ends_with(name, ".localhost")
         || settings.hosts.iter().any(|allowed| host_matches(allowed, host, name))
     {
         return true;
@@ -123,9 +123,15 @@ fn is_our_host(settings: &Settings, host: &str) -> bool {
 /// `wharf`, `wharf:8080`, `*.example.org` or `*`.
 fn host_matches(allowed: &str, host: &str, name: &str) -> bool {
     match allowed.strip_prefix('*') {
-        Some(suffix) => name.to_ascii_lowercase().ends_with(&suffix.to_ascii_lowercase()),
+        Some(suffix) => ends_with(name, suffix),
         None => allowed.eq_ignore_ascii_case(name) || allowed.eq_ignore_ascii_case(host),
     }
+}
+
+/// In any case of letters.
+fn ends_with(name: &str, suffix: &str) -> bool {
+    let (name, suffix) = (name.as_bytes(), suffix.as_bytes());
+    name.len() >= suffix.len() && name[name.len() - suffix.len()..].eq_ignore_ascii_case(suffix)
 }
 
 /// Without the port; an IPv6 literal keeps its brackets.

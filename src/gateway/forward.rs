@@ -15,34 +15,41 @@ use crate::runtime::tls_trouble;
 use crate::upstream::{Call, CallError, Incoming};
 
 /// Named by RFC 9110 as belonging to one connection, and what old proxies add to them.
-const HOP_BY_HOP: [HeaderName; 9] = [
-    header::CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-];
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+    )
+}
 
-/// What an engine must not see: credentials for Wharf, and what hyper or Wharf sets anew.
-/// Accept-Encoding, because a compressed answer could not be read in passing.
-const NOT_FORWARDED: [HeaderName; 12] = [
-    header::AUTHORIZATION,
-    HeaderName::from_static("x-api-key"),
-    HeaderName::from_static("api-key"),
-    header::COOKIE,
-    header::HOST,
-    header::CONTENT_LENGTH,
-    header::EXPECT,
-    header::ACCEPT_ENCODING,
-    HeaderName::from_static("x-wharf-start"),
-    HeaderName::from_static("x-wharf-max-wait"),
-    HeaderName::from_static("x-wharf-priority"),
-    HOPS,
-];
+/// What an engine must not see: credentials for Wharf, and what is set anew. Accept-Encoding,
+/// because a compressed answer could not be read in passing.
+fn is_kept_here(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "authorization"
+            | "x-api-key"
+            | "api-key"
+            | "cookie"
+            | "host"
+            | "content-length"
+            | "expect"
+            | "accept-encoding"
+            | "x-wharf-start"
+            | "x-wharf-max-wait"
+            | "x-wharf-priority"
+            | "x-wharf-hops"
+    )
+}
+
 /// Told to servers elsewhere, which may be Wharfs that lead back to this one.
 const HOPS: HeaderName = HeaderName::from_static("x-wharf-hops");
 
@@ -186,7 +193,7 @@ pub fn describe(error: &(dyn Error + 'static)) -> String {
 
 /// Headers of the request as the engine gets them.
 pub fn request_headers(mut headers: HeaderMap, request_id: &HeaderValue) -> HeaderMap {
-    strip(&mut headers, |name| NOT_FORWARDED.contains(name));
+    strip(&mut headers, is_kept_here);
     headers.insert(REQUEST_ID, request_id.clone());
     headers
 }
@@ -217,7 +224,7 @@ fn strip(headers: &mut HeaderMap, unwanted: impl Fn(&HeaderName) -> bool) {
         .flat_map(|value| value.split(','))
         .filter_map(|name| name.trim().parse().ok());
     // Few of them are there: one look at each header is less than a search for each name.
-    let there = headers.keys().filter(|name| HOP_BY_HOP.contains(name) || unwanted(name)).cloned();
+    let there = headers.keys().filter(|name| is_hop_by_hop(name) || unwanted(name)).cloned();
     let gone: Vec<HeaderName> = named.chain(there).collect();
     for name in gone {
         headers.remove(name);

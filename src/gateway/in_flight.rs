@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
-use arc_swap::ArcSwap;
 use futures_util::task::AtomicWaker;
 use http::HeaderValue;
 
@@ -53,7 +52,7 @@ pub struct Entry {
     pub id: u64,
     pub who: Who,
     /// The model that is asked now: of a route, not always the first.
-    model: ArcSwap<ModelName>,
+    model: Mutex<ModelName>,
     forwarded: AtomicBool,
     bytes: AtomicU64,
     cancelled: AtomicBool,
@@ -61,8 +60,8 @@ pub struct Entry {
 }
 
 impl Entry {
-    pub fn model(&self) -> Arc<ModelName> {
-        self.model.load_full()
+    pub fn model(&self) -> ModelName {
+        self.model.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// `queued` until a lease is held, then `forwarded`.
@@ -81,7 +80,7 @@ impl InFlight {
         let id = self.0.last.fetch_add(1, Ordering::Relaxed) + 1;
         let entry = Arc::new(Entry {
             id,
-            model: ArcSwap::from_pointee(who.model.clone()),
+            model: Mutex::new(who.model.clone()),
             who,
             forwarded: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
@@ -132,7 +131,7 @@ impl Ticket {
 
     /// Another model is asked.
     pub fn moved(&self, model: ModelName) {
-        self.entry.model.store(Arc::new(model));
+        *self.entry.model.lock().unwrap_or_else(PoisonError::into_inner) = model;
         self.entry.forwarded.store(false, Ordering::Relaxed);
     }
 

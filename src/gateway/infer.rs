@@ -74,8 +74,8 @@ async fn admit(
     from: From<'_>,
     id: &HeaderValue,
     arrival: &mut Arrival,
-) -> Result<Job, Reject> {
-    let arrived = gateway.handle.now();
+) -> Result<Box<Job>, Reject> {
+    let arrived = arrival.arrived();
     let catalog = gateway.handle.catalog();
     let (head, body) = request.into_parts();
     let entitled = auth::authorize(&catalog.settings, &head.headers, Scope::Inference)
@@ -122,9 +122,9 @@ impl Admitted<'_> {
         received: receive::Received,
         id: &HeaderValue,
         arrival: &mut Arrival,
-    ) -> Result<Job, Reject> {
+    ) -> Result<Box<Job>, Reject> {
         let Admitted { gateway, inference, catalog, head, from, key, wishes, arrived } = self;
-        arrival.received(&head.headers, &received.bytes);
+        arrival.received(catalog, &head.headers, &received.bytes);
         let bound = from.bound;
         let asked = fit::read(inference, &received.bytes, &head.headers, bound.is_some())?;
         let wanted = bound.map_or(&*asked.model, ModelName::as_str).to_owned();
@@ -133,6 +133,10 @@ impl Admitted<'_> {
         let company = catalog.asked(&wanted).and_then(|asked| asked.group).map(str::to_owned);
         let Fitted { body, stream, remove_usage } =
             fit::fit(inference, &received.bytes, asked, &spec)?;
+        let mut held = received.held;
+        if !rest.is_empty() && body.as_ptr() != received.bytes.as_ptr() {
+            held.also(body.len(), &catalog.settings.queue)?;
+        }
         let others = (!rest.is_empty()).then(|| {
             let (body, key) = (received.bytes.clone(), key.cloned());
             Box::new(Others { rest, within, inference, body, wishes, key, failed: Vec::new() })
@@ -148,7 +152,7 @@ impl Admitted<'_> {
             hops: wishes.hops,
         };
         let waiting = spec.waiting.unwrap_or(catalog.settings.waiting);
-        Ok(Job {
+        Ok(Box::new(Job {
             account: arrival.admitted(spec.name.clone()),
             gateway: Arc::clone(gateway),
             api: inference.api,
@@ -158,7 +162,7 @@ impl Admitted<'_> {
             spec,
             company,
             outgoing,
-            held: received.held,
+            held,
             remove_usage,
             viewer: auth::viewer(key, from.peer),
             arrived,
@@ -166,7 +170,7 @@ impl Admitted<'_> {
             queue,
             following: None,
             others,
-        })
+        }))
     }
 }
 
@@ -224,7 +228,10 @@ pub struct Job {
 
 impl Job {
     /// To the head of the upstream answer. Dropping the future frees everything.
-    pub async fn run(mut self, stage: Option<watch::Sender<Stage>>) -> Result<Answer, Reject> {
+    pub async fn run(
+        mut self: Box<Self>,
+        stage: Option<watch::Sender<Stage>>,
+    ) -> Result<Answer, Reject> {
         let cancel = self.account.cancel().clone();
         let forwarded = loop {
             let forwarded = tokio::select! {
@@ -319,13 +326,13 @@ impl Job {
             let lease = self.lease(stage).await?;
             let lease = self.on_adapter(lease).await?;
             tell(stage, Stage::Forwarded);
-            waited += asked.elapsed();
+            let sent = Instant::now();
+            waited += sent - asked;
             if !lease.is_visit() {
-                self.account.granted(lease.start, waited);
+                self.account.granted(lease.start, waited, sent.into_std());
             }
             self.following = self.queue.as_ref().map(|queue| queue.follow(&lease));
             let mut timing = self.timing(waited);
-            let sent = Instant::now();
             let silence_max =
                 self.spec.answer_timeout.unwrap_or(self.gateway.limits.upstream_silence);
             let failure = match forward::send(&lease, &self.outgoing, silence_max).await {

@@ -34,6 +34,7 @@ mod pages;
 mod parse;
 mod pass;
 mod path;
+mod places;
 mod receive;
 pub mod reject;
 mod relay;
@@ -42,6 +43,7 @@ mod server;
 mod site;
 mod threads;
 mod timing;
+mod tls;
 mod traffic;
 mod underway;
 mod usage;
@@ -65,10 +67,12 @@ use websocket::Sockets;
 pub use captures::Capture;
 pub use door::door;
 pub use in_flight::Entry;
+pub use places::{Places, usual as usual_places};
 pub use reject::{Reject, Viewer};
-pub use server::{serve, serve_until};
+pub use server::{Bounds, serve, serve_until};
 pub use site::{Content, Site};
 pub use threads::Threads;
+pub use tls::{Certificate, Tls};
 pub use traffic::Traffic;
 
 /// The gateway's paths, to be served by [`serve`].
@@ -96,7 +100,7 @@ pub fn shared(
         limiter: Limiter::default(),
         watched: Arc::default(),
         sockets: Sockets::default(),
-        id_seed: RandomState::new().hash_one(std::process::id()),
+        id_seed: format!("{:016x}", RandomState::new().hash_one(std::process::id())),
         id_next: AtomicU64::new(0),
     })
 }
@@ -145,7 +149,7 @@ pub struct Gateway {
     /// Queues of `engine: http` that are being looked at.
     watched: Arc<Watched>,
     sockets: Sockets,
-    id_seed: u64,
+    id_seed: String,
     id_next: AtomicU64,
 }
 
@@ -153,6 +157,6 @@ impl Gateway {
     /// Unique in this process and hard to confuse with another's.
     fn fresh_id(&self) -> String {
         let next = self.id_next.fetch_add(1, Ordering::Relaxed);
-        format!("{:016x}-{next}", self.id_seed)
+        [&*self.id_seed, "-", itoa::Buffer::new().format(next)].concat()
     }
 }

@@ -162,7 +162,7 @@ impl Arriving<'_> {
         let queue = &catalog.settings.queue;
         let body =
             receive::receive(body, &head.headers, queue, &gateway.bodies, &gateway.limits).await?;
-        arrival.received(&head.headers, &body.bytes);
+        arrival.received(&catalog, &head.headers, &body.bytes);
         let arriving = Arriving { gateway, catalog: &catalog, head, body, key, wishes, arrived };
         let way = arriving.way(prefix, names)?;
         if way.rest.is_empty() {
@@ -435,7 +435,7 @@ fn moved(method: &Method, to: &str, query: Option<&str>) -> Response {
 
 /// A request that may be sent.
 struct Ready {
-    job: Job,
+    job: Box<Job>,
     gateway: Arc<Gateway>,
     spec: Arc<ModelSpec>,
     client: Option<Client>,

@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{HeaderMap, StatusCode, header};
+use http_body::Body as _;
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -19,7 +21,7 @@ use crate::units;
 const DISCARD_MAX: u64 = 16 << 20;
 const DISCARD_TIME: Duration = Duration::from_secs(2);
 /// First allocation for a declared length: the client may not mean it.
-const ALLOCATE_FIRST_MAX: u64 = 1 << 20;
+const ALLOCATE_FIRST_MAX: usize = 64 << 10;
 
 /// Bytes of all bodies held in memory (`queue.total_bodies`).
 #[derive(Debug, Default)]
@@ -43,6 +45,18 @@ impl Held {
         let before = self.budget.0.fetch_add(bytes, Ordering::Relaxed);
         self.bytes += bytes;
         before + bytes <= limit.0
+    }
+
+    /// Counts what is held from now on.
+    fn shrink_to(&mut self, bytes: u64) {
+        let surplus = self.bytes.saturating_sub(bytes);
+        self.budget.0.fetch_sub(surplus, Ordering::Relaxed);
+        self.bytes -= surplus;
+    }
+
+    /// Counts what is held beside the body as it came: a rewritten one.
+    pub fn also(&mut self, bytes: usize, queue: &QueueSettings) -> Result<(), Reject> {
+        if self.grow(bytes as u64, queue.total_bodies) { Ok(()) } else { Err(no_room(queue)) }
     }
 }
 
@@ -74,10 +88,18 @@ pub async fn receive(
     }
     let mut received = Gathered::default();
     let mut held = Held { budget: Arc::clone(budget), bytes: 0 };
-    let deadline = Instant::now() + limits.body_total;
-    loop {
-        let until = deadline.min(Instant::now() + limits.body_idle);
-        let frame = match timeout_at(until, body.frame()).await {
+    let mut deadline = None;
+    while !body.is_end_stream() {
+        // Small bodies came with their head: nobody has to be waited for.
+        let frame = match body.frame().now_or_never() {
+            Some(frame) => Ok(frame),
+            None => {
+                let now = Instant::now();
+                let until = *deadline.get_or_insert(now + limits.body_total);
+                timeout_at(until.min(now + limits.body_idle), body.frame()).await
+            }
+        };
+        let frame = match frame {
             Ok(Some(Ok(frame))) => frame,
             Ok(Some(Err(error))) => {
                 let message = format!("the request body broke off: {error}");
@@ -91,41 +113,61 @@ pub async fn receive(
             discard(body, headers).await;
             return Err(too_large(format!("more than {}", queue.body_limit), queue));
         }
-        if !held.grow(data.len() as u64, queue.total_bodies) {
+        let more = received.will_take(data.len(), declared);
+        if more > 0 && !held.grow(more as u64, queue.total_bodies) {
+            // What came of it takes no more room than it has to.
+            drop((received, held));
             discard(body, headers).await;
             return Err(no_room(queue));
         }
         received.push(data, declared);
     }
+    held.shrink_to(received.length);
     Ok(Received { bytes: received.finish(), held })
 }
 
-/// One frame is kept as it is; only further ones are copied together.
+/// One frame is kept as it is; only further ones are copied together. `Bytes` made of a `Vec` gives
+/// back what it has too much.
 #[derive(Default)]
 struct Gathered {
     first: Bytes,
-    rest: BytesMut,
+    all: Vec<u8>,
     length: u64,
 }
 
 impl Gathered {
+    /// Room for `data` more bytes: doubled, but no more than was declared.
+    fn capacity(&self, data: usize, declared: Option<u64>) -> usize {
+        let needed = self.first.len().max(self.all.len()) + data;
+        if self.length == 0 || needed <= self.all.capacity() {
+            return needed.max(self.all.capacity());
+        }
+        let declared = usize::try_from(declared.unwrap_or(u64::MAX)).unwrap_or(usize::MAX);
+        let wanted = (self.all.capacity() * 2).max(ALLOCATE_FIRST_MAX);
+        wanted.min(declared).max(needed)
+    }
+
+    /// How much memory `data` bytes more will take.
+    fn will_take(&self, data: usize, declared: Option<u64>) -> usize {
+        let now = self.all.capacity().max(self.first.len());
+        self.capacity(data, declared).saturating_sub(now)
+    }
+
     fn push(&mut self, data: Bytes, declared: Option<u64>) {
         if self.length == 0 {
             self.length = data.len() as u64;
             self.first = data;
             return;
         }
-        if self.rest.is_empty() {
-            let expected = declared.unwrap_or(0).min(ALLOCATE_FIRST_MAX);
-            self.rest.reserve(usize::try_from(expected).unwrap_or(0));
-            self.rest.extend_from_slice(&self.first);
-        }
+        let capacity = self.capacity(data.len(), declared);
+        self.all.reserve_exact(capacity - self.all.len());
+        self.all.extend_from_slice(&std::mem::take(&mut self.first));
         self.length += data.len() as u64;
-        self.rest.extend_from_slice(&data);
+        self.all.extend_from_slice(&data);
     }
 
     fn finish(self) -> Bytes {
-        if self.rest.is_empty() { self.first } else { self.rest.freeze() }
+        if self.all.is_empty() { self.first } else { Bytes::from(self.all) }
     }
 }
 
@@ -177,4 +219,26 @@ fn too_slow(received: &Gathered, declared: Option<u64>, limits: &Limits) -> Reje
         limits.body_total.as_secs()
     );
     Reject::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_counted_before_it_is_taken() {
+        for declared in [None, Some(300_000), Some(7)] {
+            let (mut gathered, mut counted) = (Gathered::default(), 0);
+            for _ in 0..30 {
+                let data = Bytes::from(vec![b'x'; 10_000]);
+                counted += gathered.will_take(data.len(), declared);
+                gathered.push(data, declared);
+                let taken = gathered.all.capacity().max(gathered.first.len());
+                assert!(taken <= counted, "{taken} bytes taken, {counted} counted");
+            }
+            assert!((300_000..=600_000).contains(&counted), "{declared:?}: {counted}");
+            assert!(declared != Some(300_000) || counted == 300_000, "no more than declared");
+            assert_eq!(gathered.finish().len(), 300_000);
+        }
+    }
 }

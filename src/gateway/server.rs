@@ -10,28 +10,31 @@ use std::time::Duration;
 use axum::Router;
 use axum::response::IntoResponse;
 use futures_util::future::BoxFuture;
-use http::{Request, StatusCode};
+use http::{HeaderMap, Request, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
+use super::places::{self, Places};
 use super::reject::Reject;
 use super::site::Site;
+use super::tls::{self, Opened, Tls};
 
-/// Connections served at once, on each listener. Further ones get 503.
-const CONNECTIONS_MAX: usize = 4096;
 /// Connections that are being refused at once. Further ones are closed without a word.
 const REFUSING_MAX: usize = 64;
 const REFUSING_TIME: Duration = Duration::from_secs(5);
+/// Of one connection: the head of a request (431 beyond), and what is written and not sent yet, so
+/// that a client that does not read takes no more.
+const BUFFER_MAX: usize = 64 << 10;
 /// For the head of a request, and how long an idle connection is kept.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
-/// Of a request's head, and of what is held for a client that does not read.
-const BUFFER_BYTES_MAX: usize = 64 << 10;
 /// After a failed accept (no file descriptors left, say).
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 const ACCEPT_BACKOFF_MAX: Duration = Duration::from_secs(2);
@@ -44,11 +47,13 @@ pub async fn serve(
     grace: Duration,
 ) {
     let grace = async move { sleep(grace).await };
-    serve_until(listener, site.into(), shutdown, grace, CancellationToken::new()).await;
+    let bounds = Bounds::new(Places::new(places::usual()), Tls::default());
+    serve_until(bounds, listener, site.into(), shutdown, grace, CancellationToken::new()).await;
 }
 
 /// As [`serve`]; `grace` is first polled when it begins, and `hurry` ends it.
 pub async fn serve_until(
+    bounds: Bounds,
     listener: TcpListener,
     site: Site,
     shutdown: CancellationToken,
@@ -56,7 +61,7 @@ pub async fn serve_until(
     hurry: CancellationToken,
 ) {
     let end = End { shutdown, grace: Box::pin(grace), hurry };
-    serve_within(Bounds::default(), listener, site, end).await;
+    serve_within(bounds, listener, site, end).await;
 }
 
 /// When serving ends, and how.
@@ -66,15 +71,17 @@ struct End {
     hurry: CancellationToken,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Bounds {
-    connections: usize,
+#[derive(Clone, Debug)]
+pub struct Bounds {
+    /// Connections served at once. Further ones get 503.
+    places: Places,
+    tls: Tls,
     header_timeout: Duration,
 }
 
-impl Default for Bounds {
-    fn default() -> Bounds {
-        Bounds { connections: CONNECTIONS_MAX, header_timeout: HEADER_TIMEOUT }
+impl Bounds {
+    pub fn new(places: Places, tls: Tls) -> Bounds {
+        Bounds { places, tls, header_timeout: HEADER_TIMEOUT }
     }
 }
 
@@ -85,12 +92,16 @@ async fn serve_within(
     End { shutdown, grace, hurry }: End,
 ) {
     let server = Server {
-        closing: CancellationToken::new(),
-        abort: CancellationToken::new(),
-        serving: Arc::new(Semaphore::new(bounds.connections)),
+        terms: Terms {
+            closing: CancellationToken::new(),
+            abort: CancellationToken::new(),
+            header_timeout: bounds.header_timeout,
+        },
+        serving: TaskTracker::new(),
         refusing: Arc::new(Semaphore::new(REFUSING_MAX)),
-        busy: busy_router(bounds.connections).into(),
-        header_timeout: bounds.header_timeout,
+        busy: busy_router(bounds.places.clone()).into(),
+        places: bounds.places,
+        tls: bounds.tls,
         site,
     };
     let mut backoff = ACCEPT_BACKOFF;
@@ -116,111 +127,180 @@ async fn serve_within(
         }
     }
     drop(listener);
-    let Server { closing, abort, serving, .. } = server;
+    let Server { terms: Terms { closing, abort, .. }, serving, .. } = server;
     closing.cancel();
-    let all = u32::try_from(bounds.connections).unwrap_or(u32::MAX);
+    serving.close();
     let in_order = tokio::select! {
-        in_order = serving.acquire_many(all) => in_order.is_ok(),
+        () = serving.wait() => true,
         () = grace => false,
         () = hurry.cancelled() => false,
     };
     if !in_order {
-        let left = bounds.connections - serving.available_permits();
+        let left = serving.len();
         let why = if hurry.is_cancelled() { "yet" } else { "in time" };
         tracing::warn!("cutting {left} connections that did not end {why}");
         abort.cancel();
         // They only have to be dropped; a second is plenty.
-        let _ = timeout(Duration::from_secs(1), serving.acquire_many(all)).await;
+        let _ = timeout(Duration::from_secs(1), serving.wait()).await;
     }
 }
 
 struct Server {
-    /// Idle connections end, the others after their answer.
-    closing: CancellationToken,
-    abort: CancellationToken,
-    serving: Arc<Semaphore>,
+    terms: Terms,
+    serving: TaskTracker,
+    places: Places,
+    tls: Tls,
     refusing: Arc<Semaphore>,
     site: Site,
     busy: Site,
-    header_timeout: Duration,
 }
 
 impl Server {
     fn accepted(&self, stream: TcpStream, peer: SocketAddr) {
         // Tokens are small: each must leave at once.
         let _ = stream.set_nodelay(true);
-        if let Ok(permit) = Arc::clone(&self.serving).try_acquire_owned() {
-            self.spawn(stream, peer, permit);
+        let (terms, tls) = (self.terms.clone(), self.tls.config());
+        if let Some(place) = self.places.take() {
+            let site = self.site.clone();
+            self.spawn(stream, move |stream| terms.open(stream, tls, peer, site, place));
         } else if let Ok(permit) = Arc::clone(&self.refusing).try_acquire_owned() {
-            let connection = self.connection(peer, self.busy.clone(), permit);
-            tokio::spawn(timeout(REFUSING_TIME, connection(stream)));
+            let busy = terms.open(stream, tls, peer, self.busy.clone(), permit);
+            tokio::spawn(timeout(REFUSING_TIME, busy));
         }
     }
 
-    fn spawn(&self, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
-        let connection = self.connection(peer, self.site.clone(), permit);
+    /// On a thread of the site's, if it has any.
+    fn spawn<F>(&self, stream: TcpStream, serve: impl FnOnce(TcpStream) -> F + Send + 'static)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         let Some(threads) = &self.site.threads else {
-            tokio::spawn(connection(stream));
+            self.serving.spawn(serve(stream));
             return;
         };
+        let lost = |error| tracing::error!("a connection is lost: {error}");
         match stream.into_std() {
-            Ok(stream) => threads.spawn(async move {
+            Ok(stream) => threads.spawn(self.serving.track_future(async move {
                 match TcpStream::from_std(stream) {
-                    Ok(stream) => connection(stream).await,
-                    Err(error) => tracing::error!(%peer, "a connection is lost: {error}"),
+                    Ok(stream) => serve(stream).await,
+                    Err(error) => lost(error),
                 }
-            }),
-            Err(error) => tracing::error!(%peer, "a connection is lost: {error}"),
-        }
-    }
-
-    fn connection(
-        &self,
-        peer: SocketAddr,
-        site: Site,
-        permit: OwnedSemaphorePermit,
-    ) -> impl FnOnce(TcpStream) -> BoxFuture<'static, ()> + Send + 'static {
-        let (closing, abort) = (self.closing.clone(), self.abort.clone());
-        let header_timeout = self.header_timeout;
-        move |stream| {
-            Box::pin(async move {
-                let service = service_fn(move |request: Request<Incoming>| {
-                    let site = site.clone();
-                    async move { Ok::<_, Infallible>(site.answer(request, peer).await) }
-                });
-                // HTTP/1.1 only: one HTTP/2 connection could carry any number of requests past the
-                // bound, and waiting for its preface has no deadline.
-                let mut builder = http1::Builder::new();
-                builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
-                builder.max_buf_size(BUFFER_BYTES_MAX);
-                let mut connection =
-                    pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
-                let ended = tokio::select! {
-                    biased;
-                    ended = connection.as_mut() => ended,
-                    () = abort.cancelled() => Ok(()),
-                    () = closing.cancelled() => {
-                        connection.as_mut().graceful_shutdown();
-                        tokio::select! {
-                            ended = connection.as_mut() => ended,
-                            () = abort.cancelled() => Ok(()),
-                        }
-                    }
-                };
-                if let Err(error) = ended {
-                    tracing::trace!(%peer, "connection ended: {error}");
-                }
-                drop(permit);
-            })
+            })),
+            Err(error) => lost(error),
         }
     }
 }
 
-fn busy_router(connections_max: usize) -> Router {
+/// What every connection of a listener obeys.
+#[derive(Clone)]
+struct Terms {
+    /// Idle connections end, the others after their answer.
+    closing: CancellationToken,
+    abort: CancellationToken,
+    header_timeout: Duration,
+}
+
+impl Terms {
+    /// Boxed: what a connection keeps for good is to be no larger than it must.
+    async fn open(
+        self,
+        stream: TcpStream,
+        tls: Option<Arc<rustls::ServerConfig>>,
+        peer: SocketAddr,
+        site: Site,
+        place: impl Send + 'static,
+    ) {
+        match tls {
+            None => Box::pin(self.serve(stream, peer, site, place)).await,
+            Some(tls) => Box::pin(self.secure(stream, tls, peer, site, place)).await,
+        }
+    }
+
+    /// Serves what is inside of TLS; tells who speaks plain HTTP that this port does not.
+    async fn secure(
+        self,
+        stream: TcpStream,
+        config: Arc<rustls::ServerConfig>,
+        peer: SocketAddr,
+        site: Site,
+        place: impl Send + 'static,
+    ) {
+        let opened = tokio::select! {
+            opened = tls::open(stream, config) => opened,
+            () = self.closing.cancelled() => return,
+        };
+        match opened {
+            Ok(Opened::Tls(stream)) => self.serve(stream, peer, site, place).await,
+            Ok(Opened::Plain(stream)) => {
+                let _ =
+                    timeout(REFUSING_TIME, self.serve(stream, peer, https_router().into(), place))
+                        .await;
+            }
+            Err(error) => tracing::debug!(%peer, "no TLS connection came about: {error}"),
+        }
+    }
+
+    async fn serve(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        peer: SocketAddr,
+        site: Site,
+        place: impl Send + 'static,
+    ) {
+        let Terms { closing, abort, header_timeout } = self;
+        let service = service_fn(move |request: Request<Incoming>| {
+            let site = site.clone();
+            async move { Ok::<_, Infallible>(site.answer(request, peer).await) }
+        });
+        // HTTP/1.1 only: one HTTP/2 connection could carry any number of requests past the
+        // bound, and waiting for its preface has no deadline.
+        let mut builder = http1::Builder::new();
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(header_timeout)
+            .max_buf_size(BUFFER_MAX);
+        let mut connection =
+            pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
+        // Nothing is aborted before it was asked to close. A token of its own: the lock of a common
+        // one would be taken by all connections, whenever one of them stirs.
+        let closing = closing.child_token();
+        let ended = tokio::select! {
+            biased;
+            ended = connection.as_mut() => ended,
+            () = closing.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                tokio::select! {
+                    ended = connection.as_mut() => ended,
+                    () = abort.cancelled() => Ok(()),
+                }
+            }
+        };
+        if let Err(error) = ended {
+            tracing::trace!(%peer, "connection ended: {error}");
+        }
+        drop(place);
+    }
+}
+
+/// For plain requests to a port with TLS.
+fn https_router() -> Router {
+    Router::new().fallback(|headers: HeaderMap| async move {
+        let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        let message =
+            format!("this port speaks HTTPS: ask for https://{}", host.unwrap_or("HOST:PORT"));
+        let reject = Reject::bad_request("https_required", message);
+        ([(header::CONNECTION, "close")], reject).into_response()
+    })
+}
+
+fn busy_router(places: Places) -> Router {
     Router::new().fallback(move || async move {
-        let message = format!("all {connections_max} connections are in use; send again later");
+        let message = format!(
+            "all {} connections are in use (listen.connections); send again later",
+            places.max()
+        );
         let reject = Reject::new(StatusCode::SERVICE_UNAVAILABLE, "connections_full", message);
-        ([(http::header::CONNECTION, "close")], reject).into_response()
+        ([(header::CONNECTION, "close")], reject).into_response()
     })
 }
 
@@ -240,6 +320,10 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn bounds(places: usize) -> Bounds {
+        Bounds::new(Places::new(places), Tls::default())
+    }
 
     /// Serves "hello" on a port of its own.
     async fn serving(
@@ -267,8 +351,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_connection_too_many_is_told_so() {
-        let (address, shutdown, served) =
-            serving(Bounds { connections: 1, ..Bounds::default() }).await;
+        let (address, shutdown, served) = serving(bounds(1)).await;
         let (first, answer) = ask(address).await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         let (_, answer) = ask(address).await;
@@ -282,7 +365,7 @@ mod tests {
     }
     #[tokio::test]
     async fn http_2_is_not_spoken() {
-        let (address, shutdown, served) = serving(Bounds::default()).await;
+        let (address, shutdown, served) = serving(bounds(9)).await;
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         let mut answer = Vec::new();
@@ -295,7 +378,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_without_a_whole_head_is_closed() {
-        let bounds = Bounds { header_timeout: Duration::from_millis(100), ..Bounds::default() };
+        let header_timeout = Duration::from_millis(100);
+        let bounds = Bounds { header_timeout, ..bounds(9) };
         let (address, _shutdown, _served) = serving(bounds).await;
         for word in [&b""[..], b"P", b"GET / HT"] {
             let mut stream = TcpStream::connect(address).await.unwrap();

@@ -55,17 +55,21 @@ impl Site {
     }
 
     pub(super) async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response {
-        let content = self.content.load_full();
+        let content = self.content.load();
         if let Some(gateway) = &content.inference
             && let Some(inference) = short_way(gateway, &request)
         {
+            let gateway = &Arc::clone(gateway);
+            drop(content);
             let request = request.map(Body::new);
             // Its state is large; the connection holds its place for good.
             return Box::pin(infer::infer(gateway, inference, request, Some(peer), None)).await;
         }
+        let router = content.router.clone();
+        drop(content);
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(ConnectInfo(peer));
-        match Box::pin(content.router.clone().oneshot(request)).await {
+        match Box::pin(router.oneshot(request)).await {
             Ok(response) => response,
             Err(never) => match never {},
         }
@@ -78,7 +82,7 @@ fn short_way(gateway: &Gateway, request: &Request<Incoming>) -> Option<&'static 
         return None;
     }
     let inference = routes::inference(request.uri().path())?;
-    let catalog = gateway.handle.catalog();
+    let catalog = gateway.handle.catalog_now();
     let settings = &catalog.settings;
     let passes = settings.cors.is_empty()
         && browser::check(settings, request.method(), request.uri(), request.headers()).is_ok();

@@ -19,10 +19,18 @@ pub struct Timing {
 impl Timing {
     pub const HEADER: HeaderName = HeaderName::from_static("server-timing");
 
+    /// Milliseconds, to a tenth.
     pub fn text(&self) -> String {
-        let ms = |part: Duration| part.as_secs_f64() * 1000.0;
-        let (queue, swap, upstream) = (ms(self.queue), ms(self.swap), ms(self.upstream));
-        format!("queue;dur={queue:.1}, swap;dur={swap:.1}, upstream;dur={upstream:.1}")
+        let mut text = String::with_capacity(64);
+        for (name, part) in
+            [("queue", self.queue), (", swap", self.swap), (", upstream", self.upstream)]
+        {
+            let tenths = (part.as_micros() + 50) / 100;
+            let mut digits = itoa::Buffer::new();
+            text.extend([name, ";dur=", digits.format(tenths / 10), "."]);
+            text.push_str(digits.format(tenths % 10));
+        }
+        text
     }
 
     pub fn header(&self) -> Option<HeaderValue> {

@@ -2,18 +2,52 @@
 //! stream. Also takes out of a stream the usage event that only Wharf asked for.
 
 use std::collections::VecDeque;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::{Bytes, BytesMut};
+use memchr::memmem::Finder;
 use serde::Deserialize;
 
 use super::figures::{Figures, Timings, Usage, figures};
+
+static USAGE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"usage\""));
+static TIMINGS: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"timings\""));
 
 /// Engines write usage near the end of an answer.
 const TAIL_BYTES: usize = 4096;
 /// Of the beginning, which is looked at where the end of an answer is not all of it.
 const HEAD_BYTES: usize = 1024;
-/// An event longer than this is passed on in parts and not looked into.
+/// Of an event that has not ended: every stream may hold so much,
+const EVENT_BYTES_USUAL: usize = 16 << 10;
+/// and this many streams at once so much (the last event of `/v1/responses` holds the whole
+/// answer). What is longer is passed on in parts and not looked into.
 const EVENT_BYTES_MAX: usize = 1 << 20;
+const LONG_EVENTS_MAX: usize = 32;
+
+/// Long events that are held now, by all streams: without a common bound each of thousands of
+/// streams could hold its maximum.
+static LONG_EVENTS: AtomicUsize = AtomicUsize::new(0);
+
+/// Leave to hold a long event.
+#[derive(Debug)]
+struct LongEvent;
+
+impl LongEvent {
+    fn begin() -> Option<LongEvent> {
+        if LONG_EVENTS.fetch_add(1, Ordering::Relaxed) >= LONG_EVENTS_MAX {
+            LONG_EVENTS.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(LongEvent)
+    }
+}
+
+impl Drop for LongEvent {
+    fn drop(&mut self) {
+        LONG_EVENTS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// Finds the token counts of an answer that passes through.
 #[derive(Debug)]
@@ -77,7 +111,7 @@ impl Ends {
         if surplus > 0 && !self.looked {
             self.looked = true;
             let first: Vec<u8> = self.tail.iter().chain(data).copied().take(HEAD_BYTES).collect();
-            self.early = last_value(&first, b"\"usage\"");
+            self.early = last_value(&first, &USAGE);
         }
         if data.len() >= TAIL_BYTES {
             self.tail.clear();
@@ -89,17 +123,18 @@ impl Ends {
     }
 
     fn figures(&self) -> Option<Figures> {
-        let usage = last_value(&self.tail, b"\"usage\"").or(self.early);
-        figures(usage, last_value(&self.tail, b"\"timings\""))
+        let usage = last_value(&self.tail, &USAGE).or(self.early);
+        figures(usage, last_value(&self.tail, &TIMINGS))
     }
 }
 
 /// The value after the last `"key":` that parses. Text inside of JSON strings cannot be mistaken
 /// for it: there every quote is escaped.
-fn last_value<T: serde::de::DeserializeOwned>(text: &[u8], key: &[u8]) -> Option<T> {
+fn last_value<T: serde::de::DeserializeOwned>(text: &[u8], key: &Finder<'_>) -> Option<T> {
     let mut end = text.len();
-    while let Some(at) = rfind(&text[..end], key) {
-        let rest = text[at + key.len()..].trim_ascii_start();
+    // Forward, as that is many times as fast a search: there are few of them.
+    while let Some(at) = key.find_iter(&text[..end]).last() {
+        let rest = text[at + key.needle().len()..].trim_ascii_start();
         if let Some(value) = rest.strip_prefix(b":") {
             let parsed = serde_json::Deserializer::from_slice(value).into_iter::<T>().next();
             if let Some(Ok(value)) = parsed {
@@ -111,10 +146,6 @@ fn last_value<T: serde::de::DeserializeOwned>(text: &[u8], key: &[u8]) -> Option
     None
 }
 
-fn rfind(text: &[u8], part: &[u8]) -> Option<usize> {
-    memchr::memmem::rfind(text, part)
-}
-
 /// Cuts a stream into events. A frame that ends with an event (the usual case) passes uncopied;
 /// the beginning of an event waits for its end, so that one can be taken out whole.
 #[derive(Debug, Default)]
@@ -123,6 +154,8 @@ pub struct Events {
     partial: BytesMut,
     /// Inside an event that is too long to be held.
     overlong: bool,
+    /// While `partial` is longer than usual.
+    long: Option<LongEvent>,
     usage: Option<Usage>,
     timings: Option<Timings>,
 }
@@ -164,7 +197,7 @@ impl Events {
         // `end` lies in the new part: else the event had ended before.
         let used = end.saturating_sub(before).min(data.len());
         self.partial.truncate(end);
-        let event = self.partial.split().freeze();
+        let event = self.take_partial();
         if self.overlong || !self.is_ours(&event) {
             push(out, event);
         }
@@ -173,16 +206,30 @@ impl Events {
     }
 
     fn release_overlong(&mut self, out: &mut VecDeque<Bytes>) {
-        if self.partial.len() > EVENT_BYTES_MAX {
+        let length = self.partial.len();
+        if length <= EVENT_BYTES_USUAL {
+            return;
+        }
+        if !self.overlong && self.long.is_none() {
+            self.long = LongEvent::begin();
+        }
+        if self.long.is_none() || length > EVENT_BYTES_MAX {
             // Three bytes stay: the blank line that ends the event may be half there.
-            let pass = self.partial.len() - 3;
-            push(out, self.partial.split_to(pass).freeze());
+            let event = self.take_partial();
+            self.partial.extend_from_slice(&event[length - 3..]);
+            push(out, event.slice(..length - 3));
             self.overlong = true;
         }
     }
 
+    /// With its memory, which a part of it would keep.
+    fn take_partial(&mut self) -> Bytes {
+        self.long = None;
+        std::mem::take(&mut self.partial).freeze()
+    }
+
     fn flush(&mut self, out: &mut VecDeque<Bytes>) {
-        let rest = self.partial.split().freeze();
+        let rest = self.take_partial();
         if self.overlong || !self.is_ours(&rest) {
             push(out, rest);
         }
@@ -191,8 +238,7 @@ impl Events {
 
     /// Reads the event's usage; true if the event is to be taken out.
     fn is_ours(&mut self, event: &[u8]) -> bool {
-        let usage = rfind(event, b"\"usage\"").is_some();
-        if !usage && rfind(event, b"\"timings\"").is_none() {
+        if USAGE.find(event).is_none() && TIMINGS.find(event).is_none() {
             return false;
         }
         let Some(data) = event_data(event) else { return false };
@@ -250,7 +296,7 @@ fn push(out: &mut VecDeque<Bytes>, data: Bytes) {
 /// may lie at `from`.
 fn event_end(data: &[u8], from: usize) -> Option<usize> {
     let mut at = from;
-    while let Some(offset) = data[at..].iter().position(|&byte| byte == b'\n' || byte == b'\r') {
+    while let Some(offset) = memchr::memchr2(b'\n', b'\r', &data[at..]) {
         let line_end = at + offset;
         let rest = &data[line_end..];
         for blank in [&b"\n\n"[..], b"\r\n\r\n", b"\r\r"] {

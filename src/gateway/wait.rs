@@ -30,7 +30,7 @@ const ERROR_TIME_MAX: Duration = Duration::from_secs(30);
 
 type Work = Pin<Box<dyn Future<Output = Result<Answer, Reject>> + Send>>;
 
-pub async fn respond(job: Job) -> Response {
+pub async fn respond(job: Box<Job>) -> Response {
     let Some(waiting) = job.waiting else {
         return direct(job.run(None).await);
     };

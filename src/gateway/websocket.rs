@@ -1,9 +1,10 @@
 //! A connection that became a WebSocket: bytes are copied both ways as they come, without a look at
 //! frames. Whatever ends one side ends the other.
 
-use std::io::Cursor;
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -11,7 +12,6 @@ use axum::response::Response;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, request};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -20,13 +20,16 @@ use super::reject::Reject;
 use super::{Limits, forward};
 use crate::upstream;
 
+mod way;
+
+use way::Way;
+
 /// At once. They outlive the connections that the listener counts.
 const SOCKETS_MAX: usize = 1024;
 /// From the engine's 101 to both connections being handed over.
 const HANDOVER_MAX: Duration = Duration::from_secs(10);
 /// A side that said its last may hear so much longer.
 const LINGER: Duration = Duration::from_secs(10);
-const BUFFER_BYTES: usize = 16 << 10;
 
 #[derive(Debug)]
 pub struct Sockets(Arc<Semaphore>);
@@ -107,7 +110,9 @@ pub fn join(mut answer: Answer, client: Client, limits: &Limits) -> Response {
 }
 
 async fn serve(answer: Answer, client: Client, idle: Duration) {
-    let Answer { body, lease, mut account, .. } = answer;
+    let Answer { lease, mut account, head, body, .. } = answer;
+    // Nobody needs it any more, and a socket may be open for days.
+    drop(head);
     let Client { upgrade, place } = client;
     let (cut, cancel) = (lease.cut().clone(), account.cancel().clone());
     let joined = async {
@@ -127,20 +132,26 @@ async fn serve(answer: Answer, client: Client, idle: Duration) {
 }
 
 async fn copy_both(client: Upgraded, engine: upstream::Upgraded, idle: Duration) -> &'static str {
-    let (from_client, to_client) = split(TokioIo::new(client));
-    let (from_engine, to_engine) = split(engine.io);
-    let from_engine = AsyncReadExt::chain(Cursor::new(engine.early), from_engine);
+    let (mut client, mut engine) = (TokioIo::new(client), engine);
     let clock = Clock { began: Instant::now(), last_ms: AtomicU64::new(0) };
-    let mut forth = std::pin::pin!(copy(from_client, to_engine, &clock));
-    let mut back = std::pin::pin!(copy(from_engine, to_client, &clock));
-    let mut silent = std::pin::pin!(clock.silent_for(idle));
+    let (mut forth, mut back) = (Way::default(), Way::default());
+    let mut both = |cx: &mut Context<'_>| {
+        [
+            forth.poll(cx, &mut client, &mut engine, &clock).is_ready(),
+            back.poll(cx, &mut engine, &mut client, &clock).is_ready(),
+        ]
+    };
+    let one_ended = poll_fn(|cx| if both(cx).contains(&true) { Poll::Ready(()) } else { PENDING });
     tokio::select! {
-        () = &mut forth => { let _ = timeout(LINGER, back).await; }
-        () = &mut back => { let _ = timeout(LINGER, forth).await; }
-        () = &mut silent => return "cut",
+        () = one_ended => {}
+        () = clock.silent_for(idle) => return "cut",
     }
+    let other_ended = poll_fn(|cx| if both(cx) == [true; 2] { Poll::Ready(()) } else { PENDING });
+    let _ = timeout(LINGER, other_ended).await;
     "ok"
 }
+
+const PENDING: Poll<()> = Poll::Pending;
 
 /// When bytes last moved, in either direction.
 struct Clock {
@@ -164,17 +175,4 @@ impl Clock {
             sleep_until(due).await;
         }
     }
-}
-
-/// To the end of `from`, which is passed on; or to the first error.
-async fn copy(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, clock: &Clock) {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    while let Ok(read @ 1..) = from.read(&mut buffer).await {
-        clock.tick();
-        if to.write_all(&buffer[..read]).await.is_err() || to.flush().await.is_err() {
-            return;
-        }
-        clock.tick();
-    }
-    let _ = to.shutdown().await;
 }

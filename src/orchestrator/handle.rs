@@ -224,6 +224,11 @@ impl Handle {
         self.shared.catalog.load_full()
     }
 
+    /// As [`Handle::catalog`], for a look that ends at once: cheaper, as nothing is counted.
+    pub fn catalog_now(&self) -> arc_swap::Guard<Arc<Catalog>> {
+        self.shared.catalog.load()
+    }
+
     /// State of models, queue, swaps and GPUs; a few milliseconds old at most.
     pub fn view(&self) -> Arc<View> {
         self.shared.view.load_full()

@@ -12,14 +12,18 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::catalog::Settings;
-use crate::gateway::{self, Content, Site, Threads};
+use crate::gateway::{self, Bounds, Content, Places, Site, Threads};
 use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
+
+use super::Certificates;
 
 /// How long a taken listener port is retried (a predecessor may just be leaving).
 const BIND_WITHIN: Duration = Duration::from_secs(3);
 /// Control answers are short; inference streams get `drain_timeout`.
 const CONTROL_GRACE: Duration = Duration::from_secs(2);
+/// Of `listen.connections`: control has places of its own, so that inference cannot take them all.
+const CONTROL_PLACES_MAX: usize = 1024;
 
 /// What is served where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +105,10 @@ pub struct Listeners {
     handle: Handle,
     open: BTreeMap<SocketAddr, Open>,
     serving: JoinSet<()>,
+    /// Of the gateway and the front doors together, and of the orchestrator.
+    inference: Places,
+    control: Places,
+    pub(super) certificates: Certificates,
     stop: CancellationToken,
     hurry: CancellationToken,
 }
@@ -110,11 +118,14 @@ impl Listeners {
     pub fn new(
         routers: Routers,
         handle: Handle,
+        certificates: Certificates,
         stop: CancellationToken,
         hurry: CancellationToken,
     ) -> Listeners {
         let (open, serving) = (BTreeMap::new(), JoinSet::new());
-        Listeners { routers, handle, open, serving, stop, hurry }
+        let (inference, control) = places(&handle.catalog().settings);
+        let (inference, control) = (Places::new(inference), Places::new(control));
+        Listeners { routers, handle, open, serving, inference, control, certificates, stop, hurry }
     }
 
     /// Binds what `settings` add. Nothing that is served changes before [`Listeners::follow`].
@@ -166,6 +177,9 @@ impl Listeners {
 
     /// Serves what was bound, gives what stays its role, and drains the rest.
     pub fn follow(&mut self, settings: &Settings, Bound(bound): Bound) {
+        let (inference, control) = places(settings);
+        self.inference.set_max(inference);
+        self.control.set_max(control);
         let wanted = wanted(settings);
         for (address, listener) in bound {
             if let Some(role) = wanted.get(&address) {
@@ -224,8 +238,10 @@ impl Listeners {
                 () = at_the_end => {}
             }
         };
+        let places = if inference { &self.inference } else { &self.control };
+        let bounds = Bounds::new(places.clone(), self.certificates.tls());
         let hurry = self.hurry.clone();
-        self.serving.spawn(gateway::serve_until(listener, site, stop, grace, hurry));
+        self.serving.spawn(gateway::serve_until(bounds, listener, site, stop, grace, hurry));
     }
 
     pub fn child_token(&self) -> CancellationToken {
@@ -243,6 +259,12 @@ impl Listeners {
     pub async fn ended(mut self) {
         while self.serving.join_next().await.is_some() {}
     }
+}
+
+/// Connections for inference, and for control.
+fn places(settings: &Settings) -> (usize, usize) {
+    let inference = settings.connections.map_or_else(gateway::usual_places, |max| max as usize);
+    (inference, inference.min(CONTROL_PLACES_MAX))
 }
 
 async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {

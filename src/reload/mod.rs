@@ -3,6 +3,7 @@
 //!
 //! [`Reloads`] is how everyone else asks it; [`owner`] answers, one change after the other.
 
+mod certificates;
 mod doors;
 mod listeners;
 mod owner;
@@ -23,6 +24,7 @@ use crate::config::{ConfigErrors, LeftOut, Overlay, Override, Problem};
 use crate::store::{Registration, StoreFault};
 use crate::units::ModelName;
 
+pub use certificates::Certificates;
 pub use listeners::{Bound, Listeners, Routers, occupant};
 pub use owner::start;
 pub use source::{Built, Flag, Misfits, Source};

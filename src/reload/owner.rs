@@ -19,7 +19,7 @@ use super::watch::{Watch, watch};
 use super::{ASKS_MAX, Ask, Built, Changed, InForce, Rejected, Reloads, Source, What};
 use crate::config::catalog::Catalog;
 use crate::config::diff::{changes, keep_what_needs_a_restart};
-use crate::config::{Overlay, PATCHES_MAX, REGISTERED_MAX, Report};
+use crate::config::{Overlay, PATCHES_MAX, Problem, REGISTERED_MAX, Report};
 use crate::gateway::Gateway;
 use crate::orchestrator::Handle;
 use crate::scheduler::event::EnsureKind;
@@ -92,6 +92,7 @@ impl Owner {
                 ask = inbox.recv() => ask,
                 _ = look.tick() => {
                     self.follow_store().await;
+                    self.listeners.certificates.look();
                     continue;
                 }
             };
@@ -248,6 +249,8 @@ impl Owner {
         crate::app::refuse_open_control(settings.orchestrator, &built.loaded.catalog)
             .map_err(unfit)?;
         let settings = &built.loaded.catalog.settings;
+        let certificates = self.listeners.certificates.prepare(settings.tls.as_ref());
+        let certificates = certificates.map_err(Rejected::Unfit)?;
         let bound = self.listeners.prepare(settings).await;
         let bound = bound.map_err(|error| Rejected::Taken(format!("{error:#}")))?;
         self.keep(keep).await?;
@@ -255,6 +258,11 @@ impl Owner {
         let catalog = Arc::new(built.loaded.catalog);
         let changes = changes(&running, &catalog);
         self.handle.reload(Arc::clone(&catalog)).await;
+        let mut warnings = built.loaded.warnings;
+        if let Some(warning) = &certificates.warning {
+            warnings.push(Problem::warning("listen.tls", warning.clone()));
+        }
+        self.listeners.certificates.follow(certificates);
         self.listeners.follow(&catalog.settings, bound);
         self.doors.follow(&catalog, &mut self.listeners).await;
         self.warm_up(&running, &catalog);
@@ -262,7 +270,6 @@ impl Owner {
         self.follow_file(&catalog);
         let left_out = in_force.left_out.clone();
         self.now.store(Arc::new(in_force));
-        let warnings = built.loaded.warnings;
         Ok(Changed { changes, needs_restart, warnings, left_out, replaced: false })
     }
 

@@ -84,8 +84,10 @@ fn is_write(kind: notify::event::AccessKind) -> bool {
     matches!(kind, AccessKind::Close(AccessMode::Write))
 }
 
+pub(super) type Identity = (u64, u64, i64, i64);
+
 /// What differs between two versions of a file.
-fn identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
+pub(super) fn identity(path: &Path) -> Option<Identity> {
     let file = std::fs::metadata(path).ok()?;
     Some((file.ino(), file.size(), file.mtime(), file.mtime_nsec()))
 }

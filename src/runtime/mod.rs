@@ -32,7 +32,7 @@ use crate::units::{GpuId, InstanceId, ModelName};
 pub use circuit::Circuit;
 pub use key::{EngineKey, LaunchKey};
 pub use log::LogTail;
-pub use tls::{Tls, trouble as tls_trouble};
+pub use tls::{Tls, tls_error, trouble as tls_trouble};
 
 /// What makes an instance ours: in container labels (`wharf.*`) or in the environment of the
 /// process (`WHARF_*`).

@@ -30,6 +30,10 @@ impl Tls {
         Ok(Tls(Arc::new(config)))
     }
 
+    pub fn of(config: ClientConfig) -> Tls {
+        Tls(Arc::new(config))
+    }
+
     pub fn config(&self) -> Arc<ClientConfig> {
         Arc::clone(&self.0)
     }
@@ -76,7 +80,7 @@ fn machine_roots() -> Result<RootCertStore, String> {
 /// alike. `authority`: `gpu2.lan:8000`.
 pub fn trouble(error: &(dyn StdError + 'static), authority: &str) -> Option<String> {
     use CertificateError as Bad;
-    Some(match find(error)? {
+    Some(match tls_error(error)? {
         rustls::Error::InvalidCertificate(bad) => {
             let certificate = format!("the certificate of {authority}");
             match bad {
@@ -115,14 +119,14 @@ pub fn trouble(error: &(dyn StdError + 'static), authority: &str) -> Option<Stri
 }
 
 /// `io::Error` passes over the error that it wraps when asked for its source.
-fn find<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
+pub fn tls_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
     if let Some(found) = error.downcast_ref::<rustls::Error>() {
         return Some(found);
     }
     let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
     match wrapped {
-        Some(inner) => find(inner),
-        None => find(error.source()?),
+        Some(inner) => tls_error(inner),
+        None => tls_error(error.source()?),
     }
 }
 

@@ -240,9 +240,43 @@ impl Connection {
 /// A connection that speaks another protocol from now on.
 #[derive(Debug)]
 pub struct Upgraded {
-    pub io: Io,
+    io: Io,
     /// Its first bytes, which came with the head.
-    pub early: Bytes,
+    early: Bytes,
+}
+
+impl AsyncRead for Upgraded {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let Upgraded { io, early } = self.get_mut();
+        if early.is_empty() {
+            return Pin::new(io).poll_read(cx, buffer);
+        }
+        let first = early.split_to(early.len().min(buffer.remaining()));
+        buffer.put_slice(&first);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Upgraded {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
 }
 
 /// A request on its way out.

@@ -258,8 +258,10 @@ async fn after_a_switch_the_connection_is_handed_over_with_its_first_bytes() {
         let answer = server.call(&Method::GET, b"").await.unwrap();
         assert_eq!(answer.headers()["upgrade"], "websocket");
         let mut upgraded = answer.into_body().into_upgraded().unwrap();
-        upgraded.io.write_all(b"x").await.unwrap();
-        upgraded.early
+        upgraded.write_all(b"x").await.unwrap();
+        let mut first = vec![0; 5];
+        upgraded.read_exact(&mut first).await.unwrap();
+        Bytes::from(first)
     };
     assert_eq!(tokio::join!(serve, ask), (b'x', Bytes::from_static(b"first")));
 }

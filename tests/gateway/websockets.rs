@@ -92,7 +92,7 @@ async fn bytes_pass_both_ways_unframed_and_the_lease_lasts_as_long() {
     until("the lease ends", || gate.in_flight() == 0).await;
     let rows = || world.handle.store().activity(0, 10);
     until("its row is there", || rows().len() == 1).await;
-    assert_eq!((rows()[0].status, rows()[0].outcome.as_str()), (101, "ok"));
+    assert_eq!((rows()[0].status, &*rows()[0].outcome), (101, "ok"));
 }
 
 #[tokio::test]

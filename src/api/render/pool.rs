@@ -38,7 +38,7 @@ pub fn model(at: &Snapshot<'_>, spec: &ModelSpec) -> Map<String, Value> {
         "state": state(at, spec),
         "ttl_remaining_minutes": ttl.map_or(0.0, |ttl| minutes(ttl.left)),
         "warmup": spec.warmup,
-        "endpoint": format!("http://{address}"),
+        "endpoint": format!("{}://{address}", at.catalog.settings.scheme()),
         "tags": spec.tags,
     }))
 }

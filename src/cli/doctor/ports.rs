@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use super::{Check, Running};
 use crate::api::reachable;
+use crate::cli::trust;
 use crate::config::catalog::{Catalog, Settings};
 use crate::engine::request;
 use crate::reload::occupant;
-use crate::runtime::Endpoint;
+use crate::runtime::{Endpoint, Tls};
 
 /// For a listener of this machine.
 const ASK_MAX: Duration = Duration::from_secs(2);
@@ -20,17 +21,17 @@ pub(super) async fn listeners(settings: &Settings) -> Vec<Check> {
         BTreeSet::from([("gateway", settings.gateway), ("orchestrator", settings.orchestrator)]);
     let mut checks = Vec::new();
     for (what, address) in wanted {
-        checks.push(listener(what, address).await);
+        checks.push(listener(what, address, settings).await);
     }
     checks
 }
 
-async fn listener(what: &str, address: SocketAddr) -> Check {
+async fn listener(what: &str, address: SocketAddr, settings: &Settings) -> Check {
     const NAME: &str = "listeners";
     match TcpListener::bind(address) {
         Ok(_) => Check::ok(NAME, format!("{what} {address} is free")),
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            if is_wharf(address).await {
+            if is_wharf(address, settings).await {
                 return Check::ok(NAME, format!("{what} {address}: Wharf answers there"));
             }
             let who = occupant(address.port()).await;
@@ -50,8 +51,12 @@ async fn listener(what: &str, address: SocketAddr) -> Check {
 }
 
 /// Its `/health` has parts that no other server's has.
-async fn is_wharf(address: SocketAddr) -> bool {
-    let endpoint = Endpoint::new(format!("http://{}", reachable(address)), None);
+async fn is_wharf(address: SocketAddr, settings: &Settings) -> bool {
+    let base = format!("{}://{}", settings.scheme(), reachable(address));
+    let mut endpoint = Endpoint::new(base, None);
+    if let Some(files) = &settings.tls {
+        endpoint.tls = trust::config(Some(&files.cert_file)).ok().map(Tls::of);
+    }
     let answer = request::get(&endpoint, "/health", ASK_MAX).await;
     answer.is_ok_and(|answer| {
         let body = answer.json();

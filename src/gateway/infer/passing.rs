@@ -30,9 +30,9 @@ pub struct Passing<'a> {
 }
 
 impl Job {
-    pub fn passing(gateway: &Arc<Gateway>, passing: Passing<'_>) -> Job {
+    pub fn passing(gateway: &Arc<Gateway>, passing: Passing<'_>) -> Box<Job> {
         let Passing { catalog, spec, key, wishes, .. } = passing;
-        Job {
+        Box::new(Job {
             account: passing.account,
             gateway: Arc::clone(gateway),
             api: Api::Other,
@@ -50,6 +50,6 @@ impl Job {
             queue: passing.queue,
             following: None,
             others: None,
-        }
+        })
     }
 }
