@@ -43,7 +43,8 @@ fn main() -> anyhow::Result<()> {
     let wants = |name: &str| wanted.as_deref().is_none_or(|wanted| wanted == name);
     let asked = std::env::var("WHARF_BENCH_SWAPS").ok().and_then(|n| n.parse().ok());
     let swaps = asked.unwrap_or(if short { 2 } else { 30 });
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     if wants("process") {
         let command = Box::new(|name: &str| format!("{EXE} engine --name {name} --vram 14GiB"));
         let kind = Kind::Process { command, engine: "openai" };
@@ -80,7 +81,8 @@ fn bench(
     let models: String = NAMES.iter().map(|name| model(&kind, name)).collect();
     let settings = match &kind {
         Kind::Process { engine: "openai", .. } => {
-            "gpu: { provider: simulated, memory: [24GiB], release_lag: 0ms, reserve: 256MiB }".into()
+            "gpu: { provider: simulated, memory: [24GiB], release_lag: 0ms, reserve: 256MiB }"
+                .into()
         }
         Kind::Process { .. } => "gpu: { provider: none, memory: [24GiB] }".to_owned(),
         Kind::Docker { host } => {

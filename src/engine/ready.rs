@@ -8,18 +8,19 @@ use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::log_lines::{Cause, Meaning, meaning};
+use super::pace::until_next_look;
 use super::probe::{self, Answer};
 use super::{LOG_TAIL_LINES, ended, fault};
 use crate::config::catalog::ModelSpec;
 use crate::runtime::{ExitReport, Progress, Running};
 use crate::scheduler::event::{Fault, FaultKind};
 
-/// Between two questions, growing from the first to the second.
-const ASK_EVERY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(250));
 /// The log may arrive a little after the end it explains.
 const LOG_QUIET: Duration = Duration::from_millis(50);
 const LOG_WAIT_MAX: Duration = Duration::from_millis(500);
 const LINE_CHARS_MAX: usize = 300;
+/// A log that calls more often than this is asked at its usual pace.
+const CALLS_MAX: u32 = 16;
 /// "Still loading", as llama-server says it.
 const LOADING: u16 = 503;
 
@@ -87,7 +88,11 @@ struct Start<'a> {
     began: Instant,
     /// Since when nothing changed.
     quiet_since: Instant,
-    ask_after: Duration,
+    /// Since when it is asked densely: from the start, and again when something happened.
+    asked_since: Instant,
+    /// Its log says that it listens: asked without a pause.
+    called: bool,
+    calls: u32,
     answer: Option<Answer>,
     /// The listener was seen to be ours.
     trusted: bool,
@@ -106,7 +111,9 @@ impl<'a> Start<'a> {
             progress,
             began: now,
             quiet_since: now,
-            ask_after: ASK_EVERY.0,
+            asked_since: now,
+            called: false,
+            calls: 0,
             answer: None,
             trusted: false,
             phase: None,
@@ -123,11 +130,14 @@ impl<'a> Start<'a> {
         self.quiet_since + self.spec.health.stall
     }
 
-    fn ask(&self) -> BoxFuture<'a, Answer> {
-        let (spec, running, after, trusted) =
-            (self.spec, self.running, self.ask_after, self.trusted);
+    fn ask(&mut self) -> BoxFuture<'a, Answer> {
+        let (spec, running, trusted) = (self.spec, self.running, self.trusted);
+        let pause = until_next_look(self.asked_since.elapsed());
+        let pause = (!std::mem::take(&mut self.called)).then_some(pause);
         Box::pin(async move {
-            sleep(after).await;
+            if let Some(pause) = pause {
+                sleep(pause).await;
+            }
             probe::ask(spec, running, trusted).await
         })
     }
@@ -163,10 +173,8 @@ impl<'a> Start<'a> {
             }
         }
         let same = self.answer.as_ref().is_some_and(|before| is_same(before, &answer));
-        if same {
-            self.ask_after = (self.ask_after * 3 / 2).min(ASK_EVERY.1);
-        } else {
-            self.ask_after = ASK_EVERY.0;
+        if !same {
+            self.asked_since = Instant::now();
             // The first answer is no change.
             if self.answer.is_some() {
                 self.changed();
@@ -187,8 +195,11 @@ impl<'a> Start<'a> {
                 self.progress.set(stage, fraction, "");
             }
             Some(Meaning::Ready) => {
-                self.ask_after = ASK_EVERY.0;
-                return true;
+                if self.calls < CALLS_MAX {
+                    (self.asked_since, self.called) = (Instant::now(), true);
+                    self.calls += 1;
+                    return true;
+                }
             }
             Some(Meaning::Fatal(cause)) => {
                 self.fatal.get_or_insert_with(|| (cause, shown()));

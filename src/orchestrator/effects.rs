@@ -11,6 +11,8 @@ use tokio_util::sync::CancellationToken;
 use super::adapters::{Seed, Surroundings};
 use super::handle::{Inbox, Message};
 use super::memory_watch::Holders;
+use super::prepare::Prepared;
+use super::upstream::UpstreamClient;
 use crate::config::catalog::{ModelSpec, StopSpec};
 use crate::engine;
 use crate::gpu::Gpus;
@@ -21,6 +23,9 @@ use crate::units::{Bytes, InstanceId, SwapId, Time};
 
 /// A stop that takes longer than its grace by this much has failed.
 const STOP_MARGIN: Duration = Duration::from_secs(30);
+/// Once leases were cut, their connections close at once; an engine is not made to wait for a
+/// straggler among them.
+const HANG_UP_WITHIN: Duration = Duration::from_millis(250);
 /// Grace of an engine that failed to start or that nobody wants any more.
 const FAILED_START_GRACE: Duration = Duration::from_secs(5);
 
@@ -30,15 +35,21 @@ pub struct Slot {
     running: Arc<Mutex<Option<Running>>>,
     /// Held while a runtime creates the engine: until then nobody can say what there is to stop.
     launching: Arc<tokio::sync::Mutex<()>>,
+    /// Connections that were opened before the first lease.
+    opened: Arc<Mutex<Option<UpstreamClient>>>,
 }
 
 impl Slot {
     pub fn holding(running: Running) -> Slot {
-        Slot { running: Arc::new(Mutex::new(Some(running))), launching: Arc::default() }
+        Slot { running: Arc::new(Mutex::new(Some(running))), ..Slot::default() }
     }
 
     pub fn peek(&self) -> Option<Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn take_opened(&self) -> Option<UpstreamClient> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     fn put(&self, running: Option<Running>) {
@@ -119,13 +130,14 @@ impl Effects {
         swap: SwapId,
         launch: LaunchSpec,
         slot: Slot,
-        progress: Progress,
+        prepared: Prepared,
         deadline: Time,
         adapters: (Seed, Surroundings),
     ) -> Task {
         let (effects, cancel) = (self.clone(), CancellationToken::new());
         let cancelled = cancel.clone();
         let join = tokio::spawn(async move {
+            let Prepared { made, reading, progress } = prepared;
             let instance = launch.identity.instance;
             let deadline = effects.epoch + Duration::from_millis(deadline.0);
             // Called off while it is being created, it is created first and then stopped: a call to
@@ -136,8 +148,9 @@ impl Effects {
             }
             let before = unpanicked(async { Ok(effects.read_memory().await) });
             let before = before.await.ok().flatten();
+            let made = made.take().await;
             progress.set("launch", None, "");
-            let launched = unpanicked(effects.runtimes.start(&launch)).await;
+            let launched = unpanicked(effects.runtimes.start(&launch, made)).await;
             if let Ok(running) = &launched {
                 effects.holders.register(running);
                 effects.logs.copy(&running.identity.model, &running.log);
@@ -162,8 +175,13 @@ impl Effects {
                 };
                 match brought {
                     Ok((footprint, running)) => {
+                        // What is read by now is all that the engine wants.
+                        drop(reading);
                         let (seed, around) = adapters;
-                        seed.keep(running, around, false).await;
+                        let client = UpstreamClient::to(&running.endpoint);
+                        let opened = client.open_ahead(&running.endpoint);
+                        tokio::join!(seed.keep(running.clone(), around, false), opened);
+                        slot.opened.lock().unwrap_or_else(PoisonError::into_inner).replace(client);
                         Ok(footprint)
                     }
                     Err(fault) => Err(effects.clear_failed_start(&slot, fault).await),
@@ -200,9 +218,7 @@ impl Effects {
         let gpus = &launch.identity.gpus;
         let vouch = async {
             let footprint = self.vouch_memory(spec, gpus, instance, before).await?;
-            if spec.canary {
-                engine::canary(spec, running).await?;
-            }
+            engine::first_request(spec, running).await?;
             Ok(footprint)
         };
         tokio::select! {
@@ -231,7 +247,8 @@ impl Effects {
         fault
     }
 
-    /// Calls off what is under way for the instance, then ends it.
+    /// Calls off what is under way for the instance, then ends it, after our own `connections` to it
+    /// are closed: many a server waits for those before it exits.
     pub fn stop(
         &self,
         swap: SwapId,
@@ -239,6 +256,7 @@ impl Effects {
         under_way: Option<Task>,
         slot: Slot,
         spec: Arc<ModelSpec>,
+        connections: Option<CancellationToken>,
     ) {
         let effects = self.clone();
         tokio::spawn(async move {
@@ -259,6 +277,7 @@ impl Effects {
                     if !was_starting {
                         engine::release(&spec, &running).await;
                     }
+                    hung_up(connections).await;
                     unpanicked(effects.stop_within(&running, &stop)).await
                 }
                 None => Ok(()),
@@ -337,6 +356,13 @@ async fn unpanicked<T>(work: impl Future<Output = Result<T, Fault>>) -> Result<T
             Err(Fault::new(FaultKind::Internal, message))
         }
     }
+}
+
+/// Waits until our connections to an engine are closed.
+pub async fn hung_up(connections: Option<CancellationToken>) {
+    let Some(closed) = connections else { return };
+    // The engine's grace is worth more than a straggler.
+    let _ = tokio::time::timeout(HANG_UP_WITHIN, closed.cancelled()).await;
 }
 
 fn gone(spec: &ModelSpec) -> Fault {

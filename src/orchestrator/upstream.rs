@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use http::Request;
+use http_body_util::BodyExt as _;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::{Builder, Client, ResponseFuture};
@@ -12,6 +13,7 @@ use crate::runtime::Endpoint;
 
 /// vLLM keeps idle connections 120 s (we set it so); uvicorn's own default would be 5 s.
 const POOL_IDLE: Duration = Duration::from_secs(4);
+const OPEN_AHEAD_WITHIN: Duration = Duration::from_millis(250);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub type UpstreamBody = http_body_util::Full<bytes::Bytes>;
@@ -38,6 +40,20 @@ impl UpstreamClient {
             .enable_http1()
             .wrap_connector(connector);
         UpstreamClient::Tls(pool().build(connector))
+    }
+
+    /// Opens a connection before the first request needs one: a short one is answered on it.
+    pub async fn open_ahead(&self, endpoint: &Endpoint) {
+        let head = Request::head(format!("{}/", endpoint.base)).body(UpstreamBody::default());
+        let Ok(request) = head else { return };
+        let answered = async {
+            if let Ok(answer) = self.request(request).await {
+                // To its end, so that the connection is free again.
+                let _ = answer.into_body().collect().await;
+            }
+        };
+        // The first request opens its own then.
+        let _ = tokio::time::timeout(OPEN_AHEAD_WITHIN, answered).await;
     }
 
     pub fn request(&self, request: Request<UpstreamBody>) -> ResponseFuture {

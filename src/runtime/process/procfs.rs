@@ -127,17 +127,39 @@ impl std::fmt::Display for Occupant {
     }
 }
 
-/// Who listens on `port`, on any address. Empty where nobody does or where the owner may not be
-/// seen (another user's process). Several, where a socket is shared.
-pub fn listeners(port: u16) -> Vec<Occupant> {
+/// Whether every socket that listens on `port` is one of this process: the usual case, told
+/// without a look at everybody.
+pub fn listens_alone(pid: u32, port: u16) -> bool {
+    let mut wanted = sockets_on(port);
+    if wanted.is_empty() {
+        return false;
+    }
+    for fd in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+        if let Ok(link) = fs::read_link(fd.path())
+            && let Some(link) = link.to_str()
+        {
+            wanted.remove(link);
+        }
+    }
+    wanted.is_empty()
+}
+
+/// Those that listen, as links in /proc/PID/fd show them.
+fn sockets_on(port: u16) -> BTreeSet<String> {
     let mut inodes = BTreeSet::new();
     for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
         inodes.extend(listening_inodes(&fs::read_to_string(table).unwrap_or_default(), port));
     }
-    if inodes.is_empty() {
+    inodes.iter().map(|inode| format!("socket:[{inode}]")).collect()
+}
+
+/// Who listens on `port`, on any address. Empty where nobody does or where the owner may not be
+/// seen (another user's process). Several, where a socket is shared.
+pub fn listeners(port: u16) -> Vec<Occupant> {
+    let links = sockets_on(port);
+    if links.is_empty() {
         return Vec::new();
     }
-    let links: BTreeSet<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
     pids()
         .filter(|pid| {
             let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
@@ -208,7 +230,10 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("an address").port();
         assert!(listeners(port).iter().any(|occupant| occupant.pid == std::process::id()));
+        assert!(listens_alone(std::process::id(), port));
+        assert!(!listens_alone(1, port), "somebody else does");
         drop(listener);
+        assert!(!listens_alone(std::process::id(), port));
         assert!(!listeners(port).iter().any(|occupant| occupant.pid == std::process::id()));
     }
 

@@ -36,6 +36,27 @@ impl Checker {
         self.begin_move(Move::Fetch, swap, instance);
     }
 
+    /// Only for a start that has not begun, of a swap that goes on, and only while others leave.
+    pub(super) fn prepare(
+        &mut self,
+        swap: SwapId,
+        instance: InstanceId,
+        gpus: &[GpuId],
+        machine: &Machine,
+    ) {
+        let Some(known) = self.existing(instance, "Prepare") else { return };
+        let early = known.preflight && !known.launched && known.under_way.is_none();
+        self.require(early, || format!("{instance} is prepared, but it is no start to come"));
+        let ended = self.ended.contains(&swap);
+        self.require(!ended, || format!("{instance} is prepared for {swap}, which has ended"));
+        let somebody = machine.insts.iter().any(|(other, inst)| {
+            *other != instance && inst.gpus.iter().any(|gpu| gpus.contains(gpu))
+        });
+        self.require(somebody || gpus.is_empty(), || {
+            format!("{instance} is prepared while nobody holds its GPUs")
+        });
+    }
+
     fn begin_move(&mut self, what: Move, swap: SwapId, instance: InstanceId) {
         let Some(known) = self.existing(instance, "a move") else { return };
         let busy = known.under_way;
