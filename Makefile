@@ -1,5 +1,7 @@
 # make demo [WORLD=laptop|homelab|team|agents] [EXERCISE=1] [ENGINE=standin|llama [GGUF=a.gguf,b.gguf]]
 # make test      everything; make quick: without Docker, llama-server and Prometheus
+# make bench-swap         what a swap costs beyond the engines' own stop and start
+# make bench-read-ahead   what reading the next model's files ahead saves (needs 2 GB of disk)
 # make mutants [FAULTS="name ..."]   do the scheduler's tests notice seeded faults?
 
 WORLD ?= laptop
@@ -21,7 +23,7 @@ $(error ENGINE=llama has one world, laptop: leave WORLD=$(WORLD) out)
 endif
 endif
 
-.PHONY: demo test quick build mutants
+.PHONY: demo test quick build mutants bench-swap bench-read-ahead
 build:
 	cargo build --locked --bin wharf
 
@@ -39,6 +41,12 @@ test:
 
 quick:
 	tests/run.sh quick
+
+bench-swap:
+	benches/swap/run.sh
+
+bench-read-ahead:
+	benches/read_ahead/run.sh
 
 mutants:
 	tests/mutants/run.sh $(FAULTS)

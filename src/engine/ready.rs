@@ -132,14 +132,19 @@ impl<'a> Start<'a> {
 
     fn ask(&mut self) -> BoxFuture<'a, Answer> {
         let (spec, running, trusted) = (self.spec, self.running, self.trusted);
-        let pause = until_next_look(self.asked_since.elapsed());
-        let pause = (!std::mem::take(&mut self.called)).then_some(pause);
+        let pause = self.pause();
         Box::pin(async move {
             if let Some(pause) = pause {
                 sleep(pause).await;
             }
             probe::ask(spec, running, trusted).await
         })
+    }
+
+    /// Before the next question.
+    fn pause(&mut self) -> Option<Duration> {
+        let pause = until_next_look(self.asked_since.elapsed());
+        (!std::mem::take(&mut self.called)).then_some(pause)
     }
 
     /// True: the engine is ready.
@@ -331,5 +336,49 @@ fn quoted(names: &[String]) -> String {
     match names {
         [] => "no model".to_owned(),
         names => names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::config::catalog::EngineKind;
+    use crate::runtime::{Endpoint, Identity, LogTail, RuntimeHandle};
+    use crate::units::{InstanceId, ModelName};
+
+    fn running() -> Running {
+        Running {
+            identity: Identity {
+                installation: "test".to_owned(),
+                instance: InstanceId(1),
+                model: ModelName::new("a"),
+                spec_hash: String::new(),
+                gpus: Vec::new(),
+                port: 1,
+            },
+            endpoint: Endpoint::new("http://127.0.0.1:1", None),
+            handle: RuntimeHandle::External,
+            log: LogTail::new(),
+            exit: watch::channel(None).1,
+        }
+    }
+
+    #[test]
+    fn an_engine_whose_log_says_that_it_listens_is_asked_at_once() {
+        let (spec, running) = (ModelSpec::plain("a"), running());
+        let spec = ModelSpec { engine: EngineKind::Llamacpp, ..spec };
+        let (progress, _) = Progress::new();
+        let mut start = Start::new(&spec, &running, &progress);
+        start.asked_since -= Duration::from_secs(60);
+        assert_eq!(start.pause(), Some(Duration::from_millis(100)));
+        assert!(!start.line(&Arc::from("llama_context: n_ctx = 4096")));
+        assert_eq!(start.pause(), Some(Duration::from_millis(100)), "no news of that kind");
+        assert!(start.line(&Arc::from("main: server is listening on http://127.0.0.1:1")));
+        assert_eq!(start.pause(), None);
+        assert!(start.asked_since.elapsed() < Duration::from_secs(60), "and densely after that");
+        let calls = (0..1000).filter(|_| start.line(&Arc::from("model loaded"))).count();
+        assert!(calls < 20, "a log that cries wolf is asked at the usual pace: {calls}");
     }
 }

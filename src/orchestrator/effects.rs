@@ -413,4 +413,17 @@ mod tests {
         assert_eq!((swap, instance, fault.kind), (SwapId(3), InstanceId(4), FaultKind::Internal));
         assert!(fault.message.contains("out of luck"), "{}", fault.message);
     }
+
+    #[tokio::test]
+    async fn neither_closed_connections_nor_a_straggler_hold_up_a_stop() {
+        let connections = CancellationToken::new();
+        let ends = async |connections| {
+            let patience = Duration::from_secs(30);
+            tokio::time::timeout(patience, hung_up(connections)).await.expect("it goes on");
+        };
+        ends(Some(connections.clone())).await;
+        connections.cancel();
+        ends(Some(connections)).await;
+        ends(None).await;
+    }
 }

@@ -394,6 +394,16 @@ mod tests {
         assert_eq!(gate.in_flight(), 0);
     }
 
+    #[test]
+    fn it_is_gone_with_its_last_lease_and_its_connections() {
+        let gate = gate();
+        let (gone, lease) = (gate.gone(), gate.try_lease().unwrap());
+        drop(gate);
+        assert!(!gone.is_cancelled(), "somebody still uses a connection");
+        drop(lease);
+        assert!(gone.is_cancelled());
+    }
+
     /// Reading and releasing at the same moment, often: with weaker orders than `SeqCst` some
     /// releases are neither counted nor told.
     #[test]

@@ -36,25 +36,14 @@ impl Checker {
         self.begin_move(Move::Fetch, swap, instance);
     }
 
-    /// Only for a start that has not begun, of a swap that goes on, and only while others leave.
-    pub(super) fn prepare(
-        &mut self,
-        swap: SwapId,
-        instance: InstanceId,
-        gpus: &[GpuId],
-        machine: &Machine,
-    ) {
-        let Some(known) = self.existing(instance, "Prepare") else { return };
-        let early = known.preflight && !known.launched && known.under_way.is_none();
-        self.require(early, || format!("{instance} is prepared, but it is no start to come"));
+    /// Only for a start that has not begun, of a swap that goes on. (The one retry of a start is a new
+    /// instance, which nobody has heard of: nothing is prepared for it.)
+    pub(super) fn prepare(&mut self, swap: SwapId, instance: InstanceId) {
         let ended = self.ended.contains(&swap);
         self.require(!ended, || format!("{instance} is prepared for {swap}, which has ended"));
-        let somebody = machine.insts.iter().any(|(other, inst)| {
-            *other != instance && inst.gpus.iter().any(|gpu| gpus.contains(gpu))
-        });
-        self.require(somebody || gpus.is_empty(), || {
-            format!("{instance} is prepared while nobody holds its GPUs")
-        });
+        let Some(known) = self.insts.get(&instance) else { return };
+        let early = known.preflight && !known.launched && known.under_way.is_none();
+        self.require(early, || format!("{instance} is prepared, but it is no start to come"));
     }
 
     fn begin_move(&mut self, what: Move, swap: SwapId, instance: InstanceId) {
