@@ -1,8 +1,10 @@
 # make demo [WORLD=laptop|homelab|team|agents] [EXERCISE=1] [ENGINE=standin|llama [GGUF=a.gguf,b.gguf]]
 # make test      everything; make quick: without Docker, llama-server and Prometheus
-# make bench-swap         what a swap costs beyond the engines' own stop and start
-# make bench-read-ahead   what reading the next model's files ahead saves (needs 2 GB of disk)
 # make mutants [FAULTS="name ..."]   do the scheduler's tests notice seeded faults?
+# make bench [ROWS="json-32 paced ..."] [ROUNDS=5] [SECONDS=3] [OUT=docs]   beside nginx; needs wrk, too
+# make bench-instructions [REQUESTS=1000]   what a proxied request costs, by valgrind
+# make bench-swap                           what a swap costs beyond the engines' own stop and start
+# make bench-read-ahead                     what reading the next model's files ahead saves (2 GB of disk)
 
 WORLD ?= laptop
 ENGINE ?= standin
@@ -23,7 +25,13 @@ $(error ENGINE=llama has one world, laptop: leave WORLD=$(WORLD) out)
 endif
 endif
 
-.PHONY: demo test quick build mutants bench-swap bench-read-ahead
+ROUNDS ?= 5
+SECONDS ?= 3
+STREAMS ?= 8000
+OUT ?= .cache/bench
+REQUESTS ?= 1000
+
+.PHONY: demo test quick build mutants bench bench-instructions bench-swap bench-read-ahead
 build:
 	cargo build --locked --bin wharf
 
@@ -50,3 +58,13 @@ bench-read-ahead:
 
 mutants:
 	tests/mutants/run.sh $(FAULTS)
+
+# The profile is the release's; CARGO_PROFILE_RELEASE_LTO=off and such make a quicker, worse one.
+bench:
+	@tests/support/setup.sh bench
+	PATH="$$PATH:/usr/sbin" cargo bench --locked --bench proxy -- --rounds $(ROUNDS) --seconds $(SECONDS) \
+	  --streams $(STREAMS) --out "$(abspath $(OUT))" $(if $(ROWS),--rows "$(ROWS)")
+
+bench-instructions:
+	@tests/support/setup.sh valgrind
+	benches/proxy/instructions.sh $(REQUESTS)

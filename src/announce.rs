@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use backoff::BackoffBuilder;
 use bytes::Bytes;
-use http::{Method, Request, header};
-use http_body_util::{BodyExt, Full, Limited};
+use http::{HeaderMap, HeaderValue, Method, header};
+use http_body_util::{BodyExt, Limited};
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
@@ -21,11 +21,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::reachable;
 use crate::config::catalog::Announce;
-use crate::orchestrator::{Handle, UpstreamClient};
+use crate::orchestrator::Handle;
 use crate::runtime::Endpoint;
 use crate::runtime::tls::Tls;
 use crate::scheduler::record::ResidencyView;
 use crate::units::ModelName;
+use crate::upstream::{Call, UpstreamClient};
 
 /// One call to a registry.
 const CALL_MAX: Duration = Duration::from_secs(5);
@@ -241,18 +242,22 @@ async fn call(
     verb: &str,
     service: &Service,
 ) -> Result<(), String> {
-    let url = format!("{}/{verb}", registry.url.trim_end_matches('/'));
     let body = serde_json::to_vec(service).map_err(|error| error.to_string())?;
-    let mut request = Request::builder()
-        .method(Method::POST)
-        .uri(&url)
-        .header(header::CONTENT_TYPE, "application/json");
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     if let Some(key) = &registry.key {
-        request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+        let bearer = format!("Bearer {key}").try_into();
+        headers.insert(header::AUTHORIZATION, bearer.map_err(|_| "its key is no header value")?);
     }
-    let request = request.body(Full::new(Bytes::from(body))).map_err(|error| error.to_string())?;
+    let call = Call {
+        method: &Method::POST,
+        path_and_query: &format!("/{verb}"),
+        headers: &headers,
+        more: &[],
+        body: &Bytes::from(body),
+    };
     let exchange = async {
-        let response = client.request(request).await.map_err(|error| {
+        let response = client.request(call).await.map_err(|error| {
             let source = std::error::Error::source(&error).map(ToString::to_string);
             source.unwrap_or_else(|| error.to_string())
         })?;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -43,7 +43,11 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
         gateway::shared(handle.clone(), Arc::clone(&metrics), Limits::default(), traffic.clone());
     let routers = Routers {
         control: api::router_with(handle.clone(), metrics, traffic),
-        inference: gateway::routes::router(Arc::clone(&inference)),
+        inference: gateway::Content {
+            router: gateway::routes::router(Arc::clone(&inference)),
+            inference: Some(Arc::clone(&inference)),
+        },
+        threads: gateway::Threads::start().context("the serving threads cannot be started")?,
     };
     let listeners = Listeners::new(routers, handle.clone(), stop.clone(), hurry.clone());
     let drain = settings.swap.drain_timeout.min(settings.swap.shutdown_timeout);

@@ -9,6 +9,7 @@ pub mod scheduler;
 pub mod engine;
 pub mod gpu;
 pub mod runtime;
+pub mod upstream;
 
 pub mod orchestrator;
 

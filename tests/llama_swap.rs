@@ -199,9 +199,9 @@ fn activity(model: &str) -> Activity {
     Activity {
         arrived_unix_ms: 1_767_268_800_000,
         model: model.to_owned(),
-        path: "/v1/chat/completions".to_owned(),
+        path: "/v1/chat/completions".into(),
         status: 200,
-        content_type: "application/json".to_owned(),
+        content_type: "application/json".into(),
         prompt_tokens: Some(12),
         completion_tokens: Some(34),
         tokens_per_second: Some(17.5),

@@ -8,12 +8,11 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use tokio_util::sync::CancellationToken;
 
 use super::Gateway;
 use super::captures::Draft;
 use super::figures::Figures;
-use super::in_flight::{Ticket, Who};
+use super::in_flight::{Cancel, Ticket, Who};
 use super::limits::Permit;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::{CLIENT_CLOSED, Reject};
@@ -92,14 +91,17 @@ impl Arrival {
 
     pub fn asked(&mut self, requested: &str) {
         if let Some(record) = &mut self.0 {
-            record.requested = requested.chars().take(NAME_SHOWN_MAX).collect();
+            record.requested = match requested.len() {
+                0..=NAME_SHOWN_MAX => requested.to_owned(),
+                _ => requested.chars().take(NAME_SHOWN_MAX).collect(),
+            };
         }
     }
 
     /// The request is one of `model` now, and in the in-flight list.
     pub fn admitted(&mut self, model: ModelName) -> Account {
         let mut record = self.0.take();
-        let mut cancel = None;
+        let mut cancel = Cancel::default();
         if let Some(record) = &mut record {
             tracing::debug!(request = record.id(), %model, "request arrived");
             let ticket = record.gateway.traffic.in_flight.enter(Who {
@@ -110,10 +112,10 @@ impl Arrival {
                 path: record.path.clone(),
                 arrived: record.arrived,
             });
-            cancel = Some(ticket.cancelled().clone());
+            cancel = ticket.cancel();
             record.ticket = Some(ticket);
         }
-        Account { model, cancel: cancel.unwrap_or_default(), record }
+        Account { model, cancel, record }
     }
 
     /// It never came as far as an account; answers with what its client is told.
@@ -142,7 +144,7 @@ const CLIENT_GONE: &str = "client_gone";
 #[derive(Debug)]
 pub struct Account {
     model: ModelName,
-    cancel: CancellationToken,
+    cancel: Cancel,
     /// `None`: its end is reported.
     record: Option<Box<Record>>,
 }
@@ -152,8 +154,7 @@ impl Account {
         &self.model
     }
 
-    /// Cancelled when an operator wants the request to end.
-    pub fn cancelled(&self) -> &CancellationToken {
+    pub fn cancel(&self) -> &Cancel {
         &self.cancel
     }
 
@@ -311,26 +312,25 @@ impl Record {
     }
 
     fn row(
-        self: Box<Record>,
+        mut self: Box<Record>,
         model: Option<&ModelName>,
-        outcome: &str,
+        outcome: &'static str,
         took: Duration,
     ) -> Activity {
         let arrived = self.gateway.handle.wall(self.arrived);
         let arrived = arrived.duration_since(UNIX_EPOCH).unwrap_or_default();
         let sent = self.sent.map(|sent| sent.duration_since(self.began));
         let (prompt_speed, speed) = speeds(&self.figures, sent, self.first, took, self.streamed);
-        let text = |value: &HeaderValue| value.to_str().unwrap_or_default().to_owned();
         Activity {
             id: 0,
             arrived_unix_ms: millis(arrived),
             model: model.map(|model| model.as_str().to_owned()).unwrap_or_default(),
-            method: self.method.as_str().to_owned(),
-            path: self.path.into_owned(),
+            method: method(&self.method),
+            path: std::mem::take(&mut self.path),
             status: self.status.map_or(CLIENT_CLOSED, |status| status.as_u16()),
-            content_type: self.content_type.as_ref().map(text).unwrap_or_default(),
-            request_id: text(&self.request_id),
-            outcome: outcome.to_owned(),
+            content_type: self.content_type.as_ref().map(content_type).unwrap_or_default(),
+            request_id: self.id().to_owned(),
+            outcome: outcome.into(),
             prompt_tokens: self.figures.prompt,
             cached_tokens: self.figures.cached,
             completion_tokens: self.figures.completion,
@@ -343,6 +343,23 @@ impl Record {
             requested: self.requested,
             key: self.key,
         }
+    }
+}
+
+/// Nearly all are one of two, which take no memory.
+fn method(method: &Method) -> Cow<'static, str> {
+    match *method {
+        Method::POST => "POST".into(),
+        Method::GET => "GET".into(),
+        _ => method.as_str().to_owned().into(),
+    }
+}
+
+fn content_type(value: &HeaderValue) -> Cow<'static, str> {
+    match value.to_str().unwrap_or_default() {
+        "application/json" => "application/json".into(),
+        "text/event-stream" => "text/event-stream".into(),
+        other => other.to_owned().into(),
     }
 }
 

@@ -101,6 +101,9 @@ pub struct Wishes {
 
 impl Wishes {
     pub fn read(headers: &HeaderMap) -> Result<Wishes, Reject> {
+        if !headers.keys().any(|name| name.as_str().starts_with("x-wharf-")) {
+            return Ok(Wishes::default());
+        }
         let never_start = match text(headers, "x-wharf-start")?.as_deref() {
             None | Some("auto") => false,
             Some("never") => true,

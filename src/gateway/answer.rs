@@ -1,11 +1,12 @@
 //! The head of an engine's answer, on its way to the client.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use http::{HeaderMap, HeaderValue, header, response};
-use hyper::body::Incoming;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode, header, response};
 
 use super::account::Account;
 use super::forward;
@@ -13,6 +14,7 @@ use super::relay::{Relay, Source};
 use super::timing::Timing;
 use super::usage::Meter;
 use crate::orchestrator::Lease;
+use crate::upstream::Incoming;
 
 /// The head of an upstream answer, its body still to come.
 pub struct Answer {
@@ -32,10 +34,12 @@ impl Answer {
     }
 
     /// As a whole response: the usual way.
-    pub fn into_response(self) -> Response {
-        let mut headers = self.head.headers.clone();
+    pub fn into_response(mut self) -> Response {
+        let events = self.is_event_stream();
+        let (mut meter, plain_events) = self.begin();
+        let mut headers = std::mem::take(&mut self.head.headers);
         forward::response_headers(&mut headers);
-        if self.is_event_stream() {
+        if events {
             // An event may be taken out, and proxies before us must not collect any.
             headers.remove(header::CONTENT_LENGTH);
             headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -43,13 +47,23 @@ impl Answer {
         headers.extend(named(self.account.model().as_str()));
         headers.extend(self.timing.header().map(|value| (Timing::HEADER, value)));
         let status = self.head.status;
-        let mut response = Response::new(Body::new(self.into_relay(None)));
+        let body = match self.body.whole().cloned() {
+            Some(all) => self.whole(all, &mut meter),
+            None => Body::new(self.relay(meter, plain_events, None)),
+        };
+        let mut response = Response::new(body);
         *response.status_mut() = status;
         *response.headers_mut() = headers;
         response
     }
 
-    pub fn into_relay(mut self, epilogue: Option<bytes::Bytes>) -> Relay {
+    pub fn into_relay(mut self, epilogue: Option<Bytes>) -> Relay {
+        let (meter, events) = self.begin();
+        self.relay(meter, events, epilogue)
+    }
+
+    /// The head goes on; how its body is read in passing, and whether an error can be told in it.
+    fn begin(&mut self) -> (Meter, bool) {
         let plain = !self.head.headers.contains_key(header::CONTENT_ENCODING);
         let events = plain && self.is_event_stream();
         self.account.answered(self.head.status, &self.head.headers, self.is_event_stream());
@@ -58,6 +72,28 @@ impl Answer {
             (true, true) => Meter::events(self.remove_usage),
             (true, false) => Meter::json(),
         };
+        (meter, events)
+    }
+
+    /// The engine said everything already: the lease ends here, and nobody has to watch.
+    fn whole(mut self, all: Bytes, meter: &mut Meter) -> Body {
+        drop(self.lease);
+        let mut parts = VecDeque::new();
+        if !all.is_empty() {
+            self.account.arrived(all.len());
+            meter.feed(all, &mut parts);
+        }
+        meter.finish(&mut parts);
+        self.account.counted(meter.figures());
+        self.account.relayed(&parts);
+        self.account.end(outcome(self.head.status));
+        match parts.len() {
+            0 | 1 => Body::from(parts.pop_front().unwrap_or_default()),
+            _ => Body::from(parts.iter().flatten().copied().collect::<Bytes>()),
+        }
+    }
+
+    fn relay(self, meter: Meter, events: bool, epilogue: Option<Bytes>) -> Relay {
         let source = Source {
             status: self.head.status,
             body: self.body,
@@ -72,11 +108,17 @@ impl Answer {
     }
 }
 
+/// Of an answer that came to its end.
+pub fn outcome(status: StatusCode) -> &'static str {
+    if status.is_server_error() { "upstream_error" } else { "ok" }
+}
+
 /// `X-Wharf-Model`, where the name can be a header value.
 pub fn named(model: &str) -> Option<(http::HeaderName, HeaderValue)> {
-    let value = HeaderValue::from_bytes(model.as_bytes()).ok()?;
-    Some((http::HeaderName::from_static("x-wharf-model"), value))
+    HeaderValue::from_bytes(model.as_bytes()).ok().map(|value| (MODEL, value))
 }
+
+pub const MODEL: http::HeaderName = http::HeaderName::from_static("x-wharf-model");
 
 fn is(headers: &HeaderMap, name: http::HeaderName, start: &str) -> bool {
     headers

@@ -1,9 +1,10 @@
 //! Front doors: a port for one model each, as the model pool manager had them. What comes in there
 //! is served as everywhere (lease, key, limits), whatever the body says of its model.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
@@ -17,10 +18,6 @@ use crate::units::ModelName;
 
 /// The pool manager's services had these two.
 const PATHS: [&str; 2] = ["/v1/chat/completions", "/v1/completions"];
-
-/// The model of the door through which a request came.
-#[derive(Clone, Debug)]
-pub(super) struct Bound(pub ModelName);
 
 #[derive(Clone)]
 struct Door {
@@ -45,9 +42,9 @@ pub fn door(gateway: Arc<Gateway>, model: ModelName, port: u16) -> Router {
         .with_state(Door { gateway, model, port })
 }
 
-async fn serve(door: Door, inference: &'static Inference, mut request: Request) -> Response {
-    request.extensions_mut().insert(Bound(door.model));
-    infer::infer(door.gateway, inference, request).await
+async fn serve(door: Door, inference: &'static Inference, request: Request) -> Response {
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0);
+    infer::infer(&door.gateway, inference, request, peer, Some(&door.model)).await
 }
 
 /// 200 unless the model cannot be had: one that is not loaded is loaded by the first request.

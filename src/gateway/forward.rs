@@ -5,14 +5,14 @@ use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header};
-use http_body_util::Full;
-use hyper::body::Incoming;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, header};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::answer;
 use crate::orchestrator::Lease;
 use crate::runtime::tls_trouble;
+use crate::upstream::{Call, CallError, Incoming};
 
 /// Named by RFC 9110 as belonging to one connection, and what old proxies add to them.
 const HOP_BY_HOP: [HeaderName; 9] = [
@@ -46,6 +46,8 @@ const NOT_FORWARDED: [HeaderName; 12] = [
 /// Told to servers elsewhere, which may be Wharfs that lead back to this one.
 const HOPS: HeaderName = HeaderName::from_static("x-wharf-hops");
 
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
 const CONNECT_MAX: Duration = Duration::from_millis(200);
 
 /// A request as every attempt sends it.
@@ -78,20 +80,23 @@ pub async fn send(
     silence_max: Duration,
 ) -> Result<Response<Incoming>, Failure> {
     let gate = lease.gate();
-    let mut request = Request::new(Full::new(outgoing.body.clone()));
-    let uri = format!("{}{}", gate.endpoint.base, outgoing.path_and_query);
-    *request.uri_mut() =
-        uri.parse().map_err(|error| Failure::Broken(format!("URL {uri}: {error}")))?;
-    *request.method_mut() = outgoing.method.clone();
-    *request.headers_mut() = outgoing.headers.clone();
+    let mut more = Vec::new();
     if gate.endpoint.circuit.is_some() {
-        request.headers_mut().insert(HOPS, HeaderValue::from(outgoing.hops + 1));
+        more.push((HOPS, HeaderValue::from(outgoing.hops + 1)));
     }
     if let Some(key) = &gate.endpoint.api_key {
-        request.headers_mut().insert(header::AUTHORIZATION, key.bearer());
+        more.push((header::AUTHORIZATION, key.bearer()));
     }
+    let call = Call {
+        method: &outgoing.method,
+        path_and_query: &outgoing.path_and_query,
+        headers: &outgoing.headers,
+        more: &more,
+        body: &outgoing.body,
+    };
     tokio::select! {
-        answer = timeout(silence_max, gate.client.request(request)) => match answer {
+        biased;
+        answer = timeout(silence_max, gate.client.request(call)) => match answer {
             Ok(Ok(response)) => {
                 if let Some(circuit) = &gate.endpoint.circuit {
                     circuit.answered();
@@ -113,32 +118,26 @@ pub async fn send(
     }
 }
 
-fn judge(error: &hyper_util::client::legacy::Error, authority: &str) -> Failure {
+fn judge(error: &CallError, authority: &str) -> Failure {
     if let Some(why) = tls_trouble(error, authority) {
         return Failure::Broken(why);
     }
     let text = describe(error);
-    if error.is_connect() {
-        // "Connect" is also hyper's word for a URL that its connector does not support.
-        return match find_io(error) {
-            Some(_) => Failure::Lost(text),
-            None => Failure::Broken(text),
-        };
-    }
-    let closed = find::<hyper::Error>(error).is_some_and(|error| {
-        error.is_incomplete_message() || error.is_canceled() || error.is_closed()
-    });
-    let reset = find_io(error).is_some_and(|kind| {
-        matches!(
-            kind,
+    let is_lost = match error {
+        // Without one the connector does not know what to do with such a URL.
+        CallError::Connect(_) => find_io(error).is_some(),
+        CallError::ConnectTimeout(_) | CallError::Closed => true,
+        CallError::Broken(error) => matches!(
+            error.kind(),
             io::ErrorKind::ConnectionReset
                 | io::ErrorKind::ConnectionAborted
                 | io::ErrorKind::BrokenPipe
                 | io::ErrorKind::NotConnected
                 | io::ErrorKind::UnexpectedEof
-        )
-    });
-    if closed || reset { Failure::Lost(text) } else { Failure::Broken(text) }
+        ),
+        CallError::Invalid(_) => false,
+    };
+    if is_lost { Failure::Lost(text) } else { Failure::Broken(text) }
 }
 
 fn find_io(error: &(dyn Error + 'static)) -> Option<io::ErrorKind> {
@@ -187,11 +186,8 @@ pub fn describe(error: &(dyn Error + 'static)) -> String {
 
 /// Headers of the request as the engine gets them.
 pub fn request_headers(mut headers: HeaderMap, request_id: &HeaderValue) -> HeaderMap {
-    strip_hop_by_hop(&mut headers);
-    for name in &NOT_FORWARDED {
-        headers.remove(name);
-    }
-    headers.insert("x-request-id", request_id.clone());
+    strip(&mut headers, |name| NOT_FORWARDED.contains(name));
+    headers.insert(REQUEST_ID, request_id.clone());
     headers
 }
 
@@ -208,28 +204,22 @@ pub fn passed_headers(headers: HeaderMap, request_id: &HeaderValue) -> HeaderMap
 
 /// Headers of the answer as the client gets them. Whom browsers may tell is ours to say.
 pub fn response_headers(headers: &mut HeaderMap) {
-    strip_hop_by_hop(headers);
-    // Another Wharf's word for its model: ours follows.
-    headers.remove("x-wharf-model");
-    let cors: Vec<HeaderName> = headers
-        .keys()
-        .filter(|name| name.as_str().starts_with("access-control-"))
-        .cloned()
-        .collect();
-    for name in cors {
-        headers.remove(name);
-    }
+    // The model: another Wharf's word for it; ours follows.
+    strip(headers, |name| *name == answer::MODEL || name.as_str().starts_with("access-control-"));
 }
 
-fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = headers
+/// Takes out what belongs to the connection, and what is `unwanted`.
+fn strip(headers: &mut HeaderMap, unwanted: impl Fn(&HeaderName) -> bool) {
+    let named = headers
         .get_all(header::CONNECTION)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        .collect();
-    for name in named.iter().chain(&HOP_BY_HOP) {
+        .filter_map(|name| name.trim().parse().ok());
+    // Few of them are there: one look at each header is less than a search for each name.
+    let there = headers.keys().filter(|name| HOP_BY_HOP.contains(name) || unwanted(name)).cloned();
+    let gone: Vec<HeaderName> = named.chain(there).collect();
+    for name in gone {
         headers.remove(name);
     }
 }

@@ -5,10 +5,11 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 
 use arc_swap::ArcSwap;
+use futures_util::task::AtomicWaker;
 use http::HeaderValue;
-use tokio_util::sync::CancellationToken;
 
 use crate::units::{ModelName, Time};
 
@@ -55,7 +56,8 @@ pub struct Entry {
     model: ArcSwap<ModelName>,
     forwarded: AtomicBool,
     bytes: AtomicU64,
-    cancel: CancellationToken,
+    cancelled: AtomicBool,
+    waker: AtomicWaker,
 }
 
 impl Entry {
@@ -83,7 +85,8 @@ impl InFlight {
             who,
             forwarded: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
-            cancel: CancellationToken::new(),
+            cancelled: AtomicBool::new(false),
+            waker: AtomicWaker::new(),
         });
         self.0.shard(id).insert(id, Arc::clone(&entry));
         Ticket { registry: Arc::clone(&self.0), entry }
@@ -108,7 +111,10 @@ impl InFlight {
     /// False: no such request, or it has ended.
     pub fn cancel(&self, id: u64) -> bool {
         let entry = self.0.shard(id).get(&id).cloned();
-        entry.inspect(|entry| entry.cancel.cancel()).is_some()
+        let Some(entry) = entry else { return false };
+        entry.cancelled.store(true, Ordering::Release);
+        entry.waker.wake();
+        true
     }
 }
 
@@ -134,9 +140,29 @@ impl Ticket {
         self.entry.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Cancelled when an operator wants this request to end.
-    pub fn cancelled(&self) -> &CancellationToken {
-        &self.entry.cancel
+    pub fn cancel(&self) -> Cancel {
+        Cancel(Some(Arc::clone(&self.entry)))
+    }
+}
+
+/// An operator's wish that a request ends, as the request hears it. By default there is none.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Option<Arc<Entry>>);
+
+impl Cancel {
+    pub fn is_wished(&self) -> bool {
+        self.0.as_ref().is_some_and(|entry| entry.cancelled.load(Ordering::Acquire))
+    }
+
+    /// One place waits for it at a time: who began last.
+    pub async fn wished(&self) {
+        std::future::poll_fn(|cx| {
+            if let Some(entry) = &self.0 {
+                entry.waker.register(cx.waker());
+            }
+            if self.is_wished() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 }
 
@@ -181,7 +207,7 @@ mod tests {
         let in_flight = InFlight::default();
         let (first, second) = (in_flight.enter(who("a")), in_flight.enter(who("b")));
         assert!(in_flight.cancel(2));
-        assert!(!first.cancelled().is_cancelled() && second.cancelled().is_cancelled());
+        assert!(!first.cancel().is_wished() && second.cancel().is_wished());
         drop(second);
         assert!(!in_flight.cancel(2), "it has ended");
         assert!(!in_flight.cancel(u64::MAX));

@@ -2,13 +2,13 @@
 
 mod passing;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{ConnectInfo, Request};
+use axum::extract::Request;
 use axum::response::Response;
 use http::{HeaderValue, StatusCode, request};
-use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -16,7 +16,6 @@ use super::account::{Account, Arrival};
 use super::admit::{self, Wishes};
 use super::answer::Answer;
 use super::choose::{Chosen, Others, choose};
-use super::door::Bound;
 use super::fit::{self, Fitted};
 use super::forward::{self, Failure, Outgoing};
 use super::receive::{self, Held};
@@ -28,7 +27,8 @@ use super::{Gateway, auth, wait};
 use crate::config::catalog::{ApiKey, Catalog, ModelSpec, Scope, WaitingSettings, WaitingStyle};
 use crate::orchestrator::{Gate, Lease, RequestOptions};
 use crate::scheduler::action::Refusal;
-use crate::units::{RequestId, Time};
+use crate::units::{ModelName, RequestId, Time};
+use crate::upstream::Incoming;
 
 pub use passing::Passing;
 
@@ -40,19 +40,30 @@ const ADAPTER_WITHIN: Duration = Duration::from_secs(120);
 const SETTLE_MAX: Duration = Duration::from_secs(1);
 const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(50);
 
+/// `bound`: the model of the front door through which the request came.
 pub async fn infer(
-    gateway: Arc<Gateway>,
+    gateway: &Arc<Gateway>,
     inference: &'static Inference,
     request: Request,
+    peer: Option<SocketAddr>,
+    bound: Option<&ModelName>,
 ) -> Response {
     let id = admit::request_id(request.headers(), || gateway.fresh_id());
-    let mut arrival = Arrival::open(&gateway, request.method(), inference.path, &id);
-    let mut response = match admit(&gateway, inference, request, &id, &mut arrival).await {
+    let mut arrival = Arrival::open(gateway, request.method(), inference.path, &id);
+    let from = From { peer, bound };
+    let mut response = match admit(gateway, inference, request, from, &id, &mut arrival).await {
         Ok(job) => wait::respond(job).await,
-        Err(reject) => arrival.turned_away(&gateway, reject),
+        Err(reject) => arrival.turned_away(gateway, reject),
     };
     response.headers_mut().insert("x-request-id", id);
     response
+}
+
+/// How a request came.
+#[derive(Clone, Copy)]
+struct From<'a> {
+    peer: Option<SocketAddr>,
+    bound: Option<&'a ModelName>,
 }
 
 /// Everything that can be said before a lease is asked for.
@@ -60,6 +71,7 @@ async fn admit(
     gateway: &Arc<Gateway>,
     inference: &'static Inference,
     request: Request,
+    from: From<'_>,
     id: &HeaderValue,
     arrival: &mut Arrival,
 ) -> Result<Job, Reject> {
@@ -88,7 +100,8 @@ async fn admit(
         &gateway.limits,
     )
     .await?;
-    let admitted = Admitted { gateway, inference, catalog: &catalog, head, key, wishes, arrived };
+    let catalog = &*catalog;
+    let admitted = Admitted { gateway, inference, catalog, head, from, key, wishes, arrived };
     admitted.job(received, id, arrival)
 }
 
@@ -97,6 +110,7 @@ struct Admitted<'a> {
     inference: &'static Inference,
     catalog: &'a Catalog,
     head: request::Parts,
+    from: From<'a>,
     key: Option<&'a ApiKey>,
     wishes: Wishes,
     arrived: Time,
@@ -109,11 +123,11 @@ impl Admitted<'_> {
         id: &HeaderValue,
         arrival: &mut Arrival,
     ) -> Result<Job, Reject> {
-        let Admitted { gateway, inference, catalog, head, key, wishes, arrived } = self;
+        let Admitted { gateway, inference, catalog, head, from, key, wishes, arrived } = self;
         arrival.received(&head.headers, &received.bytes);
-        let bound = head.extensions.get::<Bound>();
+        let bound = from.bound;
         let asked = fit::read(inference, &received.bytes, &head.headers, bound.is_some())?;
-        let wanted = bound.map_or(&*asked.model, |bound| bound.0.as_str()).to_owned();
+        let wanted = bound.map_or(&*asked.model, ModelName::as_str).to_owned();
         arrival.asked(&wanted);
         let Chosen { spec, rest, within } = choose(&gateway.handle, catalog, &wanted, key)?;
         let company = catalog.asked(&wanted).and_then(|asked| asked.group).map(str::to_owned);
@@ -133,7 +147,6 @@ impl Admitted<'_> {
             body,
             hops: wishes.hops,
         };
-        let peer = head.extensions.get::<ConnectInfo<std::net::SocketAddr>>().map(|peer| peer.0);
         let waiting = spec.waiting.unwrap_or(catalog.settings.waiting);
         Ok(Job {
             account: arrival.admitted(spec.name.clone()),
@@ -147,7 +160,7 @@ impl Admitted<'_> {
             outgoing,
             held: received.held,
             remove_usage,
-            viewer: auth::viewer(key, peer),
+            viewer: auth::viewer(key, from.peer),
             arrived,
             is_visit: !is_work,
             queue,
@@ -174,6 +187,12 @@ pub enum Stage {
     Admitted,
     Waiting(RequestId, Arc<ModelSpec>),
     Forwarded,
+}
+
+fn tell(listener: Option<&watch::Sender<Stage>>, stage: Stage) {
+    if let Some(listener) = listener {
+        listener.send_replace(stage);
+    }
 }
 
 /// An admitted request.
@@ -205,13 +224,13 @@ pub struct Job {
 
 impl Job {
     /// To the head of the upstream answer. Dropping the future frees everything.
-    pub async fn run(mut self, stage: watch::Sender<Stage>) -> Result<Answer, Reject> {
-        let cancelled = self.account.cancelled().clone();
+    pub async fn run(mut self, stage: Option<watch::Sender<Stage>>) -> Result<Answer, Reject> {
+        let cancel = self.account.cancel().clone();
         let forwarded = loop {
             let forwarded = tokio::select! {
                 biased;
-                forwarded = self.forwarded(&stage) => forwarded,
-                () = cancelled.cancelled() => Err(Reject::cancelled(&self.spec.name)),
+                forwarded = self.forwarded(stage.as_ref()) => forwarded,
+                () = cancel.wished() => Err(Reject::cancelled(&self.spec.name)),
             };
             match forwarded {
                 Err(reject) => match self.move_on(reject) {
@@ -292,14 +311,14 @@ impl Job {
 
     async fn forwarded(
         &mut self,
-        stage: &watch::Sender<Stage>,
+        stage: Option<&watch::Sender<Stage>>,
     ) -> Result<(http::Response<Incoming>, Lease, Timing), Reject> {
         let mut waited = Duration::ZERO;
         loop {
             let asked = Instant::now();
             let lease = self.lease(stage).await?;
             let lease = self.on_adapter(lease).await?;
-            stage.send_replace(Stage::Forwarded);
+            tell(stage, Stage::Forwarded);
             waited += asked.elapsed();
             if !lease.is_visit() {
                 self.account.granted(lease.start, waited);
@@ -322,7 +341,7 @@ impl Job {
         }
     }
 
-    async fn lease(&self, stage: &watch::Sender<Stage>) -> Result<Lease, Reject> {
+    async fn lease(&self, stage: Option<&watch::Sender<Stage>>) -> Result<Lease, Reject> {
         let handle = &self.gateway.handle;
         if self.is_visit {
             let visit = handle.gates().get(&self.spec.name).and_then(Gate::visit);
@@ -345,7 +364,7 @@ impl Job {
         }
         let mut waiting = handle.request(self.options.clone());
         self.call_company();
-        stage.send_replace(Stage::Waiting(waiting.id, Arc::clone(&self.spec)));
+        tell(stage, Stage::Waiting(waiting.id, Arc::clone(&self.spec)));
         let (patience, within) = self.patience();
         let refusal = match timeout(patience, waiting.decision()).await {
             Ok(Ok(lease)) => return Ok(lease),

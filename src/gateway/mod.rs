@@ -39,6 +39,8 @@ pub mod reject;
 mod relay;
 pub mod routes;
 mod server;
+mod site;
+mod threads;
 mod timing;
 mod traffic;
 mod underway;
@@ -65,6 +67,8 @@ pub use door::door;
 pub use in_flight::Entry;
 pub use reject::{Reject, Viewer};
 pub use server::{serve, serve_until};
+pub use site::{Content, Site};
+pub use threads::Threads;
 pub use traffic::Traffic;
 
 /// The gateway's paths, to be served by [`serve`].

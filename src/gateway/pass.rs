@@ -9,14 +9,13 @@ use axum::extract::{ConnectInfo, Request, State};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header, request};
 use serde_json::json;
-use tokio::sync::watch;
 
 use super::account::Arrival;
 use super::admit::{self, Wishes};
 use super::answer::Answer;
 use super::choose::choose;
 use super::forward::{self, Outgoing};
-use super::infer::{Job, Passing, Stage};
+use super::infer::{Job, Passing};
 use super::path::{self, Target};
 use super::receive::{self, Received};
 use super::reject::Reject;
@@ -446,8 +445,7 @@ struct Ready {
 impl Ready {
     async fn respond(self, wants_page: bool) -> Response {
         let Ready { job, gateway, spec, client, base } = self;
-        let (tell, _stage) = watch::channel(Stage::Admitted);
-        let answer = match job.run(tell).await {
+        let answer = match job.run(None).await {
             Ok(answer) => answer,
             Err(reject) if wants_page && reject.code() == "model_not_loaded" => {
                 return not_loaded::page(&spec, &gateway.handle.catalog().settings, reject);

@@ -10,17 +10,19 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::StatusCode;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::Limits;
 use super::account::Account;
+use super::answer::outcome;
+use super::in_flight::Cancel;
 use super::reject::Reject;
 use super::usage::Meter;
 use crate::orchestrator::{Gate, Lease};
 use crate::units::ModelName;
+use crate::upstream::Incoming;
 
 /// How often a stream is looked at for a stall.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -165,7 +167,7 @@ async fn watch(
     flow: Arc<Flow>,
     gate: Arc<Gate>,
     cut: CancellationToken,
-    by_operator: CancellationToken,
+    by_operator: Cancel,
     limits: Limits,
 ) {
     let shortest = limits.reader_stall.min(limits.upstream_silence);
@@ -174,7 +176,7 @@ async fn watch(
     loop {
         tokio::select! {
             () = cut.cancelled() => return flow.cut(Cut::Cancelled),
-            () = by_operator.cancelled() => return flow.cut(Cut::ByOperator),
+            () = by_operator.wished() => return flow.cut(Cut::ByOperator),
             _ = look.tick() => if let Some(why) = flow.overdue(&gate, &limits) {
                 return flow.cut(why);
             },
@@ -225,7 +227,7 @@ impl Relay {
             since: Instant::now(),
             first_within,
         })));
-        let by_operator = account.cancelled().clone();
+        let by_operator = account.cancel().clone();
         let watching = watch(Arc::clone(&flow), gate, cut, by_operator, limits.clone());
         let watchdog = tokio::spawn(watching);
         let mut relay = Relay {
@@ -258,7 +260,7 @@ impl Relay {
         self.ready.extend(self.epilogue.take());
         self.account.counted(self.meter.figures());
         self.account.relayed(&self.ready);
-        self.account.end(if self.status.is_server_error() { "upstream_error" } else { "ok" });
+        self.account.end(outcome(self.status));
     }
 
     /// In a stream the error is its last event; elsewhere only a broken connection tells.

@@ -1,9 +1,10 @@
 //! Every path of the gateway, in one table.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use http::{Method, StatusCode, Uri};
@@ -76,6 +77,11 @@ pub static INFERENCE: [Inference; 20] = [
     form("/v1/images/edits"),
 ];
 
+/// What is asked at a path, if a body names its model there.
+pub fn inference(path: &str) -> Option<&'static Inference> {
+    INFERENCE.iter().find(|known| known.path == path)
+}
+
 /// The gateway's own paths; where no body names the model.
 fn table() -> Vec<Row<Arc<Gateway>>> {
     let mut table = vec![
@@ -98,7 +104,8 @@ fn table() -> Vec<Row<Arc<Gateway>>> {
     ];
     for inference in &INFERENCE {
         let serve = move |State(gateway): State<Arc<Gateway>>, request: Request| {
-            infer::infer(gateway, inference, request)
+            let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0);
+            async move { infer::infer(&gateway, inference, request, peer, None).await }
         };
         table.push((inference.path, Needs::Inference, post(serve)));
     }

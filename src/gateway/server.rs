@@ -1,5 +1,6 @@
 //! The listener: accepts, bounds the number of connections, and ends them in an orderly way.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -7,8 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
-use axum::extract::ConnectInfo;
 use axum::response::IntoResponse;
 use futures_util::future::BoxFuture;
 use http::{Request, StatusCode};
@@ -20,9 +19,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tower::ServiceExt;
 
 use super::reject::Reject;
+use super::site::Site;
 
 /// Connections served at once, on each listener. Further ones get 503.
 const CONNECTIONS_MAX: usize = 4096;
@@ -31,6 +30,8 @@ const REFUSING_MAX: usize = 64;
 const REFUSING_TIME: Duration = Duration::from_secs(5);
 /// For the head of a request, and how long an idle connection is kept.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Of a request's head, and of what is held for a client that does not read.
+const BUFFER_BYTES_MAX: usize = 64 << 10;
 /// After a failed accept (no file descriptors left, say).
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 const ACCEPT_BACKOFF_MAX: Duration = Duration::from_secs(2);
@@ -38,24 +39,24 @@ const ACCEPT_BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// Serves until `shutdown`, then lets requests end for `grace`, then cuts what is left.
 pub async fn serve(
     listener: TcpListener,
-    router: Router,
+    site: impl Into<Site>,
     shutdown: CancellationToken,
     grace: Duration,
 ) {
     let grace = async move { sleep(grace).await };
-    serve_until(listener, router, shutdown, grace, CancellationToken::new()).await;
+    serve_until(listener, site.into(), shutdown, grace, CancellationToken::new()).await;
 }
 
 /// As [`serve`]; `grace` is first polled when it begins, and `hurry` ends it.
 pub async fn serve_until(
     listener: TcpListener,
-    router: Router,
+    site: Site,
     shutdown: CancellationToken,
     grace: impl Future<Output = ()> + Send + 'static,
     hurry: CancellationToken,
 ) {
     let end = End { shutdown, grace: Box::pin(grace), hurry };
-    serve_within(Bounds::default(), listener, router, end).await;
+    serve_within(Bounds::default(), listener, site, end).await;
 }
 
 /// When serving ends, and how.
@@ -80,7 +81,7 @@ impl Default for Bounds {
 async fn serve_within(
     bounds: Bounds,
     listener: TcpListener,
-    router: Router,
+    site: Site,
     End { shutdown, grace, hurry }: End,
 ) {
     let server = Server {
@@ -88,9 +89,9 @@ async fn serve_within(
         abort: CancellationToken::new(),
         serving: Arc::new(Semaphore::new(bounds.connections)),
         refusing: Arc::new(Semaphore::new(REFUSING_MAX)),
-        busy: busy_router(bounds.connections),
+        busy: busy_router(bounds.connections).into(),
         header_timeout: bounds.header_timeout,
-        router,
+        site,
     };
     let mut backoff = ACCEPT_BACKOFF;
     loop {
@@ -139,8 +140,8 @@ struct Server {
     abort: CancellationToken,
     serving: Arc<Semaphore>,
     refusing: Arc<Semaphore>,
-    router: Router,
-    busy: Router,
+    site: Site,
+    busy: Site,
     header_timeout: Duration,
 }
 
@@ -149,49 +150,68 @@ impl Server {
         // Tokens are small: each must leave at once.
         let _ = stream.set_nodelay(true);
         if let Ok(permit) = Arc::clone(&self.serving).try_acquire_owned() {
-            let connection = self.connection(stream, peer, self.router.clone(), permit);
-            tokio::spawn(connection);
+            self.spawn(stream, peer, permit);
         } else if let Ok(permit) = Arc::clone(&self.refusing).try_acquire_owned() {
-            let connection = self.connection(stream, peer, self.busy.clone(), permit);
-            tokio::spawn(timeout(REFUSING_TIME, connection));
+            let connection = self.connection(peer, self.busy.clone(), permit);
+            tokio::spawn(timeout(REFUSING_TIME, connection(stream)));
+        }
+    }
+
+    fn spawn(&self, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+        let connection = self.connection(peer, self.site.clone(), permit);
+        let Some(threads) = &self.site.threads else {
+            tokio::spawn(connection(stream));
+            return;
+        };
+        match stream.into_std() {
+            Ok(stream) => threads.spawn(async move {
+                match TcpStream::from_std(stream) {
+                    Ok(stream) => connection(stream).await,
+                    Err(error) => tracing::error!(%peer, "a connection is lost: {error}"),
+                }
+            }),
+            Err(error) => tracing::error!(%peer, "a connection is lost: {error}"),
         }
     }
 
     fn connection(
         &self,
-        stream: TcpStream,
         peer: SocketAddr,
-        router: Router,
+        site: Site,
         permit: OwnedSemaphorePermit,
-    ) -> impl Future<Output = ()> + Send + 'static {
+    ) -> impl FnOnce(TcpStream) -> BoxFuture<'static, ()> + Send + 'static {
         let (closing, abort) = (self.closing.clone(), self.abort.clone());
         let header_timeout = self.header_timeout;
-        async move {
-            let service = service_fn(move |mut request: Request<Incoming>| {
-                request.extensions_mut().insert(ConnectInfo(peer));
-                router.clone().oneshot(request.map(Body::new))
-            });
-            // HTTP/1.1 only: one HTTP/2 connection could carry any number of requests past the
-            // bound, and waiting for its preface has no deadline.
-            let mut builder = http1::Builder::new();
-            builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
-            let mut connection =
-                pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
-            let ended = tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = abort.cancelled() => Ok(()),
-                () = closing.cancelled() => {
-                    connection.as_mut().graceful_shutdown();
-                    tokio::select! {
-                        ended = connection.as_mut() => ended,
-                        () = abort.cancelled() => Ok(()),
+        move |stream| {
+            Box::pin(async move {
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let site = site.clone();
+                    async move { Ok::<_, Infallible>(site.answer(request, peer).await) }
+                });
+                // HTTP/1.1 only: one HTTP/2 connection could carry any number of requests past the
+                // bound, and waiting for its preface has no deadline.
+                let mut builder = http1::Builder::new();
+                builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
+                builder.max_buf_size(BUFFER_BYTES_MAX);
+                let mut connection =
+                    pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
+                let ended = tokio::select! {
+                    biased;
+                    ended = connection.as_mut() => ended,
+                    () = abort.cancelled() => Ok(()),
+                    () = closing.cancelled() => {
+                        connection.as_mut().graceful_shutdown();
+                        tokio::select! {
+                            ended = connection.as_mut() => ended,
+                            () = abort.cancelled() => Ok(()),
+                        }
                     }
+                };
+                if let Err(error) = ended {
+                    tracing::trace!(%peer, "connection ended: {error}");
                 }
-            };
-            if let Err(error) = ended {
-                tracing::trace!(%peer, "connection ended: {error}");
-            }
-            drop(permit);
+                drop(permit);
+            })
         }
     }
 }
@@ -232,7 +252,7 @@ mod tests {
         let hurry = CancellationToken::new();
         let grace = Box::pin(async { sleep(Duration::from_secs(1)).await });
         let end = End { shutdown: shutdown.clone(), grace, hurry };
-        let server = serve_within(bounds, listener, router, end);
+        let server = serve_within(bounds, listener, router.into(), end);
         (address, shutdown, tokio::spawn(server))
     }
 

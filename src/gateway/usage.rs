@@ -112,7 +112,7 @@ fn last_value<T: serde::de::DeserializeOwned>(text: &[u8], key: &[u8]) -> Option
 }
 
 fn rfind(text: &[u8], part: &[u8]) -> Option<usize> {
-    text.windows(part.len()).rposition(|window| window == part)
+    memchr::memmem::rfind(text, part)
 }
 
 /// Cuts a stream into events. A frame that ends with an event (the usual case) passes uncopied;

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval, interval, sleep, timeout};
 
-use super::answer::{Answer, named};
+use super::answer::{Answer, named, outcome};
 use super::infer::{Job, Stage};
 use super::notes::Notes;
 use super::reject::Reject;
@@ -31,15 +31,15 @@ const ERROR_TIME_MAX: Duration = Duration::from_secs(30);
 type Work = Pin<Box<dyn Future<Output = Result<Answer, Reject>> + Send>>;
 
 pub async fn respond(job: Job) -> Response {
-    let (tell, stage) = watch::channel(Stage::Admitted);
     let Some(waiting) = job.waiting else {
-        return direct(job.run(tell).await);
+        return direct(job.run(None).await);
     };
+    let (tell, stage) = watch::channel(Stage::Admitted);
     let handle = job.gateway.handle.clone();
     let keep_alive = job.gateway.limits.keep_alive;
     let notes = Notes::new(handle, Arc::clone(&job.spec), job.api, waiting.style, keep_alive);
     let model = job.sole_model();
-    let mut work: Work = Box::pin(job.run(tell));
+    let mut work: Work = Box::pin(job.run(Some(tell)));
     tokio::select! {
         biased;
         answer = &mut work => direct(answer),
@@ -135,16 +135,17 @@ async fn begin(answer: Result<Answer, Reject>, epilogue: bool) -> Result<Relay, 
 async fn error_of(answer: Answer) -> Bytes {
     let Answer { head, body, lease, mut account, .. } = answer;
     account.answered(head.status, &head.headers, false);
+    let cancel = account.cancel().clone();
     let collected = tokio::select! {
         collected = timeout(ERROR_TIME_MAX, Limited::new(body, ERROR_BYTES_MAX).collect()) => collected,
-        () = account.cancelled().clone().cancelled_owned() => {
+        () = cancel.wished() => {
             let reject = Reject::cancelled(account.model());
             account.refused(&reject, reject.code());
             return reject.event();
         }
     };
     drop(lease);
-    account.end(if head.status.is_server_error() { "upstream_error" } else { "ok" });
+    account.end(outcome(head.status));
     let text = match collected {
         Ok(Ok(body)) => body.to_bytes(),
         _ => Bytes::new(),

@@ -1,6 +1,7 @@
 //! A connection that became a WebSocket: bytes are copied both ways as they come, without a look at
 //! frames. Whatever ends one side ends the other.
 
+use std::io::Cursor;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::answer::{Answer, named};
 use super::reject::Reject;
 use super::{Limits, forward};
+use crate::upstream;
 
 /// At once. They outlive the connections that the listener counts.
 const SOCKETS_MAX: usize = 1024;
@@ -97,38 +99,37 @@ pub fn join(mut answer: Answer, client: Client, limits: &Limits) -> Response {
     ask(&mut headers);
     headers.extend(named(answer.account.model().as_str()));
     let idle = if answer.lease.is_visit() { limits.visit_idle } else { limits.socket_idle };
-    if let Some(engine) = answer.head.extensions.remove::<OnUpgrade>() {
-        tokio::spawn(serve(answer, client, engine, idle));
-    }
+    tokio::spawn(serve(answer, client, idle));
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     *response.headers_mut() = headers;
     response
 }
 
-async fn serve(answer: Answer, client: Client, engine: OnUpgrade, idle: Duration) {
-    let Answer { lease, mut account, .. } = answer;
+async fn serve(answer: Answer, client: Client, idle: Duration) {
+    let Answer { body, lease, mut account, .. } = answer;
     let Client { upgrade, place } = client;
-    let (cut, cancelled) = (lease.cut().clone(), account.cancelled().clone());
+    let (cut, cancel) = (lease.cut().clone(), account.cancel().clone());
     let joined = async {
-        let both = async { tokio::try_join!(upgrade, engine) };
-        match timeout(HANDOVER_MAX, both).await {
-            Ok(Ok((client, engine))) => copy_both(client, engine, idle).await,
+        let Some(engine) = body.into_upgraded() else { return "upstream_error" };
+        match timeout(HANDOVER_MAX, upgrade).await {
+            Ok(Ok(client)) => copy_both(client, engine, idle).await,
             _ => "upstream_error",
         }
     };
     let outcome = tokio::select! {
         outcome = joined => outcome,
         () = cut.cancelled() => "cut",
-        () = cancelled.cancelled() => "cancelled",
+        () = cancel.wished() => "cancelled",
     };
     account.end(outcome);
     drop((lease, place));
 }
 
-async fn copy_both(client: Upgraded, engine: Upgraded, idle: Duration) -> &'static str {
+async fn copy_both(client: Upgraded, engine: upstream::Upgraded, idle: Duration) -> &'static str {
     let (from_client, to_client) = split(TokioIo::new(client));
-    let (from_engine, to_engine) = split(TokioIo::new(engine));
+    let (from_engine, to_engine) = split(engine.io);
+    let from_engine = AsyncReadExt::chain(Cursor::new(engine.early), from_engine);
     let clock = Clock { began: Instant::now(), last_ms: AtomicU64::new(0) };
     let mut forth = std::pin::pin!(copy(from_client, to_engine, &clock));
     let mut back = std::pin::pin!(copy(from_engine, to_client, &clock));

@@ -12,7 +12,6 @@ use super::adapters::{Seed, Surroundings};
 use super::handle::{Inbox, Message};
 use super::memory_watch::Holders;
 use super::prepare::Prepared;
-use super::upstream::UpstreamClient;
 use crate::config::catalog::{ModelSpec, StopSpec};
 use crate::engine;
 use crate::gpu::Gpus;
@@ -20,6 +19,7 @@ use crate::runtime::{LaunchSpec, Progress, Running, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind, GpuMemory};
 use crate::telemetry::logs::Logs;
 use crate::units::{Bytes, InstanceId, SwapId, Time};
+use crate::upstream::UpstreamClient;
 
 /// A stop that takes longer than its grace by this much has failed.
 const STOP_MARGIN: Duration = Duration::from_secs(30);
@@ -179,8 +179,11 @@ impl Effects {
                         drop(reading);
                         let (seed, around) = adapters;
                         let client = UpstreamClient::to(&running.endpoint);
-                        let opened = client.open_ahead(&running.endpoint);
-                        tokio::join!(seed.keep(running.clone(), around, false), opened);
+                        // Should it fail, the first request tries again and says why.
+                        let (_, ()) = tokio::join!(
+                            client.open_ahead(),
+                            seed.keep(running.clone(), around, false)
+                        );
                         slot.opened.lock().unwrap_or_else(PoisonError::into_inner).replace(client);
                         Ok(footprint)
                     }

@@ -14,10 +14,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::adapters::{AdapterStates, InUse, Use};
 use super::handle::{Inbox, Message};
-use super::upstream::UpstreamClient;
 use crate::runtime::Endpoint;
 use crate::scheduler::event::GateCount;
 use crate::units::{InstanceId, ModelName, Time};
+use crate::upstream::UpstreamClient;
 
 const OPEN: u64 = 1 << 63;
 const COUNT: u64 = OPEN - 1;

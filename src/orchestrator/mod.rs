@@ -31,7 +31,6 @@ mod run;
 mod start;
 mod state_dir;
 mod state_writer;
-mod upstream;
 pub mod view;
 mod vouch;
 
@@ -39,5 +38,4 @@ pub use gate::{Gate, Lease, StartKind};
 pub use handle::{Handle, RequestOptions, Waiting};
 pub use peers::discover as discover_peers;
 pub use start::{StartError, start};
-pub use upstream::UpstreamClient;
 pub use view::View;

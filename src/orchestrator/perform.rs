@@ -8,7 +8,6 @@ use super::gate::{Gate, StartKind};
 use super::handle::Message;
 use super::launch::Launcher;
 use super::run::{Live, Owner, Reply};
-use super::upstream::UpstreamClient;
 use crate::config::catalog::ModelSpec;
 use crate::engine;
 use crate::runtime::{LaunchSpec, Running, RuntimeHandle};
@@ -16,6 +15,7 @@ use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
 use crate::store::Figures;
 use crate::units::{Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
+use crate::upstream::UpstreamClient;
 
 impl Owner {
     pub(super) fn perform(&mut self, now: Time, action: Action) {
@@ -280,8 +280,9 @@ impl Owner {
         if let Some(gate) = &live.gate {
             // Guests are not waited for: they leave now.
             gate.cancel_leases();
+            // An engine that drains must not wait for them.
+            gate.client.close_idle();
         }
-        // Closes idle upstream connections: an engine that drains must not wait for them.
         (live.gate, live.adapters) = (None, None);
         tracing::info!(model = %live.spec.name, %instance, "stopping");
         let (task, slot, spec) = (live.task.take(), live.slot.clone(), Arc::clone(&live.spec));

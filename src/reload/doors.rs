@@ -139,7 +139,7 @@ impl FrontDoors {
             };
             let stop = listeners.child_token();
             let router = gateway::door(Arc::clone(&self.gateway), spec.name.clone(), port);
-            listeners.spawn(listener, router, stop.clone(), true);
+            listeners.spawn(listener, listeners.site(router), stop.clone(), true);
             return Some(Door { address, stop });
         }
         None

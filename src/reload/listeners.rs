@@ -2,21 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use arc_swap::ArcSwap;
 use axum::Router;
-use axum::extract::Request;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
-use tower::{ServiceExt, service_fn};
 
 use crate::config::catalog::Settings;
-use crate::gateway;
+use crate::gateway::{self, Content, Site, Threads};
 use crate::orchestrator::Handle;
 use crate::runtime::process::ProcessRuntime;
 
@@ -50,19 +46,25 @@ fn wanted(settings: &Settings) -> BTreeMap<SocketAddr, Role> {
     BTreeMap::from([(settings.gateway, Role::Gateway), (settings.orchestrator, Role::Orchestrator)])
 }
 
-/// Routers of the roles.
+/// What the roles serve, and on which threads.
 #[derive(Clone, Debug)]
 pub struct Routers {
     pub control: Router,
-    pub inference: Router,
+    pub inference: Content,
+    pub threads: Threads,
 }
 
 impl Routers {
-    fn of(&self, role: Role) -> Router {
+    fn of(&self, role: Role) -> Content {
         match role {
             Role::Gateway => self.inference.clone(),
-            Role::Orchestrator => self.control.clone(),
-            Role::Both => self.control.clone().fallback_service(self.inference.clone()),
+            Role::Orchestrator => self.control.clone().into(),
+            Role::Both => {
+                let inference = self.inference.router.clone();
+                // No control path is one of inference: those may still take the short way.
+                let router = self.control.clone().fallback_service(inference);
+                Content { router, ..self.inference.clone() }
+            }
         }
     }
 }
@@ -88,8 +90,8 @@ impl Bound {
 #[derive(Debug)]
 struct Open {
     role: Role,
-    /// What is served there now: an address that stays may get another role.
-    router: Arc<ArcSwap<Router>>,
+    /// What is served there: an address that stays may get another role.
+    site: Site,
     stop: CancellationToken,
 }
 
@@ -178,28 +180,31 @@ impl Listeners {
         for (address, role) in wanted {
             if let Some(open) = self.open.get_mut(&address).filter(|open| open.role != role) {
                 open.role = role;
-                open.router.store(Arc::new(self.routers.of(role)));
+                open.site.change(self.routers.of(role));
             }
         }
         while self.serving.try_join_next().is_some() {}
     }
 
     fn serve(&mut self, address: SocketAddr, role: Role, listener: TcpListener) {
-        let router = Arc::new(ArcSwap::from_pointee(self.routers.of(role)));
+        let is_inference = role != Role::Orchestrator;
+        let threads = is_inference.then(|| self.routers.threads.clone());
+        let site = Site::new(self.routers.of(role), threads);
         let stop = self.stop.child_token();
-        let current = Arc::clone(&router);
-        let dispatch = Router::new().fallback_service(service_fn(move |request: Request| {
-            Router::clone(&current.load()).oneshot(request)
-        }));
-        self.spawn(listener, dispatch, stop.clone(), role != Role::Orchestrator);
-        self.open.insert(address, Open { role, router, stop });
+        self.spawn(listener, site.clone(), stop.clone(), is_inference);
+        self.open.insert(address, Open { role, site, stop });
+    }
+
+    /// Of routes that serve inference.
+    pub fn site(&self, router: Router) -> Site {
+        Site::new(router, Some(self.routers.threads.clone()))
     }
 
     /// Serves a listener until `stop`, then lets its requests end.
     pub fn spawn(
         &mut self,
         listener: TcpListener,
-        router: Router,
+        site: Site,
         stop: CancellationToken,
         inference: bool,
     ) {
@@ -220,7 +225,7 @@ impl Listeners {
             }
         };
         let hurry = self.hurry.clone();
-        self.serving.spawn(gateway::serve_until(listener, router, stop, grace, hurry));
+        self.serving.spawn(gateway::serve_until(listener, site, stop, grace, hurry));
     }
 
     pub fn child_token(&self) -> CancellationToken {

@@ -17,6 +17,9 @@ use crate::config::catalog::Retention;
 /// From one transaction of history to the next: what comes meanwhile shares it. A crash loses at
 /// most this much of it.
 const PACE: Duration = Duration::from_millis(200);
+/// After a full one: a flood of requests must not keep the disk and a core busy. What comes faster
+/// than the transactions take it is in memory (and in the metrics) only.
+const PACE_OF_FLOOD: Duration = Duration::from_secs(1);
 /// From a fault to the next attempt.
 const AGAIN: Duration = Duration::from_secs(2);
 const PRUNE_FIRST: Duration = Duration::from_secs(10);
@@ -98,14 +101,14 @@ impl Keeper {
             if !is_open && (closing || Instant::now() >= self.open_at) {
                 self.open();
             }
-            self.write_down(closing);
+            let pace = self.write_down(closing);
             if closing {
                 break;
             }
             self.prune();
             if self.disk.is_some() {
                 let ready = |rows: &Rows| rows.closing || rows.is_urgent();
-                drop(self.shared.wait(Instant::now() + PACE, ready));
+                drop(self.shared.wait(Instant::now() + pace, ready));
             }
         }
         if let Some(Err(trouble)) = self.disk.take().map(Disk::close) {
@@ -152,13 +155,14 @@ impl Keeper {
     }
 
     /// What is there now; `closing`: also what comes meanwhile.
-    fn write_down(&mut self, closing: bool) {
+    /// How long the disk may rest then.
+    fn write_down(&mut self, closing: bool) -> Duration {
         while self.disk.is_some() {
             let batch = {
                 let mut rows = self.shared.lock();
                 // Without work it is still to be seen whether the file can be written again.
                 if !rows.has_work() && rows.place == Place::Disk {
-                    return;
+                    return PACE;
                 }
                 rows.busy_since = Some(Instant::now());
                 rows.take_batch()
@@ -168,10 +172,11 @@ impl Keeper {
             let mut rows = self.shared.lock();
             rows.busy_since = None;
             let more = if closing { rows.has_work() } else { rows.is_urgent() };
-            if is_all && !more {
-                return;
+            if !more {
+                return if is_all { PACE } else { PACE_OF_FLOOD };
             }
         }
+        PACE
     }
 
     fn write(&mut self, mut batch: Batch) {

@@ -9,6 +9,7 @@ mod keeper;
 mod rows;
 mod trouble;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
@@ -51,13 +52,13 @@ pub struct Activity {
     pub requested: String,
     /// Name of the API key.
     pub key: Option<String>,
-    pub method: String,
-    pub path: String,
+    pub method: Cow<'static, str>,
+    pub path: Cow<'static, str>,
     /// HTTP status of the answer.
     pub status: u16,
-    pub content_type: String,
+    pub content_type: Cow<'static, str>,
     pub request_id: String,
-    pub outcome: String,
+    pub outcome: Cow<'static, str>,
     pub prompt_tokens: Option<u64>,
     pub cached_tokens: Option<u64>,
     pub completion_tokens: Option<u64>,
@@ -464,8 +465,15 @@ impl Store {
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut Rows) -> T) -> T {
-        let result = change(&mut self.rows());
-        self.0.shared.wake();
+        let mut rows = self.rows();
+        let had_work = rows.has_work();
+        let result = change(&mut rows);
+        // The keeper sleeps only while there is nothing to do, or between two transactions.
+        let wake = rows.is_urgent() || (!had_work && rows.has_work());
+        drop(rows);
+        if wake {
+            self.0.shared.wake();
+        }
         result
     }
 

@@ -27,12 +27,12 @@ fn swap(id: u64, model: &str) -> SwapRow {
 }
 
 fn request(path: &str) -> Activity {
-    let (arrived_unix_ms, path) = (unix_ms(), path.to_owned());
+    let (arrived_unix_ms, path) = (unix_ms(), path.to_owned().into());
     Activity { arrived_unix_ms, path, model: "ada".to_owned(), status: 200, ..Activity::default() }
 }
 
 fn paths(store: &Store) -> Vec<String> {
-    store.activity(0, 100).into_iter().map(|row| row.path).collect()
+    store.activity(0, 100).into_iter().map(|row| row.path.into_owned()).collect()
 }
 
 fn open(path: &Path) -> Store {
@@ -155,7 +155,7 @@ async fn rows_that_are_too_old_or_too_many_go() {
     let retention = |rows| Retention { age: Duration::from_secs(3600), rows };
     assert!(!disk.prune(&retention(1_000)).unwrap());
     let left = disk.load().unwrap();
-    assert_eq!((left.activity.len(), left.activity[0].1.path.as_str()), (30, "/0"), "by age");
+    assert_eq!((left.activity.len(), &*left.activity[0].1.path), (30, "/0"), "by age");
     assert!(!disk.prune(&retention(10)).unwrap());
     let left = disk.load().unwrap();
     assert_eq!((left.activity.len(), left.swaps.len()), (10, 10));

@@ -22,6 +22,13 @@ debian() { # debian COMMAND PACKAGE...: make sure that COMMAND exists
     command -v "$command" >/dev/null || missing "$command even after apt-get install $*"
 }
 
+services_stay_off() { # services_stay_off COMMAND: Debian's package of it would start a service
+    if ! command -v "$1" >/dev/null && [ "$(id -u)" = 0 ] && [ ! -e /usr/sbin/policy-rc.d ]; then
+        printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
+        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+    fi
+}
+
 venv() { # venv PACKAGE...: the project's own Python environment with these wheels
     debian python3 python3 python3-venv
     [ -x "$VENV/bin/python" ] || python3 -m venv "$VENV" >"$CACHE/venv.log" 2>&1 || {
@@ -56,16 +63,21 @@ python) # the official clients, the hub's, a fuzzer, a JSON Schema validator; pr
     echo "$VENV/bin/python"
     ;;
 prometheus)
-    # Debian's package would start a service on port 9090: keep it from doing so.
-    if ! command -v prometheus >/dev/null && [ "$(id -u)" = 0 ] && [ ! -e /usr/sbin/policy-rc.d ]; then
-        printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
-        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
-    fi
+    services_stay_off prometheus
     debian prometheus prometheus
     command -v promtool
     ;;
+bench) # the proxy beside which Wharf is measured, and what sends the requests
+    PATH=$PATH:/usr/sbin
+    services_stay_off nginx
+    debian nginx nginx-light
+    debian wrk wrk
+    ;;
+valgrind)
+    debian valgrind valgrind
+    ;;
 *)
-    echo "usage: setup.sh llama [NAME...] | python | prometheus" >&2
+    echo "usage: setup.sh llama [NAME...] | python | prometheus | bench | valgrind" >&2
     exit 2
     ;;
 esac

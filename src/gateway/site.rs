@@ -1,0 +1,86 @@
+//! What is served at an address: the router, and before it the short way of inference requests.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::ConnectInfo;
+use axum::response::Response;
+use http::{Method, Request, header};
+use hyper::body::Incoming;
+use tower::ServiceExt;
+
+use super::routes::Inference;
+use super::threads::Threads;
+use super::{Gateway, browser, infer, routes};
+
+/// Cheap to clone; all clones serve the same.
+#[derive(Clone, Debug)]
+pub struct Site {
+    content: Arc<ArcSwap<Content>>,
+    /// `None`: connections are served where they are accepted.
+    pub(super) threads: Option<Threads>,
+}
+
+/// Routes, and whose inference paths they hold.
+#[derive(Clone, Debug)]
+pub struct Content {
+    pub router: Router,
+    /// Inference requests need not go through the router, which would come to the same.
+    pub inference: Option<Arc<Gateway>>,
+}
+
+impl From<Router> for Content {
+    fn from(router: Router) -> Content {
+        Content { router, inference: None }
+    }
+}
+
+impl From<Router> for Site {
+    fn from(router: Router) -> Site {
+        Site::new(router, None)
+    }
+}
+
+impl Site {
+    pub fn new(content: impl Into<Content>, threads: Option<Threads>) -> Site {
+        Site { content: Arc::new(ArcSwap::from_pointee(content.into())), threads }
+    }
+
+    /// From the next request on.
+    pub fn change(&self, content: Content) {
+        self.content.store(Arc::new(content));
+    }
+
+    pub(super) async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response {
+        let content = self.content.load_full();
+        if let Some(gateway) = &content.inference
+            && let Some(inference) = short_way(gateway, &request)
+        {
+            let request = request.map(Body::new);
+            // Its state is large; the connection holds its place for good.
+            return Box::pin(infer::infer(gateway, inference, request, Some(peer), None)).await;
+        }
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(ConnectInfo(peer));
+        match Box::pin(content.router.clone().oneshot(request)).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
+    }
+}
+
+/// Of a request to which no rule for web pages applies.
+fn short_way(gateway: &Gateway, request: &Request<Incoming>) -> Option<&'static Inference> {
+    if *request.method() != Method::POST || request.headers().contains_key(header::ORIGIN) {
+        return None;
+    }
+    let inference = routes::inference(request.uri().path())?;
+    let catalog = gateway.handle.catalog();
+    let settings = &catalog.settings;
+    let passes = settings.cors.is_empty()
+        && browser::check(settings, request.method(), request.uri(), request.headers()).is_ok();
+    passes.then_some(inference)
+}

@@ -1,0 +1,342 @@
+//! The body of an answer: where it ends, and what becomes of its connection then.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use http::{HeaderMap, Method, Response, StatusCode, header};
+use http_body::{Body, Frame, SizeHint};
+
+use super::CallError;
+use super::connection::{Connection, Upgraded};
+use super::head::Answer;
+use super::pool::Pool;
+
+/// Of a chunk's extensions, and of all trailers: read over, so bounded.
+const LINE_BYTES_MAX: usize = 16 << 10;
+
+/// The body of an answer, as its bytes come. Trailers are dropped.
+#[derive(Debug)]
+pub struct Incoming(State);
+
+#[derive(Debug)]
+enum State {
+    /// Nothing more comes from the engine; the connection is another's already.
+    Whole(Bytes),
+    Live(Box<Live>),
+    Upgraded(Box<Upgraded>),
+}
+
+#[derive(Debug)]
+struct Live {
+    connection: Connection,
+    /// Came already.
+    ready: Bytes,
+    framing: Framing,
+    keep_alive: bool,
+    pool: Arc<Pool>,
+}
+
+/// How the end of a body is known.
+#[derive(Debug)]
+enum Framing {
+    /// So many bytes are still to come.
+    Length(u64),
+    Chunked(Chunks),
+    /// With the connection.
+    Close,
+}
+
+pub fn response(
+    answer: Answer,
+    rest: Bytes,
+    mut connection: Connection,
+    method: &Method,
+    pool: &Arc<Pool>,
+) -> Result<Response<Incoming>, CallError> {
+    let Answer { status, mut headers, mut keep_alive } = answer;
+    let bodiless = *method == Method::HEAD
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    let state = if status == StatusCode::SWITCHING_PROTOCOLS {
+        connection.unread(rest);
+        State::Upgraded(Box::new(connection.into_upgraded()))
+    } else {
+        let framing = match bodiless {
+            true => Framing::Length(0),
+            false => framing(&mut headers, &mut keep_alive).map_err(CallError::Invalid)?,
+        };
+        let pool = Arc::clone(pool);
+        let mut live = Live { connection, ready: Bytes::new(), framing, keep_alive, pool };
+        live.receive(&rest).map_err(|error| CallError::Invalid(error.to_string()))?;
+        live.settled()
+    };
+    let mut response = Response::new(Incoming(state));
+    (*response.status_mut(), *response.headers_mut()) = (status, headers);
+    Ok(response)
+}
+
+/// RFC 9112, 6.3. Takes out a length that does not count, as it would be passed on.
+fn framing(headers: &mut HeaderMap, keep_alive: &mut bool) -> Result<Framing, String> {
+    if let Some(coding) = headers.get_all(header::TRANSFER_ENCODING).iter().next_back() {
+        let coding = coding.to_str().unwrap_or_default().rsplit(',').next().unwrap_or_default();
+        let chunked = coding.trim().eq_ignore_ascii_case("chunked");
+        // Both headers: somebody is mistaken, or wants to smuggle.
+        *keep_alive &= headers.remove(header::CONTENT_LENGTH).is_none();
+        return Ok(if chunked { Framing::Chunked(Chunks::default()) } else { Framing::Close });
+    }
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    let Some(first) = lengths.next() else { return Ok(Framing::Close) };
+    if lengths.any(|other| other != first) {
+        return Err("its answer names two lengths".to_owned());
+    }
+    let digits = first.to_str().ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
+    let length = digits.and_then(|text| text.parse().ok());
+    length.map(Framing::Length).ok_or_else(|| format!("the length {first:?} is no number"))
+}
+
+impl Live {
+    /// Takes bytes of the connection.
+    fn receive(&mut self, raw: &[u8]) -> io::Result<()> {
+        let used = match &mut self.framing {
+            Framing::Length(left) => {
+                let used = raw.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+                *left -= used as u64;
+                self.ready = Bytes::copy_from_slice(&raw[..used]);
+                used
+            }
+            Framing::Chunked(chunks) => {
+                let mut data = BytesMut::new();
+                let used = chunks.decode(raw, &mut data)?;
+                self.ready = data.freeze();
+                used
+            }
+            Framing::Close => {
+                self.ready = Bytes::copy_from_slice(raw);
+                raw.len()
+            }
+        };
+        // A server that goes on talking is out of step.
+        self.keep_alive &= used == raw.len();
+        Ok(())
+    }
+
+    fn is_at_end(&self) -> bool {
+        match &self.framing {
+            Framing::Length(left) => *left == 0,
+            Framing::Chunked(chunks) => chunks.is_done(),
+            Framing::Close => false,
+        }
+    }
+
+    /// The connection is free as soon as the last byte is here.
+    fn settled(self) -> State {
+        if !self.is_at_end() {
+            return State::Live(Box::new(self));
+        }
+        if self.keep_alive {
+            Pool::give_back(&self.pool, self.connection);
+        }
+        State::Whole(self.ready)
+    }
+
+    /// False: the body is over.
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        // An empty chunk, or a part of a chunk's head, is no frame.
+        while self.ready.is_empty() && !self.is_at_end() {
+            let raw = ready!(self.connection.poll_data(cx))?;
+            if raw.is_empty() {
+                return Poll::Ready(match self.framing {
+                    Framing::Close => Ok(false),
+                    _ => Err(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the connection was closed before the end of the answer",
+                    )),
+                });
+            }
+            self.receive(&raw)?;
+        }
+        Poll::Ready(Ok(true))
+    }
+}
+
+impl Incoming {
+    /// All bytes that are left, where the engine has sent its last one.
+    pub fn whole(&self) -> Option<&Bytes> {
+        match &self.0 {
+            State::Whole(bytes) => Some(bytes),
+            _ => None,
+        }
+    }
+
+    /// After a 101.
+    pub fn into_upgraded(self) -> Option<Upgraded> {
+        match self.0 {
+            State::Upgraded(upgraded) => Some(*upgraded),
+            _ => None,
+        }
+    }
+}
+
+impl Body for Incoming {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        let state = &mut self.0;
+        if let State::Live(live) = state {
+            match ready!(live.poll_receive(cx)) {
+                Ok(true) => {}
+                Ok(false) => *state = State::Whole(Bytes::new()),
+                Err(error) => {
+                    *state = State::Whole(Bytes::new());
+                    return Poll::Ready(Some(Err(error)));
+                }
+            }
+        }
+        let data = match state {
+            State::Live(live) => std::mem::take(&mut live.ready),
+            State::Whole(left) => std::mem::take(left),
+            State::Upgraded(_) => Bytes::new(),
+        };
+        if let State::Live(live) = state
+            && live.is_at_end()
+        {
+            let State::Live(live) = std::mem::replace(state, State::Whole(Bytes::new())) else {
+                return Poll::Ready(None);
+            };
+            *state = live.settled();
+        }
+        Poll::Ready((!data.is_empty()).then(|| Ok(Frame::data(data))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            State::Whole(left) => left.is_empty(),
+            State::Live(_) => false,
+            State::Upgraded(_) => true,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            State::Whole(left) => SizeHint::with_exact(left.len() as u64),
+            State::Live(live) => match live.framing {
+                Framing::Length(left) => SizeHint::with_exact(left + live.ready.len() as u64),
+                _ => SizeHint::default(),
+            },
+            State::Upgraded(_) => SizeHint::with_exact(0),
+        }
+    }
+}
+
+/// Where in a chunked body the last byte was.
+#[derive(Debug, Default)]
+struct Chunks {
+    at: At,
+    /// Of the line or the trailers under way.
+    seen: usize,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum At {
+    #[default]
+    SizeFirst,
+    Size(u64),
+    /// Behind the size, up to the line's end.
+    Extension(u64),
+    SizeLf(u64),
+    Data(u64),
+    DataCr,
+    DataLf,
+    /// A line of a trailer: nothing in it yet, or something.
+    TrailerFirst,
+    Trailer,
+    TrailerLf {
+        last: bool,
+    },
+    Done,
+}
+
+impl Chunks {
+    fn is_done(&self) -> bool {
+        self.at == At::Done
+    }
+
+    /// Adds the data in `raw` to `out`; how much of `raw` belongs to this body.
+    fn decode(&mut self, mut raw: &[u8], out: &mut BytesMut) -> io::Result<usize> {
+        let length = raw.len();
+        while let Some(&byte) = raw.first() {
+            if let At::Data(left) = self.at {
+                let here = raw.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                out.extend_from_slice(&raw[..here]);
+                raw.advance(here);
+                let left = left - here as u64;
+                self.at = if left == 0 { At::DataCr } else { At::Data(left) };
+                continue;
+            }
+            if self.at == At::Done {
+                break;
+            }
+            self.at = self.next(byte)?;
+            raw.advance(1);
+        }
+        Ok(length - raw.len())
+    }
+
+    fn next(&mut self, byte: u8) -> io::Result<At> {
+        let next = match (self.at, byte) {
+            (At::SizeFirst, _) => At::Size(digit(byte).ok_or_else(malformed)?),
+            (At::Size(size), b'\r') => At::SizeLf(size),
+            (At::Size(size), b'\n') => self.sized(size),
+            (At::Size(size), b';' | b' ' | b'\t') => At::Extension(size),
+            (At::Size(size), _) => {
+                let digit = digit(byte).ok_or_else(malformed)?;
+                let size = size.checked_mul(16).and_then(|size| size.checked_add(digit));
+                At::Size(size.ok_or_else(malformed)?)
+            }
+            (At::Extension(size), b'\r') => At::SizeLf(size),
+            (At::Extension(size), b'\n') => self.sized(size),
+            (At::SizeLf(size), b'\n') => self.sized(size),
+            (At::DataCr, b'\r') => At::DataLf,
+            (At::DataCr | At::DataLf, b'\n') => self.line(At::SizeFirst),
+            (At::TrailerFirst, b'\r') => At::TrailerLf { last: true },
+            (At::TrailerFirst, b'\n') | (At::TrailerLf { last: true }, b'\n') => At::Done,
+            (At::Trailer, b'\r') => At::TrailerLf { last: false },
+            (At::Trailer, b'\n') | (At::TrailerLf { last: false }, b'\n') => At::TrailerFirst,
+            (At::TrailerFirst | At::Trailer, _) => At::Trailer,
+            (At::Extension(size), _) => At::Extension(size),
+            _ => return Err(malformed()),
+        };
+        self.seen += 1;
+        if self.seen > LINE_BYTES_MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("a line between the chunks has more than {LINE_BYTES_MAX} bytes"),
+            ));
+        }
+        Ok(next)
+    }
+
+    fn sized(&mut self, size: u64) -> At {
+        if size == 0 { At::TrailerFirst } else { self.line(At::Data(size)) }
+    }
+
+    /// A line ended well.
+    fn line(&mut self, next: At) -> At {
+        self.seen = 0;
+        next
+    }
+}
+
+fn digit(byte: u8) -> Option<u64> {
+    char::from(byte).to_digit(16).map(u64::from)
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "the chunks of the answer are malformed")
+}

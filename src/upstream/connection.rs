@@ -1,0 +1,300 @@
+//! One connection: how it is made, and how a request and the head of its answer cross it.
+
+use std::cell::RefCell;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::Uri;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tower::ServiceExt as _;
+
+use super::CallError;
+use super::head::{self, Answer};
+use super::pool::own_lane;
+use crate::runtime::Endpoint;
+
+/// Of one read. Shared by all connections of a thread, so that those that wait hold nothing.
+const READ_BYTES: usize = 64 << 10;
+/// A head and a body up to this size are sent as one piece.
+const JOIN_BYTES_MAX: usize = 16 << 10;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into_boxed_slice());
+}
+
+/// Two kinds, so that engines on this machine pay nothing for those elsewhere.
+#[derive(Debug)]
+pub enum Io {
+    Plain(TcpStream),
+    Tls(Box<TokioIo<MaybeHttpsStream<TokioIo<TcpStream>>>>),
+}
+
+impl AsyncRead for Io {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Io::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Io::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Io::Plain(stream) => Pin::new(stream).poll_write(cx, data),
+            Io::Tls(stream) => Pin::new(stream).poll_write(cx, data),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Io::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, parts),
+            Io::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, parts),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Io::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Io::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Io::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Io::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+/// Where connections lead. The connectors look names up and try each of their addresses.
+#[derive(Debug)]
+pub struct Connector {
+    kind: Kind,
+    target: Result<Target, String>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Plain(HttpConnector),
+    Tls(HttpsConnector<HttpConnector>),
+}
+
+#[derive(Debug)]
+pub struct Target {
+    uri: Uri,
+    /// As in `Host`.
+    pub authority: String,
+    /// What precedes every path, without a slash at its end.
+    pub path: String,
+}
+
+impl Connector {
+    pub fn to(endpoint: &Endpoint) -> Connector {
+        let mut plain = HttpConnector::new();
+        plain.set_nodelay(true);
+        plain.set_connect_timeout(Some(super::CONNECT_TIMEOUT));
+        let kind = match &endpoint.tls {
+            None => Kind::Plain(plain),
+            Some(tls) => {
+                plain.enforce_http(false);
+                let https = HttpsConnectorBuilder::new()
+                    .with_tls_config(rustls::ClientConfig::clone(&tls.config()))
+                    .https_only()
+                    .enable_http1()
+                    .wrap_connector(plain);
+                Kind::Tls(https)
+            }
+        };
+        Connector { kind, target: target(&endpoint.base) }
+    }
+
+    pub fn target(&self) -> Result<&Target, String> {
+        self.target.as_ref().map_err(Clone::clone)
+    }
+
+    pub async fn connect(&self, within: Duration) -> Result<Connection, CallError> {
+        let uri = self.target().map_err(CallError::Invalid)?.uri.clone();
+        let connect = async {
+            match &self.kind {
+                Kind::Plain(connector) => {
+                    let stream = connector.clone().oneshot(uri).await;
+                    let stream = stream.map_err(|error| CallError::Connect(error.into()))?;
+                    Ok(Io::Plain(stream.into_inner()))
+                }
+                Kind::Tls(connector) => {
+                    let stream = connector.clone().oneshot(uri).await;
+                    let stream = stream.map_err(CallError::Connect)?;
+                    Ok(Io::Tls(Box::new(TokioIo::new(stream))))
+                }
+            }
+        };
+        let io = timeout(within, connect).await;
+        let io = io.map_err(|_| CallError::ConnectTimeout(within))??;
+        Ok(Connection { io, early: Bytes::new(), lane: own_lane() })
+    }
+}
+
+fn target(base: &str) -> Result<Target, String> {
+    let bad = |why: String| format!("the URL {base} cannot be used: {why}");
+    let uri: Uri = base.parse().map_err(|error| bad(format!("{error}")))?;
+    let authority = uri.authority().ok_or_else(|| bad("it names no host".to_owned()))?;
+    if !matches!(uri.scheme_str(), Some("http" | "https")) {
+        return Err(bad("it must begin with http:// or https://".to_owned()));
+    }
+    // What precedes an `@` are credentials, which are no part of `Host`.
+    let authority = authority.as_str().rsplit('@').next().unwrap_or_default().to_owned();
+    let path = uri.path().trim_end_matches('/').to_owned();
+    Ok(Target { authority, path, uri })
+}
+
+/// A connection between two exchanges, or during one.
+#[derive(Debug)]
+pub struct Connection {
+    io: Io,
+    /// Read beyond what was asked for; not part of any answer.
+    early: Bytes,
+    /// Of the thread that opened it.
+    pub lane: usize,
+}
+
+impl Connection {
+    /// Whether an idle connection can still be used: neither closed nor talking unasked. Costs no
+    /// system call where the reactor saw nothing.
+    pub fn is_silent(&mut self) -> bool {
+        let mut byte = [0];
+        let mut buffer = ReadBuf::new(&mut byte);
+        let mut cx = Context::from_waker(Waker::noop());
+        self.early.is_empty() && Pin::new(&mut self.io).poll_read(&mut cx, &mut buffer).is_pending()
+    }
+
+    /// Sends a request and reads the head of its answer, and what came with it.
+    pub async fn exchange(
+        &mut self,
+        head: Vec<u8>,
+        body: &Bytes,
+    ) -> Result<(Answer, Bytes), CallError> {
+        let mut sending = Sending::new(head, body);
+        let mut partial = BytesMut::new();
+        std::future::poll_fn(|cx| {
+            let _ = sending.poll(&mut self.io, cx);
+            loop {
+                // A server may answer, and close, before it has read everything.
+                let data = ready!(self.poll_data(cx)).map_err(CallError::Broken)?;
+                if data.is_empty() {
+                    return Poll::Ready(Err(sending.failed()));
+                }
+                match head::read(&mut partial, data) {
+                    Ok(None) => {}
+                    Ok(Some((mut answer, rest))) => {
+                        answer.keep_alive &= sending.is_done();
+                        return Poll::Ready(Ok((answer, rest)));
+                    }
+                    Err(why) => return Poll::Ready(Err(CallError::Invalid(why))),
+                }
+            }
+        })
+        .await
+    }
+
+    /// The next bytes; none at the end.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut buffer = ReadBuf::new(scratch);
+            ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer))?;
+            Poll::Ready(Ok(Bytes::copy_from_slice(buffer.filled())))
+        })
+    }
+
+    /// What the server sent behind its answer makes the connection useless for another.
+    pub fn unread(&mut self, early: Bytes) {
+        self.early = early;
+    }
+
+    pub fn into_upgraded(self) -> Upgraded {
+        Upgraded { io: self.io, early: self.early }
+    }
+}
+
+/// A connection that speaks another protocol from now on.
+#[derive(Debug)]
+pub struct Upgraded {
+    pub io: Io,
+    /// Its first bytes, which came with the head.
+    pub early: Bytes,
+}
+
+/// A request on its way out.
+struct Sending<'a> {
+    head: Vec<u8>,
+    body: &'a [u8],
+    sent: usize,
+    failure: Option<io::Error>,
+}
+
+impl<'a> Sending<'a> {
+    fn new(mut head: Vec<u8>, body: &'a Bytes) -> Sending<'a> {
+        let mut body: &[u8] = body;
+        if body.len() <= JOIN_BYTES_MAX {
+            head.extend_from_slice(body);
+            body = &[];
+        }
+        Sending { head, body, sent: 0, failure: None }
+    }
+
+    fn is_done(&self) -> bool {
+        self.sent == self.head.len() + self.body.len()
+    }
+
+    /// Remembers a failure: an answer that says why may be there.
+    fn poll(&mut self, io: &mut Io, cx: &mut Context<'_>) -> Poll<()> {
+        while !self.is_done() && self.failure.is_none() {
+            let mut out = Pin::new(&mut *io);
+            let written = match self.sent.checked_sub(self.head.len()) {
+                Some(of_body) => out.poll_write(cx, &self.body[of_body..]),
+                None if self.body.is_empty() => out.poll_write(cx, &self.head[self.sent..]),
+                None => {
+                    let parts = [IoSlice::new(&self.head[self.sent..]), IoSlice::new(self.body)];
+                    out.as_mut().poll_write_vectored(cx, &parts)
+                }
+            };
+            match ready!(written) {
+                Ok(0) => self.failure = Some(io::ErrorKind::WriteZero.into()),
+                Ok(written) => self.sent += written,
+                Err(error) => self.failure = Some(error),
+            }
+        }
+        if self.failure.is_none() {
+            // TLS keeps records back until it is asked.
+            if let Err(error) = ready!(Pin::new(io).poll_flush(cx)) {
+                self.failure = Some(error);
+            }
+        }
+        Poll::Ready(())
+    }
+
+    fn failed(&mut self) -> CallError {
+        self.failure.take().map_or(CallError::Closed, CallError::Broken)
+    }
+}

@@ -1,0 +1,118 @@
+//! The head of a request as bytes, and of an answer from them (RFC 9112).
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+
+use super::Call;
+use super::connection::Connector;
+
+/// Of an answer. Engines send a few hundred bytes.
+const HEAD_BYTES_MAX: usize = 64 << 10;
+const HEADERS_MAX: usize = 128;
+/// Interim answers (100, 103) before the real one.
+const INTERIM_MAX: usize = 16;
+
+pub fn written(connector: &Connector, call: &Call<'_>) -> Result<Vec<u8>, String> {
+    let target = connector.target()?;
+    let path = call.path_and_query;
+    // Whoever built it took care; a space or a line end would make another request of it.
+    if !path.starts_with('/') || !path.bytes().all(|byte| matches!(byte, b'!'..=b'~' | 0x80..)) {
+        return Err(format!("the path {path:?} cannot be sent"));
+    }
+    let mut out = Vec::with_capacity(1024);
+    let mut put = |parts: &[&[u8]]| parts.iter().for_each(|part| out.extend_from_slice(part));
+    put(&[call.method.as_str().as_bytes(), b" ", target.path.as_bytes(), path.as_bytes()]);
+    put(&[b" HTTP/1.1\r\nhost: ", target.authority.as_bytes(), b"\r\n"]);
+    let more = call.more.iter().map(|(name, value)| (name, value));
+    for (name, value) in call.headers.iter().chain(more) {
+        put(&[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
+    }
+    if !call.body.is_empty() || !matches!(*call.method, Method::GET | Method::HEAD) {
+        let mut digits = itoa::Buffer::new();
+        let length = digits.format(call.body.len());
+        put(&[b"content-length: ", length.as_bytes(), b"\r\n"]);
+    }
+    put(&[b"\r\n"]);
+    Ok(out)
+}
+
+/// What an answer's head says.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    /// The server keeps the connection, as far as its head says.
+    pub keep_alive: bool,
+}
+
+/// With `data` behind `partial`: the head and what follows it; or `None`, and `partial` has grown.
+pub fn read(partial: &mut BytesMut, data: Bytes) -> Result<Option<(Answer, Bytes)>, String> {
+    let mut rest = if partial.is_empty() {
+        data
+    } else {
+        let looked = partial.len().saturating_sub(3);
+        partial.extend_from_slice(&data);
+        if !has_empty_line(&partial[looked..]) {
+            return bounded(partial).map(|()| None);
+        }
+        partial.split().freeze()
+    };
+    for _ in 0..=INTERIM_MAX {
+        let Some((answer, length)) = parse(&rest)? else {
+            partial.extend_from_slice(&rest);
+            return bounded(partial).map(|()| None);
+        };
+        rest = rest.split_off(length);
+        if !answer.status.is_informational() || answer.status == StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(Some((answer, rest)));
+        }
+    }
+    Err(format!("it sent more than {INTERIM_MAX} interim answers"))
+}
+
+/// Without one the head is not whole, and need not be parsed again for every few bytes.
+fn has_empty_line(text: &[u8]) -> bool {
+    let after_line_end = |at: usize| matches!(&text[at + 1..], [b'\n', ..] | [b'\r', b'\n', ..]);
+    memchr::memchr_iter(b'\n', text).any(after_line_end)
+}
+
+fn bounded(partial: &BytesMut) -> Result<(), String> {
+    if partial.len() > HEAD_BYTES_MAX {
+        return Err(format!("the head of its answer has more than {HEAD_BYTES_MAX} bytes"));
+    }
+    Ok(())
+}
+
+fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut head = httparse::Response::new(&mut headers);
+    let length = match head.parse(text) {
+        Ok(httparse::Status::Complete(length)) => length,
+        Ok(httparse::Status::Partial) => return Ok(None),
+        Err(httparse::Error::TooManyHeaders) => {
+            return Err(format!("its answer has more than {HEADERS_MAX} headers"));
+        }
+        Err(error) => return Err(format!("it does not speak HTTP/1.1: {error}")),
+    };
+    let status = head.code.and_then(|code| StatusCode::from_u16(code).ok());
+    let status = status.ok_or("its answer has no status of HTTP")?;
+    let mut found = HeaderMap::with_capacity(head.headers.len() + 4);
+    for header in head.headers.iter() {
+        let name = HeaderName::from_bytes(header.name.as_bytes());
+        let name = name.map_err(|_| format!("the name of header {:?} is invalid", header.name))?;
+        let value = HeaderValue::from_maybe_shared(text.slice_ref(header.value));
+        let value = value.map_err(|_| format!("the value of header {name} is invalid"))?;
+        found.append(name, value);
+    }
+    let keep_alive = match head.version {
+        Some(0) => names(&found, &header::CONNECTION, "keep-alive"),
+        _ => !names(&found, &header::CONNECTION, "close"),
+    };
+    Ok(Some((Answer { status, headers: found, keep_alive }, length)))
+}
+
+/// Whether a header that is a list holds `wanted`.
+pub fn names(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
+    let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(wanted))
+}
