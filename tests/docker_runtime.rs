@@ -325,6 +325,7 @@ async fn a_stranger_with_our_name_stays_and_a_leftover_goes() {
     assert_ne!(id_of(&again), id_of(&running));
     assert_eq!(yard.containers().await, [id_of(&again)]);
     yard.runtime.stop(&again, &stop_spec(1)).await.expect("a stop");
+    yard.runtime.cleared().await;
 
     let body = ContainerCreateBody { image: Some(BUSYBOX.into()), ..Default::default() };
     let options = CreateContainerOptionsBuilder::new().name(name).build();

@@ -10,6 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::effects::Effects;
 use crate::config::catalog::{RuntimeSpec, Settings};
 use crate::engine;
+use crate::gpu::host_memory;
 use crate::runtime::read_ahead::{Bounds, Done, End, read_ahead};
 use crate::runtime::{LaunchSpec, Made, Progress};
 use crate::units::Bytes;
@@ -59,7 +60,7 @@ impl Effects {
                 }
             }
         });
-        let reading = self.read_ahead(launch, settings, Some(progress.clone()));
+        let reading = Effects::read_ahead(launch, settings, Some(progress.clone()));
         Prepared { made: Making(Some(making)), reading, progress }
     }
 
@@ -70,12 +71,15 @@ impl Effects {
         progress: Progress,
         settings: &Settings,
     ) -> Prepared {
-        Prepared { made: Making(None), reading: self.read_ahead(launch, settings, None), progress }
+        Prepared {
+            made: Making(None),
+            reading: Effects::read_ahead(launch, settings, None),
+            progress,
+        }
     }
 
     /// `progress`: until the start tells its own.
     fn read_ahead(
-        &self,
         launch: &LaunchSpec,
         settings: &Settings,
         progress: Option<Progress>,
@@ -88,7 +92,7 @@ impl Effects {
         }
         let bounds = Bounds { most, reserve: settings.ram.reserve };
         let stop = CancellationToken::new();
-        let (stopped, spec, gpus) = (stop.clone(), launch.model.clone(), self.gpus.clone());
+        let (stopped, spec) = (stop.clone(), launch.model.clone());
         // A thread for blocking work: a disk may take its time.
         tokio::task::spawn_blocking(move || {
             let files = engine::weight_files(&spec, Some(Path::new(DOCKER_VOLUMES)));
@@ -98,7 +102,8 @@ impl Effects {
             if let Some(progress) = &progress {
                 progress.set(STAGE, None, "");
             }
-            let available = || Some(gpus.host_memory()?.available);
+            // Of this machine, also where its GPUs are simulated.
+            let available = || Some(host_memory()?.available);
             let told = |read: Bytes, total: Bytes| {
                 if let Some(progress) = &progress {
                     let part = read.0 as f64 / total.0.max(1) as f64;
