@@ -199,13 +199,12 @@ impl<'a> Start<'a> {
                 self.phase = Some(stage);
                 self.progress.set(stage, fraction, "");
             }
-            Some(Meaning::Ready) => {
-                if self.calls < CALLS_MAX {
-                    (self.asked_since, self.called) = (Instant::now(), true);
-                    self.calls += 1;
-                    return true;
-                }
+            Some(Meaning::Ready) if self.calls < CALLS_MAX => {
+                (self.asked_since, self.called) = (Instant::now(), true);
+                self.calls += 1;
+                return true;
             }
+            Some(Meaning::Ready) => {}
             Some(Meaning::Fatal(cause)) => {
                 self.fatal.get_or_insert_with(|| (cause, shown()));
             }

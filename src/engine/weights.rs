@@ -24,7 +24,7 @@ const FILES_MAX: usize = 512;
 pub fn weight_files(spec: &ModelSpec, volumes: Option<&Path>) -> Vec<PathBuf> {
     let line = CommandLine::of(spec);
     let inherited = |name: &str| std::env::var(name).ok();
-    let (places, env): (Places<'_>, Box<dyn Fn(&str) -> Option<String>>) = match &spec.runtime {
+    let (places, env): (Places<'_>, Env<'_>) = match &spec.runtime {
         RuntimeSpec::Process(process) => {
             let env = |name: &str| process.env.get(name).cloned().or_else(|| inherited(name));
             let cwd = process.cwd.clone().or_else(|| std::env::current_dir().ok());
@@ -66,6 +66,9 @@ pub fn weight_files(spec: &ModelSpec, volumes: Option<&Path>) -> Vec<PathBuf> {
     found.truncate(FILES_MAX);
     found
 }
+
+/// An environment, by name.
+type Env<'a> = Box<dyn Fn(&str) -> Option<String> + 'a>;
 
 /// What a path of the engine's is on this machine.
 enum Places<'a> {

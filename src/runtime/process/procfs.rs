@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 
 use crate::runtime::redact::Secrets;
 
@@ -148,7 +149,8 @@ pub fn listens_alone(pid: u32, port: u16) -> bool {
 fn sockets_on(port: u16) -> BTreeSet<String> {
     let mut inodes = BTreeSet::new();
     for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
-        inodes.extend(listening_inodes(&fs::read_to_string(table).unwrap_or_default(), port));
+        let Ok(table) = fs::File::open(table) else { continue };
+        inodes.extend(listening_inodes(BufReader::new(table).lines().map_while(Result::ok), port));
     }
     inodes.iter().map(|inode| format!("socket:[{inode}]")).collect()
 }
@@ -172,18 +174,19 @@ pub fn listeners(port: u16) -> Vec<Occupant> {
         .collect()
 }
 
-fn listening_inodes(table: &str, port: u16) -> Vec<u64> {
+/// The kernel lists those that listen first; behind them may come the connections of a busy machine.
+fn listening_inodes(table: impl Iterator<Item = String>, port: u16) -> Vec<u64> {
     const LISTEN: &str = "0A";
     table
-        .lines()
         .skip(1)
-        .filter_map(|line| {
+        .map_while(|line| {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
-            let listens =
-                *fields.get(3)? == LISTEN && u16::from_str_radix(local_port, 16).ok()? == port;
-            listens.then(|| fields.get(9)?.parse().ok())?
+            let is_ours = u16::from_str_radix(local_port, 16).ok()? == port;
+            let inode = is_ours.then(|| fields.get(9)?.parse().ok()).flatten();
+            (*fields.get(3)? == LISTEN).then_some(inode)
         })
+        .flatten()
         .collect()
 }
 
@@ -242,7 +245,8 @@ mod tests {
         let table = "  sl  local_address rem_address   st\n\
             0: 0100007F:4653 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 77 1\n\
             1: 0100007F:4653 0100007F:D3C2 01 00000000:00000000 00:00000000 00000000     0        0 78 1";
-        assert_eq!(listening_inodes(table, 0x4653), [77]);
-        assert_eq!(listening_inodes(table, 0x4654), Vec::<u64>::new());
+        let inodes = |port| listening_inodes(table.lines().map(str::to_owned), port);
+        assert_eq!(inodes(0x4653), [77]);
+        assert_eq!(inodes(0x4654), Vec::<u64>::new());
     }
 }
