@@ -364,8 +364,10 @@ async fn unpanicked<T>(work: impl Future<Output = Result<T, Fault>>) -> Result<T
 /// Waits until our connections to an engine are closed.
 pub async fn hung_up(connections: Option<CancellationToken>) {
     let Some(closed) = connections else { return };
+    let began = Instant::now();
     // The engine's grace is worth more than a straggler.
     let _ = tokio::time::timeout(HANG_UP_WITHIN, closed.cancelled()).await;
+    tracing::debug!(ms = began.elapsed().as_millis() as u64, "connections to the engine closed");
 }
 
 fn gone(spec: &ModelSpec) -> Fault {
