@@ -3,6 +3,8 @@
 # make mutants [FAULTS="name ..."]   do the scheduler's tests notice seeded faults?
 # make bench [ROWS="json-32 paced ..."] [ROUNDS=5] [SECONDS=3] [OUT=docs]   beside nginx; needs wrk, too
 # make bench-instructions [REQUESTS=1000]   what a proxied request costs, by valgrind
+# make bench-swap                           what a swap costs beyond the engines' own stop and start
+# make bench-read-ahead                     what reading the next model's files ahead saves (2 GB of disk)
 
 WORLD ?= laptop
 ENGINE ?= standin
@@ -29,7 +31,7 @@ STREAMS ?= 8000
 OUT ?= .cache/bench
 REQUESTS ?= 1000
 
-.PHONY: demo test quick build mutants bench bench-instructions
+.PHONY: demo test quick build mutants bench bench-instructions bench-swap bench-read-ahead
 build:
 	cargo build --locked --bin wharf
 
@@ -47,6 +49,12 @@ test:
 
 quick:
 	tests/run.sh quick
+
+bench-swap:
+	benches/swap/run.sh
+
+bench-read-ahead:
+	benches/read_ahead/run.sh
 
 mutants:
 	tests/mutants/run.sh $(FAULTS)

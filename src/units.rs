@@ -41,6 +41,7 @@ pub struct Bytes(pub u64);
 
 impl Bytes {
     pub const ZERO: Bytes = Bytes(0);
+    pub const MAX: Bytes = Bytes(u64::MAX);
 
     pub const fn mib(n: u64) -> Bytes {
         Bytes(n << 20)

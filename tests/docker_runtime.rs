@@ -325,6 +325,7 @@ async fn a_stranger_with_our_name_stays_and_a_leftover_goes() {
     assert_ne!(id_of(&again), id_of(&running));
     assert_eq!(yard.containers().await, [id_of(&again)]);
     yard.runtime.stop(&again, &stop_spec(1)).await.expect("a stop");
+    yard.runtime.cleared().await;
 
     let body = ContainerCreateBody { image: Some(BUSYBOX.into()), ..Default::default() };
     let options = CreateContainerOptionsBuilder::new().name(name).build();
@@ -507,6 +508,36 @@ async fn a_start_that_is_dropped_leaves_nothing() {
     // What is on its way must have arrived: a start asked for last is done last.
     let last = yard.runtime.start(&yard.server()).await.expect("a start");
     yard.runtime.stop(&last, &stop_spec(1)).await.expect("a stop");
+    yard.nothing_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_made_ahead_is_started_if_it_still_fits_and_removed_if_nobody_wants_it() {
+    let Some(yard) = Yard::open("ahead").await else { return };
+    let spec = yard.server();
+    let made = yard.runtime.make(&spec).await.expect("made").expect("a container");
+    let ids = yard.containers().await;
+    let running = yard.runtime.start_made(&spec, Some(made)).await.expect("a start");
+    assert_eq!([id_of(&running)], ids.as_slice(), "the one that was made");
+    yard.runtime.stop(&running, &stop_spec(1)).await.expect("a stop");
+    assert!(yard.containers().await.is_empty());
+
+    let spec = yard.server();
+    let made = yard.runtime.make(&spec).await.expect("made").expect("a container");
+    let ids = yard.containers().await;
+    let mut changed = spec.clone();
+    changed.env.insert("CHANGED".to_owned(), "1".to_owned());
+    let running = yard.runtime.start_made(&changed, Some(made)).await.expect("a start");
+    assert_ne!([id_of(&running)], ids.as_slice());
+    assert_eq!(yard.containers().await, [id_of(&running)], "the other one is gone");
+    yard.runtime.stop(&running, &stop_spec(1)).await.expect("a stop");
+
+    // Called off: when it is there, and while it is being made.
+    drop(yard.runtime.make(&yard.server()).await.expect("made"));
+    for millis in [0, 1, 2, 4, 8, 16] {
+        let limit = Duration::from_millis(millis);
+        let _ = tokio::time::timeout(limit, yard.runtime.make(&yard.server())).await;
+    }
     yard.nothing_is_left().await;
 }
 

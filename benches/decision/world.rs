@@ -472,6 +472,7 @@ impl World {
                 self.watches.remove(&swap);
             }
             Action::CancelLeases { .. }
+            | Action::Prepare { .. }
             | Action::TtlExtended { .. }
             | Action::Answer { .. }
             | Action::Record(_)

@@ -150,6 +150,10 @@ pub struct SwapSettings {
     /// At the end of Wharf: for requests to end, then once more for engines to end.
     pub shutdown_timeout: Duration,
     pub on_exit: OnExit,
+    /// At most so many bytes of the next model's files are read into the page cache while the one
+    /// before it leaves; zero: none.
+    #[serde(default)]
+    pub read_ahead: Bytes,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -264,6 +268,12 @@ pub struct ModelSpec {
     pub stop: StopSpec,
     /// Ask one token before the model is called ready.
     pub canary: bool,
+    /// Ask one token before the model is called ready, to warm the engine up; whatever comes of it.
+    #[serde(default)]
+    pub warmup_request: bool,
+    /// Instead of `swap.read_ahead`.
+    #[serde(default)]
+    pub read_ahead: Option<Bytes>,
     /// Ask the engine for the usage of every stream, so that tokens are always counted.
     pub include_usage: bool,
     /// The name under which the engine knows the model; `None`: `name`.

@@ -30,6 +30,7 @@ impl Default for Settings {
                 start_timeout: Duration::from_secs(600),
                 shutdown_timeout: Duration::from_secs(60),
                 on_exit: OnExit::Keep,
+                read_ahead: Bytes::MAX,
             },
             queue: QueueSettings {
                 limit: 1024,
@@ -96,6 +97,8 @@ impl ModelSpec {
             start_timeout: None,
             stop: StopSpec { signal: "SIGTERM".to_owned(), grace: Duration::from_secs(10) },
             canary: false,
+            warmup_request: false,
+            read_ahead: None,
             include_usage: true,
             upstream_name: None,
             port: None,

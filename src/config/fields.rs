@@ -63,6 +63,8 @@ pub(super) struct Fields {
     pub signal: Option<String>,
     pub stop_grace: Option<Duration>,
     pub canary: bool,
+    pub warmup_request: bool,
+    pub read_ahead: Option<Bytes>,
     pub include_usage: Option<bool>,
     pub upstream_name: Option<String>,
     pub port: Option<u16>,
@@ -403,6 +405,8 @@ fn serve(table: &mut Table<'_>, fields: &mut Fields, base: WaitingSettings, sink
         fields.start_timeout = at.some_duration(sink);
     }
     fields.canary = flag(table, "canary", sink);
+    fields.warmup_request = flag(table, "warmup_request", sink);
+    fields.read_ahead = table.take("read_ahead").and_then(|at| settings::read_ahead(&at, sink));
     fields.include_usage = table.take("include_usage").and_then(|at| at.boolean(sink));
     fields.upstream_name = table.take("upstream_name").and_then(|at| at.string(sink, "a name"));
     let waiting = table.take("waiting");

@@ -261,6 +261,8 @@ impl Reader<'_> {
                 grace: fields.stop_grace.unwrap_or_else(|| self.grace(engine)),
             },
             canary: fields.canary,
+            warmup_request: fields.warmup_request,
+            read_ahead: fields.read_ahead,
             include_usage: fields.include_usage.unwrap_or(true),
             upstream_name: fields.upstream_name,
             port: fields.port,

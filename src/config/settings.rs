@@ -223,10 +223,20 @@ fn swap(at: &At<'_>, read: &mut ReadSettings, sink: &mut Sink) {
     }
     let on_exit = [("keep", OnExit::Keep), ("stop", OnExit::Stop)];
     set(&mut swap.on_exit, table.take("on_exit").and_then(|at| at.choice(sink, &on_exit)));
+    set(&mut swap.read_ahead, table.take("read_ahead").and_then(|at| read_ahead(&at, sink)));
     table.finish(
         sink,
         &[("policy", Unread::Hint("there is one policy; `max_wait` and `priority` shape it"))],
     );
+}
+
+/// `true`: as much as memory allows.
+pub(super) fn read_ahead(at: &At<'_>, sink: &mut Sink) -> Option<Bytes> {
+    match at.node.text() {
+        Some("true") => Some(Bytes::MAX),
+        Some("false") => Some(Bytes::ZERO),
+        _ => at.parsed(sink, "`true`, `false` or a size such as 64GiB", values::size),
+    }
 }
 
 pub(super) const MODES: [(&str, SwapMode); 2] =

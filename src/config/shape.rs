@@ -80,6 +80,8 @@ impl ModelSpec {
             health: _,
             start_timeout: _,
             canary: _,
+            warmup_request: _,
+            read_ahead: _,
         } = self;
         Shape {
             version: LAUNCH_VERSION,

@@ -60,6 +60,10 @@ impl CommandLine {
         self.words.get(after).map(String::as_str).filter(|word| !is_flag(word))
     }
 
+    pub fn words(&self) -> impl Iterator<Item = &str> {
+        self.words.iter().map(String::as_str)
+    }
+
     pub fn mentions(&self, text: &str) -> bool {
         self.words.iter().any(|word| word.contains(text))
     }

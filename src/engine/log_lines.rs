@@ -31,10 +31,23 @@ pub fn meaning(engine: EngineKind, line: &str) -> Option<Meaning> {
         EngineKind::Vllm => phase(VLLM_PHASES, line),
         EngineKind::Llamacpp => llamacpp_dots(line).or_else(|| phase(LLAMACPP_PHASES, line)),
         EngineKind::Openai | EngineKind::Ollama | EngineKind::Http => {
-            percent(line).map(|part| Meaning::Phase("load", Some(part)))
+            let ready = READY.iter().any(|needle| line.contains(needle)).then_some(Meaning::Ready);
+            ready.or_else(|| percent(line).map(|part| Meaning::Phase("load", Some(part))))
         }
     })
 }
+
+/// How servers of any kind say that they listen (uvicorn, gunicorn, Go's and Node's habits). A line
+/// that says so by mistake costs one question.
+const READY: &[&str] = &[
+    "Uvicorn running on",
+    "Application startup complete",
+    "istening on",
+    "istening at",
+    "running on http",
+    "ready on http",
+    "GUI go to: http",
+];
 
 struct Failure {
     needle: &'static str,
@@ -137,6 +150,7 @@ const VLLM_PHASES: &[(&str, &str, Part)] = &[
     ("Graph capturing finished", "capture_graphs", Part::Fixed(1.0)),
     ("init engine (", "warm_up", Part::Fixed(1.0)),
     ("Application startup complete", "", Part::Ready),
+    ("Uvicorn running on", "", Part::Ready),
 ];
 
 const LLAMACPP_PHASES: &[(&str, &str, Part)] = &[
@@ -150,6 +164,7 @@ const LLAMACPP_PHASES: &[(&str, &str, Part)] = &[
     ("load_model: initializing", "size_kv_cache", Part::Unknown),
     ("warming up the model", "warm_up", Part::Unknown),
     ("model loaded", "", Part::Ready),
+    ("server is listening", "", Part::Ready),
 ];
 
 /// llama.cpp prints a dot for each percent.
@@ -215,6 +230,8 @@ mod tests {
         let phase = |line| meaning(EngineKind::Openai, line);
         assert_eq!(phase("loading 30%"), Some(Meaning::Phase("load", Some(0.3))));
         assert_eq!(phase("é12.5% done"), Some(Meaning::Phase("load", Some(0.125))));
+        assert_eq!(phase("ready on http://127.0.0.1:18051"), Some(Meaning::Ready));
+        assert_eq!(phase("INFO: Uvicorn running on http://0.0.0.0:8000"), Some(Meaning::Ready));
         assert_eq!(phase("400% faster"), None);
         assert_eq!(phase("%"), None);
     }

@@ -8,6 +8,7 @@ mod derive;
 mod hub;
 mod key;
 mod log_lines;
+mod pace;
 pub mod paths;
 mod probe;
 mod ready;
@@ -15,6 +16,7 @@ mod release;
 pub mod request;
 mod sleep;
 mod token;
+mod weights;
 
 use std::collections::BTreeMap;
 
@@ -22,11 +24,13 @@ use tokio::time::Instant;
 
 use crate::config::catalog::ModelSpec;
 use crate::runtime::{EngineKey, Given, LaunchKey, Progress, Running};
-use crate::scheduler::event::Fault;
+use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::Bytes;
 
 pub use context::context_length;
 pub use hub::{HubModel, hub_model};
+pub use pace::until_next_look;
+pub use weights::weight_files;
 
 /// What Wharf adds to the configured command of an engine.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -85,6 +89,22 @@ pub async fn wait_ready(
     deadline: Instant,
 ) -> Result<(), Fault> {
     ready::wait_ready(spec, running, progress, deadline).await
+}
+
+/// What a model is asked before it is called ready, where its entry says so.
+pub async fn first_request(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
+    if spec.canary {
+        return canary(spec, running).await;
+    }
+    if spec.warmup_request
+        && let Err(fault) = canary(spec, running).await
+    {
+        if fault.kind == FaultKind::Exited {
+            return Err(fault);
+        }
+        tracing::warn!(model = %spec.name, "warm-up request: {}", fault.message);
+    }
+    Ok(())
 }
 
 /// Asks for one token (for one vector, of an embedding model). Ends at the latest after two

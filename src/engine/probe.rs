@@ -114,6 +114,9 @@ enum Listener {
 async fn listener(running: &Running) -> Listener {
     let RuntimeHandle::Process { pid, .. } = running.handle else { return Listener::Ours };
     let runtime = ProcessRuntime::default();
+    if runtime.listens_alone(pid, running.identity.port).await {
+        return Listener::Ours;
+    }
     let listeners = runtime.listeners(running.identity.port).await;
     if listeners.is_empty() {
         // One of ours could be seen.

@@ -8,18 +8,19 @@ use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::log_lines::{Cause, Meaning, meaning};
+use super::pace::until_next_look;
 use super::probe::{self, Answer};
 use super::{LOG_TAIL_LINES, ended, fault};
 use crate::config::catalog::ModelSpec;
 use crate::runtime::{ExitReport, Progress, Running};
 use crate::scheduler::event::{Fault, FaultKind};
 
-/// Between two questions, growing from the first to the second.
-const ASK_EVERY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(250));
 /// The log may arrive a little after the end it explains.
 const LOG_QUIET: Duration = Duration::from_millis(50);
 const LOG_WAIT_MAX: Duration = Duration::from_millis(500);
 const LINE_CHARS_MAX: usize = 300;
+/// A log that calls more often than this is asked at its usual pace.
+const CALLS_MAX: u32 = 16;
 /// "Still loading", as llama-server says it.
 const LOADING: u16 = 503;
 
@@ -87,7 +88,11 @@ struct Start<'a> {
     began: Instant,
     /// Since when nothing changed.
     quiet_since: Instant,
-    ask_after: Duration,
+    /// Since when it is asked densely: from the start, and again when something happened.
+    asked_since: Instant,
+    /// Its log says that it listens: asked without a pause.
+    called: bool,
+    calls: u32,
     answer: Option<Answer>,
     /// The listener was seen to be ours.
     trusted: bool,
@@ -106,7 +111,9 @@ impl<'a> Start<'a> {
             progress,
             began: now,
             quiet_since: now,
-            ask_after: ASK_EVERY.0,
+            asked_since: now,
+            called: false,
+            calls: 0,
             answer: None,
             trusted: false,
             phase: None,
@@ -123,13 +130,21 @@ impl<'a> Start<'a> {
         self.quiet_since + self.spec.health.stall
     }
 
-    fn ask(&self) -> BoxFuture<'a, Answer> {
-        let (spec, running, after, trusted) =
-            (self.spec, self.running, self.ask_after, self.trusted);
+    fn ask(&mut self) -> BoxFuture<'a, Answer> {
+        let (spec, running, trusted) = (self.spec, self.running, self.trusted);
+        let pause = self.pause();
         Box::pin(async move {
-            sleep(after).await;
+            if let Some(pause) = pause {
+                sleep(pause).await;
+            }
             probe::ask(spec, running, trusted).await
         })
+    }
+
+    /// Before the next question.
+    fn pause(&mut self) -> Option<Duration> {
+        let pause = until_next_look(self.asked_since.elapsed());
+        (!std::mem::take(&mut self.called)).then_some(pause)
     }
 
     /// True: the engine is ready.
@@ -163,10 +178,8 @@ impl<'a> Start<'a> {
             }
         }
         let same = self.answer.as_ref().is_some_and(|before| is_same(before, &answer));
-        if same {
-            self.ask_after = (self.ask_after * 3 / 2).min(ASK_EVERY.1);
-        } else {
-            self.ask_after = ASK_EVERY.0;
+        if !same {
+            self.asked_since = Instant::now();
             // The first answer is no change.
             if self.answer.is_some() {
                 self.changed();
@@ -186,10 +199,12 @@ impl<'a> Start<'a> {
                 self.phase = Some(stage);
                 self.progress.set(stage, fraction, "");
             }
-            Some(Meaning::Ready) => {
-                self.ask_after = ASK_EVERY.0;
+            Some(Meaning::Ready) if self.calls < CALLS_MAX => {
+                (self.asked_since, self.called) = (Instant::now(), true);
+                self.calls += 1;
                 return true;
             }
+            Some(Meaning::Ready) => {}
             Some(Meaning::Fatal(cause)) => {
                 self.fatal.get_or_insert_with(|| (cause, shown()));
             }
@@ -320,5 +335,49 @@ fn quoted(names: &[String]) -> String {
     match names {
         [] => "no model".to_owned(),
         names => names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::config::catalog::EngineKind;
+    use crate::runtime::{Endpoint, Identity, LogTail, RuntimeHandle};
+    use crate::units::{InstanceId, ModelName};
+
+    fn running() -> Running {
+        Running {
+            identity: Identity {
+                installation: "test".to_owned(),
+                instance: InstanceId(1),
+                model: ModelName::new("a"),
+                spec_hash: String::new(),
+                gpus: Vec::new(),
+                port: 1,
+            },
+            endpoint: Endpoint::new("http://127.0.0.1:1", None),
+            handle: RuntimeHandle::External,
+            log: LogTail::new(),
+            exit: watch::channel(None).1,
+        }
+    }
+
+    #[test]
+    fn an_engine_whose_log_says_that_it_listens_is_asked_at_once() {
+        let (spec, running) = (ModelSpec::plain("a"), running());
+        let spec = ModelSpec { engine: EngineKind::Llamacpp, ..spec };
+        let (progress, _) = Progress::new();
+        let mut start = Start::new(&spec, &running, &progress);
+        start.asked_since -= Duration::from_secs(60);
+        assert_eq!(start.pause(), Some(Duration::from_millis(100)));
+        assert!(!start.line(&Arc::from("llama_context: n_ctx = 4096")));
+        assert_eq!(start.pause(), Some(Duration::from_millis(100)), "no news of that kind");
+        assert!(start.line(&Arc::from("main: server is listening on http://127.0.0.1:1")));
+        assert_eq!(start.pause(), None);
+        assert!(start.asked_since.elapsed() < Duration::from_secs(60), "and densely after that");
+        let calls = (0..1000).filter(|_| start.line(&Arc::from("model loaded"))).count();
+        assert!(calls < 20, "a log that cries wolf is asked at the usual pace: {calls}");
     }
 }

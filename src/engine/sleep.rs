@@ -6,6 +6,7 @@ use http::StatusCode;
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
 
+use super::pace::until_next_look;
 use super::{ended, fault, request};
 use crate::config::catalog::{EngineKind, ModelSpec};
 use crate::runtime::Running;
@@ -18,7 +19,6 @@ const WAKE_LIMIT: Duration = Duration::from_secs(600);
 const CHECK_LIMIT: Duration = Duration::from_secs(5);
 /// From the answer of /sleep to /is_sleeping agreeing.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
-const SETTLE_EVERY: Duration = Duration::from_millis(20);
 
 pub async fn sleep(spec: &ModelSpec, running: &Running) -> Result<(), Fault> {
     let level = spec.sleep.unwrap_or(1);
@@ -94,7 +94,8 @@ pub async fn is_asleep(running: &Running) -> bool {
 
 /// /health says 200 awake and asleep; only /is_sleeping tells.
 async fn settled(running: &Running, asleep: bool) -> Result<(), String> {
-    let until = Instant::now() + SETTLE_LIMIT;
+    let began = Instant::now();
+    let until = began + SETTLE_LIMIT;
     loop {
         let why = match request::get(&running.endpoint, "/is_sleeping", CHECK_LIMIT).await {
             Ok(answer) => match answer.json()["is_sleeping"].as_bool() {
@@ -106,6 +107,6 @@ async fn settled(running: &Running, asleep: bool) -> Result<(), String> {
         if Instant::now() >= until {
             return Err(format!("/is_sleeping does not agree: {why}"));
         }
-        tokio::time::sleep(SETTLE_EVERY).await;
+        tokio::time::sleep(until_next_look(began.elapsed())).await;
     }
 }

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use host::host_memory;
+
 use crate::config::catalog::{GpuProvider, GpuSettings};
 use crate::scheduler::event::{GpuMemory, HostMemory, NoProof};
 use crate::units::{Bytes, GpuId};

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::adapters::{Seed, Surroundings};
 use super::handle::{Inbox, Message};
 use super::memory_watch::Holders;
+use super::prepare::Prepared;
 use crate::config::catalog::{ModelSpec, StopSpec};
 use crate::engine;
 use crate::gpu::Gpus;
@@ -18,9 +19,13 @@ use crate::runtime::{LaunchSpec, Progress, Running, RuntimeHandle, Runtimes};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind, GpuMemory};
 use crate::telemetry::logs::Logs;
 use crate::units::{Bytes, InstanceId, SwapId, Time};
+use crate::upstream::UpstreamClient;
 
 /// A stop that takes longer than its grace by this much has failed.
 const STOP_MARGIN: Duration = Duration::from_secs(30);
+/// Once leases were cut, their connections close at once; an engine is not made to wait for a
+/// straggler among them.
+const HANG_UP_WITHIN: Duration = Duration::from_millis(250);
 /// Grace of an engine that failed to start or that nobody wants any more.
 const FAILED_START_GRACE: Duration = Duration::from_secs(5);
 
@@ -30,15 +35,21 @@ pub struct Slot {
     running: Arc<Mutex<Option<Running>>>,
     /// Held while a runtime creates the engine: until then nobody can say what there is to stop.
     launching: Arc<tokio::sync::Mutex<()>>,
+    /// Connections that were opened before the first lease.
+    opened: Arc<Mutex<Option<UpstreamClient>>>,
 }
 
 impl Slot {
     pub fn holding(running: Running) -> Slot {
-        Slot { running: Arc::new(Mutex::new(Some(running))), launching: Arc::default() }
+        Slot { running: Arc::new(Mutex::new(Some(running))), ..Slot::default() }
     }
 
     pub fn peek(&self) -> Option<Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn take_opened(&self) -> Option<UpstreamClient> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     fn put(&self, running: Option<Running>) {
@@ -119,13 +130,14 @@ impl Effects {
         swap: SwapId,
         launch: LaunchSpec,
         slot: Slot,
-        progress: Progress,
+        prepared: Prepared,
         deadline: Time,
         adapters: (Seed, Surroundings),
     ) -> Task {
         let (effects, cancel) = (self.clone(), CancellationToken::new());
         let cancelled = cancel.clone();
         let join = tokio::spawn(async move {
+            let Prepared { made, reading, progress } = prepared;
             let instance = launch.identity.instance;
             let deadline = effects.epoch + Duration::from_millis(deadline.0);
             // Called off while it is being created, it is created first and then stopped: a call to
@@ -136,8 +148,9 @@ impl Effects {
             }
             let before = unpanicked(async { Ok(effects.read_memory().await) });
             let before = before.await.ok().flatten();
+            let made = made.take().await;
             progress.set("launch", None, "");
-            let launched = unpanicked(effects.runtimes.start(&launch)).await;
+            let launched = unpanicked(effects.runtimes.start(&launch, made)).await;
             if let Ok(running) = &launched {
                 effects.holders.register(running);
                 effects.logs.copy(&running.identity.model, &running.log);
@@ -162,8 +175,16 @@ impl Effects {
                 };
                 match brought {
                     Ok((footprint, running)) => {
+                        // What is read by now is all that the engine wants.
+                        drop(reading);
                         let (seed, around) = adapters;
-                        seed.keep(running, around, false).await;
+                        let client = UpstreamClient::to(&running.endpoint);
+                        // Should it fail, the first request tries again and says why.
+                        let (_, ()) = tokio::join!(
+                            client.open_ahead(),
+                            seed.keep(running.clone(), around, false)
+                        );
+                        slot.opened.lock().unwrap_or_else(PoisonError::into_inner).replace(client);
                         Ok(footprint)
                     }
                     Err(fault) => Err(effects.clear_failed_start(&slot, fault).await),
@@ -200,9 +221,7 @@ impl Effects {
         let gpus = &launch.identity.gpus;
         let vouch = async {
             let footprint = self.vouch_memory(spec, gpus, instance, before).await?;
-            if spec.canary {
-                engine::canary(spec, running).await?;
-            }
+            engine::first_request(spec, running).await?;
             Ok(footprint)
         };
         tokio::select! {
@@ -231,7 +250,8 @@ impl Effects {
         fault
     }
 
-    /// Calls off what is under way for the instance, then ends it.
+    /// Calls off what is under way for the instance, then ends it, after our own `connections` to it
+    /// are closed: many a server waits for those before it exits.
     pub fn stop(
         &self,
         swap: SwapId,
@@ -239,6 +259,7 @@ impl Effects {
         under_way: Option<Task>,
         slot: Slot,
         spec: Arc<ModelSpec>,
+        connections: Option<CancellationToken>,
     ) {
         let effects = self.clone();
         tokio::spawn(async move {
@@ -259,6 +280,7 @@ impl Effects {
                     if !was_starting {
                         engine::release(&spec, &running).await;
                     }
+                    hung_up(connections).await;
                     unpanicked(effects.stop_within(&running, &stop)).await
                 }
                 None => Ok(()),
@@ -339,6 +361,15 @@ async fn unpanicked<T>(work: impl Future<Output = Result<T, Fault>>) -> Result<T
     }
 }
 
+/// Waits until our connections to an engine are closed.
+pub async fn hung_up(connections: Option<CancellationToken>) {
+    let Some(closed) = connections else { return };
+    let began = Instant::now();
+    // The engine's grace is worth more than a straggler.
+    let _ = tokio::time::timeout(HANG_UP_WITHIN, closed.cancelled()).await;
+    tracing::debug!(ms = began.elapsed().as_millis() as u64, "connections to the engine closed");
+}
+
 fn gone(spec: &ModelSpec) -> Fault {
     Fault::new(FaultKind::Exited, format!("{}: its engine is gone", spec.name))
 }
@@ -386,5 +417,18 @@ mod tests {
         let Done::Fetch(Err(fault)) = done else { panic!("{done:?}") };
         assert_eq!((swap, instance, fault.kind), (SwapId(3), InstanceId(4), FaultKind::Internal));
         assert!(fault.message.contains("out of luck"), "{}", fault.message);
+    }
+
+    #[tokio::test]
+    async fn neither_closed_connections_nor_a_straggler_hold_up_a_stop() {
+        let connections = CancellationToken::new();
+        let ends = async |connections| {
+            let patience = Duration::from_secs(30);
+            tokio::time::timeout(patience, hung_up(connections)).await.expect("it goes on");
+        };
+        ends(Some(connections.clone())).await;
+        connections.cancel();
+        ends(Some(connections)).await;
+        ends(None).await;
     }
 }

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::adapters::{AdapterStates, InUse, Use};
 use super::handle::{Inbox, Message};
@@ -63,6 +63,9 @@ pub struct Gate {
     pub adapters: watch::Receiver<AdapterStates>,
     inbox: Inbox,
     epoch: Instant,
+    gone: CancellationToken,
+    /// The last field: dropped after the connections.
+    _last: DropGuard,
 }
 
 impl Gate {
@@ -73,10 +76,24 @@ impl Gate {
         inbox: Inbox,
         epoch: Instant,
     ) -> Gate {
+        let client = UpstreamClient::to(&endpoint);
+        Gate::with(instance, model, endpoint, client, inbox, epoch)
+    }
+
+    /// With connections that are open already.
+    pub(super) fn with(
+        instance: InstanceId,
+        model: ModelName,
+        endpoint: Endpoint,
+        client: UpstreamClient,
+        inbox: Inbox,
+        epoch: Instant,
+    ) -> Gate {
+        let gone = CancellationToken::new();
         Gate {
             instance,
             model,
-            client: UpstreamClient::to(&endpoint),
+            client,
             endpoint,
             cut: ArcSwap::default(),
             word: AtomicU64::new(0),
@@ -89,7 +106,14 @@ impl Gate {
             adapters: watch::channel(AdapterStates::new()).1,
             inbox,
             epoch,
+            _last: gone.clone().drop_guard(),
+            gone,
         }
+    }
+
+    /// Cancelled once the gate and every lease are dropped: no connection to the engine is ours.
+    pub(super) fn gone(&self) -> CancellationToken {
+        self.gone.clone()
     }
 
     pub(super) fn serving(self, adapters: watch::Receiver<AdapterStates>) -> Gate {
@@ -368,6 +392,16 @@ mod tests {
         assert!(work.cut().is_cancelled());
         drop(work);
         assert_eq!(gate.in_flight(), 0);
+    }
+
+    #[test]
+    fn it_is_gone_with_its_last_lease_and_its_connections() {
+        let gate = gate();
+        let (gone, lease) = (gate.gone(), gate.try_lease().unwrap());
+        drop(gate);
+        assert!(!gone.is_cancelled(), "somebody still uses a connection");
+        drop(lease);
+        assert!(gone.is_cancelled());
     }
 
     /// Reading and releasing at the same moment, often: with weaker orders than `SeqCst` some

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::handle::{Inbox, Message};
+use crate::engine::until_next_look;
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::{Running, RuntimeHandle};
 use crate::scheduler::event::{Event, GpuMemory, HostUse, MemorySample};
 use crate::units::{GpuId, InstanceId, SwapId, Time};
 
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
-const FAST_FIRST: Duration = Duration::from_millis(5);
-const FAST_MAX: Duration = Duration::from_millis(250);
+const NEXT_MILLISECOND: Duration = Duration::from_millis(1);
 
 /// Tells which process on a GPU belongs to which instance.
 #[derive(Clone, Debug)]
@@ -124,6 +124,11 @@ impl MemoryWatch {
         });
     }
 
+    /// An engine is gone or asleep: what it held may show at once.
+    pub fn look_again(&self) {
+        self.wanted.send_modify(|_| {});
+    }
+
     pub fn unwatch(&self, swap: SwapId) {
         self.wanted.send_modify(|wanted| {
             wanted.remove(&swap);
@@ -142,23 +147,22 @@ struct Reader {
 
 impl Reader {
     async fn run(mut self, mut wanted: watch::Receiver<BTreeSet<SwapId>>) {
-        let mut interval = IDLE_INTERVAL;
+        let mut watched_since = Instant::now();
         loop {
             let watched = !wanted.borrow_and_update().is_empty();
             self.read(watched).await;
-            interval = match (watched, interval >= IDLE_INTERVAL) {
-                (false, _) => IDLE_INTERVAL,
-                (true, true) => FAST_FIRST,
-                (true, false) => (interval * 2).min(FAST_MAX),
+            let interval = match watched {
+                true => until_next_look(watched_since.elapsed()),
+                false => IDLE_INTERVAL,
             };
             tokio::select! {
-                () = tokio::time::sleep(interval) => {}
-                // A new watch starts from the shortest interval again.
-                changed = wanted.changed() => match changed {
-                    Ok(()) => interval = IDLE_INTERVAL,
-                    Err(_) => return,
-                },
+                () = tokio::time::sleep(interval) => continue,
+                changed = wanted.changed() => if changed.is_err() { return },
             }
+            // Dense again. Times are whole milliseconds, and a sample counts only if it is younger
+            // than the stop before it: one taken at once would be for nothing.
+            watched_since = Instant::now();
+            tokio::time::sleep(NEXT_MILLISECOND).await;
         }
     }
 

@@ -21,6 +21,7 @@ mod outage;
 mod peers;
 mod perform;
 pub mod preload;
+mod prepare;
 mod publish;
 mod puppet;
 mod ram_watch;

@@ -30,9 +30,7 @@ impl Effects {
         let vram = self.runtimes.ollama.load(spec, running, progress, deadline.into()).await?;
         let instance = identity.instance;
         self.inbox.send(Message::Effect(Event::Vouching { swap, instance }));
-        if spec.canary {
-            engine::canary(spec, running).await?;
-        }
+        engine::first_request(spec, running).await?;
         let gpus = identity.gpus.len() as u64;
         if vram == Bytes::ZERO && gpus > 0 && matches!(spec.vram, Vram::Declared(_)) {
             let message = format!(

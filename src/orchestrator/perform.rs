@@ -15,6 +15,7 @@ use crate::scheduler::action::{Action, Refusal};
 use crate::scheduler::event::{Done, Event, Fault, FaultKind};
 use crate::store::Figures;
 use crate::units::{Bytes, GpuId, InstanceId, ModelName, RequestId, SwapId, Time};
+use crate::upstream::UpstreamClient;
 
 impl Owner {
     pub(super) fn perform(&mut self, now: Time, action: Action) {
@@ -36,6 +37,9 @@ impl Owner {
                 self.preflight(swap, instance, &model, gpus);
             }
             Action::Fetch { swap, instance, model: _ } => self.fetch(swap, instance),
+            Action::Prepare { swap: _, instance, gpus, footprint } => {
+                self.prepare(instance, gpus, footprint);
+            }
             Action::StartInstance { swap, instance, model, gpus, footprint, deadline } => {
                 self.start(swap, instance, &model, gpus, footprint, deadline);
             }
@@ -163,7 +167,11 @@ impl Owner {
             installation: &self.state.installation,
             log_dir: self.state.logs(),
         };
-        let launch = launcher.launch(instance, &live.spec, &live.gpus, footprint, port)?;
+        let mut launch = launcher.launch(instance, &live.spec, &live.gpus, footprint, port)?;
+        if let Some(before) = live.launch.take() {
+            // One key for each instance: what was made ahead has it already.
+            launch.api_key = before.api_key;
+        }
         live.launch = Some(launch.clone());
         Ok(launch)
     }
@@ -198,6 +206,22 @@ impl Owner {
         live.task = Some(self.effects.fetch(swap, launch, live.progress.clone()));
     }
 
+    /// While others leave. What changes until the start is looked at again there.
+    fn prepare(&mut self, instance: InstanceId, gpus: Vec<GpuId>, footprint: Option<Bytes>) {
+        let Some(live) = self.instances.get_mut(&instance) else { return };
+        if live.prepared.is_some() || live.stopping {
+            return;
+        }
+        live.gpus = gpus;
+        // Without a port, say, the start fails; it says so itself.
+        let Ok(launch) = self.launch(instance, footprint) else { return };
+        let settings = &self.shared.catalog.load().settings;
+        if let Some(live) = self.instances.get_mut(&instance) {
+            let progress = live.progress.clone();
+            live.prepared = Some(self.effects.prepare(&launch, progress, settings));
+        }
+    }
+
     fn start(
         &mut self,
         swap: SwapId,
@@ -227,13 +251,17 @@ impl Owner {
         };
         tracing::info!(%model, %instance, port = launch.port, "starting");
         let Some(live) = self.instances.get_mut(&instance) else { return };
-        let (slot, progress) = (live.slot.clone(), live.progress.clone());
+        let slot = live.slot.clone();
         live.started = StartKind::Cold;
         let catalog = self.shared.catalog.load();
         let (desk, seed) = Desk::new(&catalog, &live.spec.name);
         live.adapters = Some(desk);
         let adapters = (seed, self.effects.around_adapters(&self.shared, &catalog));
-        let task = self.effects.start(swap, launch, slot, progress, deadline, adapters);
+        let prepared = match live.prepared.take() {
+            Some(prepared) => prepared,
+            None => self.effects.prepare_start(&launch, live.progress.clone(), &catalog.settings),
+        };
+        let task = self.effects.start(swap, launch, slot, prepared, deadline, adapters);
         live.task = Some(task);
     }
 
@@ -247,15 +275,18 @@ impl Owner {
             return;
         };
         live.stopping = true;
+        live.prepared = None;
+        let connections = live.gate.as_ref().map(|gate| gate.gone());
         if let Some(gate) = &live.gate {
             // Guests are not waited for: they leave now.
             gate.cancel_leases();
+            // An engine that drains must not wait for them.
+            gate.client.close_idle();
         }
-        // Closes idle upstream connections: an engine that drains must not wait for them.
         (live.gate, live.adapters) = (None, None);
         tracing::info!(model = %live.spec.name, %instance, "stopping");
         let (task, slot, spec) = (live.task.take(), live.slot.clone(), Arc::clone(&live.spec));
-        self.effects.stop(swap, instance, task, slot, spec);
+        self.effects.stop(swap, instance, task, slot, spec, connections);
     }
 
     /// What the owner must know of an effect's end before the scheduler acts on it.
@@ -271,11 +302,16 @@ impl Owner {
             Event::InstanceDied { instance, fault } => self.before_death(*instance, fault),
             _ => {}
         }
+        let gives_back =
+            matches!(&event, Event::MoveDone { done: Done::Stop(Ok(())) | Done::Sleep(_), .. });
         let cleared = match &event {
             Event::MoveDone { instance, done: Done::Stop(Ok(())), .. } => Some(*instance),
             _ => None,
         };
         self.step(event);
+        if gives_back {
+            self.memory.look_again();
+        }
         if let Some(instance) = cleared {
             self.instances.remove(&instance);
             self.ports.release(instance);
@@ -313,13 +349,11 @@ impl Owner {
         let now = self.effects.now();
         let desk_of_start = self.keep_adapters(instance, running);
         let Some(live) = self.instances.get_mut(&instance) else { return };
-        let gate = Gate::new(
-            instance,
-            live.spec.name.clone(),
-            running.endpoint.clone(),
-            self.effects.inbox.clone(),
-            self.shared.epoch,
-        );
+        let endpoint = running.endpoint.clone();
+        let client = live.slot.take_opened().unwrap_or_else(|| UpstreamClient::to(&endpoint));
+        let name = live.spec.name.clone();
+        let inbox = self.effects.inbox.clone();
+        let gate = Gate::with(instance, name, endpoint, client, inbox, self.shared.epoch);
         live.gate = Some(Arc::new(match desk_of_start {
             Some(states) => gate.serving(states),
             None => gate,

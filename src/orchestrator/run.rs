@@ -17,6 +17,7 @@ use super::launch::Ports;
 use super::memory_watch::MemoryWatch;
 use super::outage::OutageNews;
 use super::preload::PreloadLog;
+use super::prepare::Prepared;
 use super::start::facts_before;
 use super::state_dir::{LastIds, StateDir};
 use super::state_writer::StateWriter;
@@ -101,6 +102,8 @@ pub(super) struct Live {
     pub gpus: Vec<GpuId>,
     pub launch: Option<LaunchSpec>,
     pub slot: Slot,
+    /// What was begun ahead of its start.
+    pub prepared: Option<Prepared>,
     /// The effect under way, if it can be called off.
     pub task: Option<Task>,
     pub gate: Option<Arc<Gate>>,
@@ -124,6 +127,7 @@ impl Live {
             gpus,
             launch: None,
             slot: Slot::default(),
+            prepared: None,
             task: None,
             gate: None,
             adapters: None,

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::docker::DockerState;
-use super::effects::{Effects, Slot};
+use super::effects::{Effects, Slot, hung_up};
 use super::handle::{Gates, Handle, Inbox, Message, Shared};
 use super::journal::{Begin, Journal};
 use super::keep;
@@ -42,6 +42,8 @@ use crate::units::{ModelName, Time};
 const FOREIGN_EVERY: Duration = Duration::from_secs(15);
 /// What an engine gets once an operator asked a second time.
 const HURRIED_GRACE: Duration = Duration::from_secs(1);
+/// For containers that were stopped to be removed.
+const CLEARED_WITHIN: Duration = Duration::from_secs(10);
 /// Warm-up models wait this long for room before their ask is forgotten.
 const WARMUP_WITHIN: Duration = Duration::from_secs(24 * 3600);
 
@@ -303,9 +305,11 @@ impl Owner {
         self.keep_all_totals();
         let stops = std::mem::take(&mut self.instances).into_iter().map(|(instance, mut live)| {
             let task = live.task.take();
-            if let Some(gate) = live.gate.take() {
+            live.prepared = None;
+            let connections = live.gate.take().map(|gate| {
                 gate.cancel_leases();
-            }
+                gate.gone()
+            });
             if let Some(task) = &task {
                 task.cancel.cancel();
             }
@@ -331,6 +335,7 @@ impl Owner {
                     if live.ready_at.is_some() {
                         crate::engine::release(&live.spec, &running).await;
                     }
+                    hung_up(connections).await;
                     effects.stop_within(&running, &stop).await
                 };
                 let stopped = tokio::select! {
@@ -343,5 +348,7 @@ impl Owner {
             }
         });
         join_all(stops).await;
+        // What is left of them goes at the next start.
+        let _ = tokio::time::timeout(CLEARED_WITHIN, self.effects.runtimes.docker.cleared()).await;
     }
 }

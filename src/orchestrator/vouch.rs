@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::effects::Effects;
 use crate::config::catalog::{ModelSpec, Vram};
+use crate::engine::until_next_look;
 use crate::gpu::GpuKind;
 use crate::scheduler::event::{Fault, FaultKind, GpuMemory};
 use crate::units::{Bytes, GpuId, InstanceId};
@@ -50,7 +51,8 @@ impl Effects {
         if gpus.is_empty() || declared == Bytes::ZERO {
             return Ok(None);
         }
-        let until = Instant::now() + VRAM_VISIBLE_WITHIN;
+        let began = Instant::now();
+        let until = began + VRAM_VISIBLE_WITHIN;
         loop {
             let now = self.read_memory().await;
             if let Some(now) = &now {
@@ -74,7 +76,7 @@ impl Effects {
                     ),
                 ));
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(until_next_look(began.elapsed())).await;
         }
     }
 }

@@ -390,6 +390,7 @@ impl<'a> World<'a> {
             Action::StopInstance { swap, instance } => self.leave(swap, instance, false),
             Action::Sleep { swap, instance } => self.leave(swap, instance, true),
             Action::WatchMemory { .. }
+            | Action::Prepare { .. }
             | Action::UnwatchMemory { .. }
             | Action::TtlExtended { .. }
             | Action::Answer { .. }

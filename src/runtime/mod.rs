@@ -12,6 +12,7 @@ mod key;
 pub mod log;
 pub mod ollama;
 pub mod process;
+pub mod read_ahead;
 pub mod redact;
 pub(crate) mod tls;
 
@@ -30,6 +31,7 @@ use crate::scheduler::event::{Fault, HostUse};
 use crate::units::{GpuId, InstanceId, ModelName};
 
 pub use circuit::Circuit;
+pub use docker::Made;
 pub use key::{EngineKey, LaunchKey};
 pub use log::LogTail;
 pub use tls::{Tls, tls_error, trouble as tls_trouble};
@@ -185,6 +187,13 @@ impl Progress {
         (Progress(Arc::new(tx)), rx)
     }
 
+    /// More of a stage that was set before, as long as no other has followed.
+    pub fn go_on(&self, stage: &str, fraction: Option<f32>, detail: impl Into<String>) {
+        if self.0.borrow().stage == stage {
+            self.set(stage, fraction, detail);
+        }
+    }
+
     pub fn set(&self, stage: &str, fraction: Option<f32>, detail: impl Into<String>) {
         let next = ProgressNow { stage: stage.to_owned(), fraction, detail: detail.into() };
         self.0.send_if_modified(|now| {
@@ -227,12 +236,21 @@ impl Runtimes {
         }
     }
 
+    /// What of a start can be done before there is room for it: the container is created.
+    pub async fn make(&self, spec: &LaunchSpec) -> Result<Option<Made>, Fault> {
+        match &spec.model.runtime {
+            RuntimeSpec::Docker(_) => self.docker.make(spec).await,
+            RuntimeSpec::Process(_) | RuntimeSpec::External(_) | RuntimeSpec::Ollama(_) => Ok(None),
+        }
+    }
+
     /// Returns once the process or container runs; readiness is the engine's affair.
     /// If it fails, or the future is dropped, nothing of the instance is left behind.
-    pub async fn start(&self, spec: &LaunchSpec) -> Result<Running, Fault> {
+    /// `ahead`: what `make` made for it.
+    pub async fn start(&self, spec: &LaunchSpec, ahead: Option<Made>) -> Result<Running, Fault> {
         match &spec.model.runtime {
             RuntimeSpec::Process(_) => self.process.start(spec).await,
-            RuntimeSpec::Docker(_) => self.docker.start(spec).await,
+            RuntimeSpec::Docker(_) => self.docker.start_made(spec, ahead).await,
             RuntimeSpec::External(_) => self.external.start(spec).await,
             RuntimeSpec::Ollama(_) => self.ollama.start(spec).await,
         }

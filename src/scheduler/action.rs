@@ -51,6 +51,15 @@ pub enum Action {
         instance: InstanceId,
         model: ModelName,
     },
+    /// Whoever has to leave begins to: what of the start needs no room yet may be done meanwhile.
+    /// Nothing is reported; an end of the swap before its start undoes it.
+    Prepare {
+        swap: SwapId,
+        instance: InstanceId,
+        gpus: Vec<GpuId>,
+        /// As it will likely be told to the start.
+        footprint: Option<Bytes>,
+    },
     StartInstance {
         swap: SwapId,
         instance: InstanceId,
@@ -74,7 +83,7 @@ pub enum Action {
         instance: InstanceId,
         deadline: Time,
     },
-    /// Read the memory now and again (backoff from 5 ms, at most 250 ms) until unwatched.
+    /// Read the memory densely, and right after each stop and sleep, until unwatched.
     WatchMemory {
         swap: SwapId,
         gpus: Vec<GpuId>,

@@ -117,6 +117,8 @@ impl Yard {
 
     /// Every container of this test, running or not.
     pub async fn containers(&self) -> Vec<String> {
+        // Those that were stopped are removed beside the way.
+        self.runtime.cleared().await;
         let label = format!("wharf.installation={}", self.installation);
         let filters = HashMap::from([("label", vec![label])]);
         let options = ListContainersOptionsBuilder::new().all(true).filters(&filters).build();

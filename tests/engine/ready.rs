@@ -260,3 +260,21 @@ async fn what_is_no_http_url_is_refused_clearly() {
     let (result, _) = world.ready(&spec(EngineKind::Openai), LONG).await;
     assert_fault(result, FaultKind::BadSpec, &["ftp://gpu2.lan:8000", "http://"]);
 }
+
+#[tokio::test]
+async fn a_warm_up_request_that_fails_is_no_obstacle() {
+    let world = World::serving(|target, _| match target {
+        "GET /health" => (200, String::new()),
+        _ => (500, "out of luck".to_owned()),
+    })
+    .await;
+    let plain = spec(EngineKind::Llamacpp);
+    wharf::engine::first_request(&plain, &world.running).await.expect("nothing is asked");
+    assert!(world.asked().is_empty());
+    let warm = ModelSpec { warmup_request: true, ..plain.clone() };
+    wharf::engine::first_request(&warm, &world.running).await.expect("whatever comes of it");
+    let asked = world.asked();
+    assert!(asked.iter().any(|line| line.starts_with("POST /v1/chat/completions")), "{asked:?}");
+    let canary = ModelSpec { canary: true, ..warm };
+    wharf::engine::first_request(&canary, &world.running).await.expect_err("that one must answer");
+}

@@ -89,7 +89,8 @@ impl World {
             Action::UnwatchMemory { swap } => {
                 self.watches.remove(&swap);
             }
-            Action::Answer { .. }
+            Action::Prepare { .. }
+            | Action::Answer { .. }
             | Action::Record(_)
             | Action::Remember { .. }
             | Action::TtlExtended { .. }

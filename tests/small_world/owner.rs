@@ -263,6 +263,7 @@ impl World {
             }
             Action::Refuse { .. }
             | Action::WatchMemory { .. }
+            | Action::Prepare { .. }
             | Action::UnwatchMemory { .. }
             | Action::TtlExtended { .. }
             | Action::Answer { .. }

@@ -135,6 +135,7 @@ impl World {
             }
             Action::WatchGate { .. }
             | Action::WatchMemory { .. }
+            | Action::Prepare { .. }
             | Action::UnwatchMemory { .. }
             | Action::Remember { .. }
             | Action::Notice { .. } => Ok(()),

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes tiny llama-architecture GGUF files whose replies name the model that answered.
 
-    make_gguf.py FOLDER NAME [NAME ...]        one FOLDER/NAME.gguf each, about 0.5 MB
+    make_gguf.py FOLDER NAME [NAME ...]            one FOLDER/NAME.gguf each, about 0.5 MB
+    make_gguf.py --layers 32 --large FOLDER NAME   63 MB for each layer: 2 GB
 
 Nothing is downloaded: weights are made here. The blocks hold random weights and run like those of
 any model, but a few dimensions of the residual stream are kept out of their reach. These carry a
@@ -9,8 +10,8 @@ chain, so that any prompt is answered with "NAME-1 NAME-2 ... NAME-16" and then 
 sequence. Needs the packages gguf and numpy.
 """
 
+import argparse
 import pathlib
-import sys
 
 import gguf
 import numpy
@@ -48,6 +49,11 @@ def embeddings(rng, size, first_reply):
     return incoming, outgoing
 
 
+def enlarge(layers):
+    global WIDTH, LAYERS, HEADS, KV_HEADS, FEED_FORWARD, HEAD
+    WIDTH, LAYERS, HEADS, KV_HEADS, FEED_FORWARD, HEAD = 1024, layers, 16, 8, 4096, 64
+
+
 def weights(rng, *shape):
     return (rng.standard_normal(shape) * 0.02).astype(numpy.float32)
 
@@ -81,21 +87,21 @@ def write(path, name):
     out.add_tensor("token_embd.weight", incoming)
     out.add_tensor("output_norm.weight", numpy.ones(WIDTH, numpy.float32))
     out.add_tensor("output.weight", outgoing)
+    attention_out, down = weights(rng, WIDTH, HEADS * HEAD), weights(rng, WIDTH, FEED_FORWARD)
+    attention_out[:KEPT] = 0
+    down[:KEPT] = 0
+    block = {  # the same in every layer
+        "attn_norm": numpy.ones(WIDTH, numpy.float32),
+        "attn_q": weights(rng, HEADS * HEAD, WIDTH),
+        "attn_k": weights(rng, KV_HEADS * HEAD, WIDTH),
+        "attn_v": weights(rng, KV_HEADS * HEAD, WIDTH),
+        "attn_output": attention_out,
+        "ffn_norm": numpy.ones(WIDTH, numpy.float32),
+        "ffn_gate": weights(rng, FEED_FORWARD, WIDTH),
+        "ffn_up": weights(rng, FEED_FORWARD, WIDTH),
+        "ffn_down": down,
+    }
     for layer in range(LAYERS):
-        attention_out, down = weights(rng, WIDTH, HEADS * HEAD), weights(rng, WIDTH, FEED_FORWARD)
-        attention_out[:KEPT] = 0
-        down[:KEPT] = 0
-        block = {
-            "attn_norm": numpy.ones(WIDTH, numpy.float32),
-            "attn_q": weights(rng, HEADS * HEAD, WIDTH),
-            "attn_k": weights(rng, KV_HEADS * HEAD, WIDTH),
-            "attn_v": weights(rng, KV_HEADS * HEAD, WIDTH),
-            "attn_output": attention_out,
-            "ffn_norm": numpy.ones(WIDTH, numpy.float32),
-            "ffn_gate": weights(rng, FEED_FORWARD, WIDTH),
-            "ffn_up": weights(rng, FEED_FORWARD, WIDTH),
-            "ffn_down": down,
-        }
         for tensor, values in block.items():
             out.add_tensor(f"blk.{layer}.{tensor}.weight", values)
     out.write_header_to_file()
@@ -105,12 +111,17 @@ def write(path, name):
 
 
 def main():
-    if len(sys.argv) < 3 or sys.argv[1] in ("-h", "--help"):
-        sys.exit(__doc__)
-    folder = pathlib.Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[2:]:
-        write(str(folder / f"{name}.gguf"), name)
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--large", action="store_true")
+    arguments.add_argument("--layers", type=int, default=32)
+    arguments.add_argument("folder", type=pathlib.Path)
+    arguments.add_argument("names", nargs="+")
+    given = arguments.parse_args()
+    if given.large:
+        enlarge(given.layers)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for name in given.names:
+        write(str(given.folder / f"{name}.gguf"), name)
 
 
 main()

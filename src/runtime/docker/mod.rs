@@ -12,6 +12,7 @@ mod fetch;
 mod find;
 mod labels;
 mod logs;
+mod made;
 mod pace;
 mod place;
 mod preflight;
@@ -28,7 +29,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Arc, OnceLock};
 
 use tokio::sync::watch;
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::{Foreign, Given, Identity, LaunchSpec, LogTail, Progress, Running, RuntimeHandle};
 use crate::config::catalog::{DockerSpec, ModelSpec, RuntimeSpec, StopSpec};
@@ -37,6 +38,7 @@ use crate::scheduler::event::{Fault, FaultKind, HostUse};
 
 pub use client::Daemon;
 pub use find::{FoundAll, NamedContainer, Silent};
+pub use made::Made;
 pub use weights::Weights;
 
 /// Cheap to clone; connects lazily, so that a machine without Docker costs nothing.
@@ -47,6 +49,8 @@ pub struct DockerRuntime {
     place: Arc<place::PlaceCell>,
     follower: Arc<OnceLock<AbortOnDropHandle<()>>>,
     weights: Arc<weights::Known>,
+    /// Removals that nobody has to wait for.
+    clearing: TaskTracker,
     /// Tells what this run of Wharf sent out from what an earlier one left.
     run: Arc<str>,
 }
@@ -60,6 +64,7 @@ impl DockerRuntime {
             place: Arc::default(),
             follower: Arc::default(),
             weights: Arc::default(),
+            clearing: TaskTracker::new(),
             run: format!("{:016x}", RandomState::new().hash_one(std::process::id())).into(),
         }
     }
@@ -120,13 +125,35 @@ impl DockerRuntime {
         weights::fetch(self, model, None, progress).await
     }
 
-    /// Creates and starts the container, or starts the named one (its `fetch` stopped it if it ran).
-    pub async fn start(&self, spec: &LaunchSpec) -> Result<Running, Fault> {
-        self.connect();
-        start::start(self, spec).await
+    /// Creates the container ahead of its start, which is given it; dropped, it is removed again.
+    /// `None`: it is a named one.
+    pub async fn make(&self, spec: &LaunchSpec) -> Result<Option<Made>, Fault> {
+        start::make(self, spec).await
     }
 
-    /// `Ok`: it does not run any more, and is removed unless named. Gone already is `Ok`.
+    /// Creates and starts the container, or starts the named one (its `fetch` stopped it if it ran).
+    pub async fn start(&self, spec: &LaunchSpec) -> Result<Running, Fault> {
+        self.start_made(spec, None).await
+    }
+
+    /// As `start`, of what was made ahead, if that still fits.
+    pub async fn start_made(
+        &self,
+        spec: &LaunchSpec,
+        ahead: Option<Made>,
+    ) -> Result<Running, Fault> {
+        self.connect();
+        start::start(self, spec, ahead).await
+    }
+
+    /// Waits until what was stopped or given up is removed.
+    pub async fn cleared(&self) {
+        self.clearing.close();
+        self.clearing.wait().await;
+    }
+
+    /// `Ok`: it does not run any more, and is being removed unless named (see `cleared`). Gone
+    /// already is `Ok`.
     pub async fn stop(&self, running: &Running, stop: &StopSpec) -> Result<(), Fault> {
         match &running.handle {
             RuntimeHandle::Docker { id, named, .. } => stop::stop(self, id, *named, stop).await,

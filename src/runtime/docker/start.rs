@@ -1,99 +1,125 @@
 //! Create and start, all or nothing: what fails or is no longer wanted leaves nothing behind.
 
+use std::sync::Arc;
+
 use bollard::Docker;
 use bollard::models::{
-    ContainerInspectResponse, NetworkConnectRequest, RestartPolicyNameEnum as Restart,
+    ContainerCreateBody, ContainerInspectResponse, NetworkConnectRequest,
+    RestartPolicyNameEnum as Restart,
 };
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, ListContainersOptionsBuilder, RemoveContainerOptionsBuilder,
 };
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::client::{Client, PROMPT};
+use super::create::Networks;
 use super::errors::{self, Subject};
-use super::{DockerRuntime, create, find, labels, place, stop, watched};
-use crate::config::catalog::{DockerSpec, StopSpec};
+use super::made::{Made, Undo};
+use super::place::Place;
+use super::{DockerRuntime, create, find, labels, place, watched};
+use crate::config::catalog::DockerSpec;
 use crate::runtime::{Endpoint, LaunchSpec, Running, RuntimeHandle};
 use crate::scheduler::event::{Fault, FaultKind};
 
-/// Undoes a start unless it was handed over.
-struct Undo {
-    runtime: DockerRuntime,
-    id: String,
-    /// `Some`: a named container, which is stopped, never removed.
-    named: Option<StopSpec>,
-    armed: bool,
-}
-
-impl Undo {
-    async fn run(runtime: DockerRuntime, id: String, named: Option<StopSpec>) {
-        let result = match &named {
-            Some(stop) => stop::stop(&runtime, &id, true, stop).await,
-            None => remove(&runtime.client, &id).await,
-        };
-        if let Err(fault) = result {
-            // Its labels lead the next reconciliation to it.
-            tracing::warn!(container = id, reason = fault.message, "left a container behind");
-        }
+/// Creates the container ahead of its start. Named ones are there already.
+pub async fn make(runtime: &DockerRuntime, spec: &LaunchSpec) -> Result<Option<Made>, Fault> {
+    if super::docker_spec(&spec.model)?.container.is_some() {
+        return Ok(None);
     }
-
-    async fn now(mut self) {
-        self.armed = false;
-        Undo::run(self.runtime.clone(), self.id.clone(), self.named.take()).await;
-    }
-}
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        if self.armed {
-            tokio::spawn(Undo::run(self.runtime.clone(), self.id.clone(), self.named.take()));
-        }
-    }
-}
-
-/// The work goes on in a task of its own, since a request to Docker that is dropped half-way may
-/// still be carried out: whoever drops this future leaves a task that undoes what it did.
-pub async fn start(runtime: &DockerRuntime, spec: &LaunchSpec) -> Result<Running, Fault> {
-    let (mut reply, result) = oneshot::channel::<Result<(Running, Undo), Fault>>();
     let (runtime, spec) = (runtime.clone(), spec.clone());
-    tokio::spawn(async move {
-        let outcome = prepare(&runtime, &spec).await;
-        let outcome = match outcome {
-            Err(fault) => Err(fault),
-            Ok(undo) => {
-                let begun = tokio::select! {
-                    begun = begin(&runtime, &spec, &undo) => begun,
-                    () = reply.closed() => Err(Fault::new(FaultKind::Cancelled, "not wanted any more")),
-                };
-                match begun {
-                    Ok(running) => Ok((running, undo)),
-                    Err(fault) => {
-                        undo.now().await;
-                        Err(fault)
-                    }
-                }
+    in_a_task(|_| async move { made(&runtime, &spec).await.map(Some) }).await
+}
+
+/// Starts the container: the one that was made ahead, if it still is what is wanted.
+pub async fn start(
+    runtime: &DockerRuntime,
+    spec: &LaunchSpec,
+    ahead: Option<Made>,
+) -> Result<Running, Fault> {
+    let (runtime, spec) = (runtime.clone(), spec.clone());
+    let started = in_a_task(|waiting| async move {
+        let made = match ahead {
+            Some(ahead) => fitting(&runtime, &spec, ahead).await?,
+            None => made(&runtime, &spec).await?,
+        };
+        let begun = tokio::select! {
+            begun = begin(&runtime, &spec, &made) => begun,
+            () = waiting.closed() => {
+                Err(Fault::new(FaultKind::Cancelled, "not wanted any more"))
             }
         };
-        // Nobody there: the value is dropped, and `Undo` with it.
-        drop(reply.send(outcome));
+        match begun {
+            Ok(running) => Ok((running, made.undo)),
+            Err(fault) => {
+                made.undo.now().await;
+                Err(fault)
+            }
+        }
     });
-    let lost = || Fault::new(FaultKind::Internal, "the task that starts a container ended early");
-    let (running, mut undo) = result.await.map_err(|_| lost())??;
+    let (running, mut undo) = started.await?;
     undo.armed = false;
     Ok(running)
 }
 
+/// The work goes on in a task of its own, since a request to Docker that is dropped half-way may
+/// still be carried out: whoever drops this future leaves a task that undoes what it did. `work`
+/// gets what tells whether anybody waits still.
+async fn in_a_task<T, W>(work: impl FnOnce(mpsc::Sender<()>) -> W) -> Result<T, Fault>
+where
+    T: Send + 'static,
+    W: Future<Output = Result<T, Fault>> + Send + 'static,
+{
+    let (wanted, _waiting) = mpsc::channel(1);
+    let work = work(wanted);
+    let (reply, result) = oneshot::channel();
+    // Nobody there: the value is dropped, and `Undo` with it.
+    tokio::spawn(async move { drop(reply.send(work.await)) });
+    let lost = |_| Fault::new(FaultKind::Internal, "the task of a container ended early");
+    result.await.map_err(lost)?
+}
+
+/// Between its creation and its start the model's place may have changed.
+async fn fitting(runtime: &DockerRuntime, spec: &LaunchSpec, ahead: Made) -> Result<Made, Fault> {
+    let (body, _) = wanted(runtime, spec).await?;
+    if ahead.body.as_ref() == Some(&body) {
+        return Ok(ahead);
+    }
+    ahead.undo.now().await;
+    made(runtime, spec).await
+}
+
 /// Creates the container, or finds the named one.
-async fn prepare(runtime: &DockerRuntime, spec: &LaunchSpec) -> Result<Undo, Fault> {
+async fn made(runtime: &DockerRuntime, spec: &LaunchSpec) -> Result<Made, Fault> {
     let docker_spec = super::docker_spec(&spec.model)?;
-    let (id, named) = match &docker_spec.container {
-        Some(name) => {
-            let container = inspect_named(&runtime.client, name).await?;
-            (container.id.unwrap_or_default(), Some(spec.model.stop.clone()))
-        }
-        None => (create(runtime, spec, docker_spec).await?, None),
+    let undo = |id, named| Undo { runtime: runtime.clone(), id, named, armed: true };
+    let Some(name) = &docker_spec.container else {
+        let (body, networks) = wanted(runtime, spec).await?;
+        let id = create(runtime, spec, docker_spec, &body, networks).await?;
+        let undo = undo(id, None);
+        let docker = runtime.client.docker().await?;
+        // Its image may bring an environment, too.
+        let container =
+            runtime.client.within(PROMPT, docker.inspect_container(&undo.id, None)).await?;
+        let secrets = find::secrets(&container).and(spec.api_key.key());
+        return Ok(Made { undo, body: Some(body), secrets, earlier_run: None });
     };
-    Ok(Undo { runtime: runtime.clone(), id, named, armed: true })
+    let container = inspect_named(&runtime.client, name).await?;
+    let secrets = find::secrets(&container).and(spec.api_key.key());
+    let earlier_run = container.state.and_then(|state| state.finished_at);
+    let undo = undo(container.id.unwrap_or_default(), Some(spec.model.stop.clone()));
+    Ok(Made { undo, body: None, secrets, earlier_run })
+}
+
+async fn wanted(
+    runtime: &DockerRuntime,
+    spec: &LaunchSpec,
+) -> Result<(ContainerCreateBody, Networks), Fault> {
+    let docker_spec = super::docker_spec(&spec.model)?;
+    let daemon = runtime.client.daemon().await?;
+    let place = runtime.place.get(&runtime.client).await?;
+    let body = create::body(spec, docker_spec, &daemon, place);
+    Ok((body, create::networks(docker_spec, place)))
 }
 
 /// The container named in the configuration, if Wharf may manage it.
@@ -139,23 +165,22 @@ async fn create(
     runtime: &DockerRuntime,
     spec: &LaunchSpec,
     docker_spec: &DockerSpec,
+    body: &ContainerCreateBody,
+    networks: Networks,
 ) -> Result<String, Fault> {
     let client = &runtime.client;
     let docker = client.docker().await?;
-    let daemon = client.daemon().await?;
-    let place = runtime.place.get(client).await?;
     let name = create::container_name(&spec.identity);
-    let body = create::body(spec, docker_spec, &daemon, place);
     let options = CreateContainerOptionsBuilder::new().name(&name).build();
     let mut created = docker.create_container(Some(options.clone()), body.clone()).await;
     if let Err(error) = &created
         && is_name_conflict(error)
     {
         clear_name(client, &docker, spec, &name).await?;
-        created = docker.create_container(Some(options), body).await;
+        created = docker.create_container(Some(options), body.clone()).await;
     }
     let id = created.map_err(|error| refused(client, spec, docker_spec, &error))?.id;
-    if let Some(second) = create::networks(docker_spec, place).second {
+    if let Some(second) = networks.second {
         let request = NetworkConnectRequest { container: id.clone(), endpoint_config: None };
         if let Err(error) = docker.connect_network(&second, request).await {
             let fault = refused(client, spec, docker_spec, &error);
@@ -211,16 +236,13 @@ fn refused(
     errors::start_fault(client.host(), subject(spec, docker_spec), error)
 }
 
-/// Starts what `prepare` made, and finds out where it is reached.
-async fn begin(runtime: &DockerRuntime, spec: &LaunchSpec, undo: &Undo) -> Result<Running, Fault> {
-    let client = &runtime.client;
+/// Starts what was made, and finds out where it is reached.
+async fn begin(runtime: &DockerRuntime, spec: &LaunchSpec, made: &Made) -> Result<Running, Fault> {
+    let (client, id) = (&runtime.client, &made.undo.id);
     let docker_spec = super::docker_spec(&spec.model)?;
     let docker = client.docker().await?;
     let place = runtime.place.get(client).await?;
-    let before = client.within(PROMPT, docker.inspect_container(&undo.id, None)).await?;
-    let secrets = find::secrets(&before).and(spec.api_key.key());
-    let earlier_run = before.state.and_then(|state| state.finished_at);
-    if let Err(error) = docker.start_container(&undo.id, None).await {
+    if let Err(error) = docker.start_container(id, None).await {
         let mut fault = refused(client, spec, docker_spec, &error);
         if fault.kind == FaultKind::PortTaken
             && let Some(name) = publisher(&docker, spec.port).await
@@ -230,24 +252,39 @@ async fn begin(runtime: &DockerRuntime, spec: &LaunchSpec, undo: &Undo) -> Resul
         return Err(fault);
     }
     // Watched only now: a container that was not yet started looks like one that ended.
-    let (log, exit) = runtime.watched.watch(client, &undo.id, earlier_run.as_deref(), secrets);
-    let container = client.within(PROMPT, docker.inspect_container(&undo.id, None)).await?;
+    let earlier_run = made.earlier_run.as_deref();
+    let (log, exit) = runtime.watched.watch(client, id, earlier_run, made.secrets.clone());
+    let running = |base: String, name: String| Running {
+        identity: spec.identity.clone(),
+        endpoint: Endpoint::new(base, spec.api_key.key()),
+        handle: RuntimeHandle::Docker { id: id.clone(), name, named: made.undo.named.is_some() },
+        log: log.clone(),
+        exit: exit.clone(),
+    };
+    if published_by_us(made, place) {
+        // Known without another question to Docker; should it have ended at once, this look tells.
+        let (watched, client, id) = (Arc::clone(&runtime.watched), client.clone(), id.clone());
+        tokio::spawn(async move { watched.look(&client, &id, None).await });
+        let base = format!("http://127.0.0.1:{}", spec.port);
+        return Ok(running(base, create::container_name(&spec.identity)));
+    }
+    let container = client.within(PROMPT, docker.inspect_container(id, None)).await?;
     let base = match container.state.as_ref().and_then(watched::ended) {
         None => place::endpoint(client, place, &container, spec.container_port).await?,
         // Ended at once, and so has no address; its exit and its log tell why.
         Some(report) => {
-            runtime.watched.ended(&undo.id, report).await;
+            runtime.watched.ended(id, report).await;
             format!("http://127.0.0.1:{}", spec.port)
         }
     };
     let name = container.name.unwrap_or_default().trim_start_matches('/').to_owned();
-    Ok(Running {
-        identity: spec.identity.clone(),
-        endpoint: Endpoint::new(base, spec.api_key.key()),
-        handle: RuntimeHandle::Docker { id: undo.id.clone(), name, named: undo.named.is_some() },
-        log,
-        exit,
-    })
+    Ok(running(base, name))
+}
+
+/// On this machine's loopback, by the port that we chose.
+fn published_by_us(made: &Made, place: &Place) -> bool {
+    let ours = made.body.as_ref().and_then(|body| body.host_config.as_ref());
+    *place == Place::Host && ours.is_some_and(|host| host.port_bindings.is_some())
 }
 
 /// Name of the running container that publishes a host port.

@@ -19,7 +19,7 @@ use crate::scheduler::event::{Fault, FaultKind};
 const DEATH: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(100);
 
-/// `Ok`: the container does not run (any more), and is removed unless it is a named one.
+/// `Ok`: the container does not run (any more), and is being removed unless it is a named one.
 ///
 /// Docker's own stop call is not used: before API 1.42 it cannot be told the signal, and its
 /// answer comes only after the whole grace.
@@ -45,12 +45,17 @@ pub async fn stop(
             ));
         }
     }
-    // Before the removal, while the exit code can still be read.
-    runtime.watched.look(client, id, None).await;
-    if !named && let Err(fault) = start::remove(client, id).await {
-        // It does not run, so its memory is on its way; the leftover goes at the next start.
-        tracing::warn!(container = id, reason = fault.message, "stopped but not removed");
-    }
+    // It does not run, so its memory is on its way: nobody has to wait for the rest.
+    let (runtime, id) = (runtime.clone(), id.to_owned());
+    let clearing = runtime.clearing.clone();
+    clearing.spawn(async move {
+        // Before the removal, while the exit code can still be read.
+        runtime.watched.look(&runtime.client, &id, None).await;
+        if !named && let Err(fault) = start::remove(&runtime.client, &id).await {
+            // The leftover goes at the next start.
+            tracing::warn!(container = id, reason = fault.message, "stopped but not removed");
+        }
+    });
     Ok(())
 }
 

@@ -3,17 +3,19 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use super::command::{INSTALLATION, INSTANCE};
+use super::pidfd::ExitWatch;
 use super::procfs::{self, Stat};
 use crate::runtime::Identity;
 
-/// Between two looks at /proc, growing from the first to the second.
-const LOOK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+/// Between two SIGKILLs, for those who were forked meanwhile.
+const KILL_EVERY: Duration = Duration::from_millis(100);
 
 /// The processes of one instance: its group, whoever carries its identity, and their descendants.
 #[derive(Clone, Debug)]
@@ -35,8 +37,9 @@ impl Group {
     }
 
     /// Those that still live.
-    pub fn members(&self) -> Vec<Stat> {
+    fn members(&self) -> Vec<Stat> {
         let all = procfs::all();
+        self.reap_orphans(&all);
         // While the leader exists, be it as a zombie, its pid and so the group's number cannot
         // have passed to strangers. Without it, only the environment tells.
         let group_is_ours =
@@ -64,11 +67,13 @@ impl Group {
 
     /// Signals every member. Returns how many there were.
     pub async fn signal(&self, signal: Signal) -> usize {
+        // Its group at once (in one call, so that no fork slips through between two); looking for
+        // members outside it takes a while. As long as the leader is there, the number is ours.
+        let at_once = self.leader_is_there() && self.signal_group(signal);
         let members = self.members_now().await;
         let in_group = members.iter().any(|stat| stat.group == self.leader);
-        if in_group && let Ok(group) = i32::try_from(self.leader) {
-            // One call, so that no fork slips through between two.
-            let _ = killpg(Pid::from_raw(group), signal);
+        if in_group && !at_once {
+            self.signal_group(signal);
         }
         for stat in members.iter().filter(|stat| stat.group != self.leader) {
             if let Ok(pid) = i32::try_from(stat.pid) {
@@ -76,21 +81,33 @@ impl Group {
                 let _ = kill(Pid::from_raw(pid), signal);
             }
         }
-        members.len()
+        members.len().max(usize::from(at_once))
+    }
+
+    fn leader_is_there(&self) -> bool {
+        let leader = procfs::stat(self.leader);
+        leader.is_some_and(|stat| stat.start_ticks == self.start_ticks && !stat.is_gone())
+    }
+
+    fn signal_group(&self, signal: Signal) -> bool {
+        i32::try_from(self.leader).is_ok_and(|group| killpg(Pid::from_raw(group), signal).is_ok())
     }
 
     /// Waits until no member is left; `false` at the deadline.
     pub async fn gone_by(&self, deadline: Instant) -> bool {
-        let mut pause = LOOK.0;
         loop {
-            if self.members_now().await.is_empty() {
+            let members = self.members_now().await;
+            if members.is_empty() {
                 return true;
             }
             if Instant::now() >= deadline {
                 return false;
             }
-            tokio::time::sleep_until(deadline.min(Instant::now() + pause)).await;
-            pause = (pause * 2).min(LOOK.1);
+            // Whether new ones were forked meanwhile shows at the next look.
+            let watches: Vec<ExitWatch> =
+                members.iter().map(|stat| ExitWatch::open(stat.pid, stat.start_ticks)).collect();
+            let all_ended = join_all(watches.iter().map(ExitWatch::exited));
+            let _ = timeout_at(deadline, all_ended).await;
         }
     }
 
@@ -102,7 +119,7 @@ impl Group {
             if self.signal(Signal::SIGKILL).await == 0 {
                 return Ok(());
             }
-            let round = deadline.min(Instant::now() + LOOK.1);
+            let round = deadline.min(Instant::now() + KILL_EVERY);
             if self.gone_by(round).await {
                 return Ok(());
             }
@@ -114,10 +131,10 @@ impl Group {
 
     /// Takes away dead workers that fell to us when their leader died: to Wharf as the first
     /// process of a container. Everywhere else init does it.
-    pub fn reap_orphans(&self) {
+    fn reap_orphans(&self, all: &[Stat]) {
         let dead = |stat: &Stat| stat.is_gone() && stat.group == self.leader;
         let ours = |stat: &Stat| stat.parent == std::process::id() && stat.pid != self.leader;
-        for stat in procfs::all().iter().filter(|stat| dead(stat) && ours(stat)) {
+        for stat in all.iter().filter(|stat| dead(stat) && ours(stat)) {
             if let Ok(pid) = i32::try_from(stat.pid) {
                 let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
             }

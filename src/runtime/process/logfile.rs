@@ -19,6 +19,8 @@ const DISK_BYTES_KEPT: u64 = 1 << 20;
 const REREAD_BYTES: u64 = 128 << 10;
 /// Read at most per call, so that a chatty engine does not hold up the look-out for its exit.
 const READ_BYTES_MAX: usize = 1 << 20;
+/// Of those, at a stretch: no word comes of what was written before.
+const READS_MAX: u32 = 16;
 /// A line that does not end is cut here.
 const LINE_BYTES_MAX: usize = 8 << 10;
 /// Logs of ended instances kept for their readers.
@@ -58,6 +60,7 @@ pub fn prune(dir: &Path, is_live: impl Fn(InstanceId) -> bool) {
 
 #[derive(Debug)]
 pub struct Tail {
+    path: PathBuf,
     file: File,
     offset: u64,
     partial: Vec<u8>,
@@ -68,7 +71,7 @@ impl Tail {
     /// Follows the file from its beginning.
     pub fn open(path: &Path, log: LogTail) -> io::Result<Tail> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
-        Ok(Tail { file, offset: 0, partial: Vec::new(), log })
+        Ok(Tail { path: path.to_owned(), file, offset: 0, partial: Vec::new(), log })
     }
 
     /// Follows the file of an adopted instance, from its last full lines.
@@ -83,6 +86,20 @@ impl Tail {
             tail.offset += cut as u64;
         }
         Ok(tail)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads what is new, to its end or until much was read.
+    pub fn read_all(&mut self) -> io::Result<()> {
+        for _ in 0..READS_MAX {
+            if !self.read_new()? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Reads what is new. Returns whether there was anything.

@@ -11,6 +11,7 @@ mod logfile;
 mod pidfd;
 pub(crate) mod procfs;
 mod supervise;
+mod written;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,13 +26,14 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use tokio::process::Child;
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use self::group::Group;
 use self::logfile::Tail;
 use self::pidfd::ExitWatch;
 pub use self::procfs::Occupant;
 use self::supervise::Supervised;
+use self::written::Written;
 use super::host_use;
 use super::redact::Secrets;
 use super::{Endpoint, Found, Given, Identity, LaunchSpec, LogTail, Running, RuntimeHandle};
@@ -168,10 +170,16 @@ impl ProcessRuntime {
         let group = Group::new(pid, start_ticks, &running.identity);
         let deadline = Instant::now() + stop.grace;
         if group.signal(stop_signal(&stop.signal)).await > 0 {
-            // The pidfd tells at once, and costs nothing while the engine drains.
-            let leader = ExitWatch::open(pid, start_ticks);
-            let _ = tokio::time::timeout_at(deadline, leader.exited()).await;
-            if !group.gone_by(deadline).await {
+            let mut exit = running.exit.clone();
+            let gone = match &stopping {
+                // Its supervisor reports when the last member is gone and the leader is reaped.
+                Some(_) => {
+                    let reported = timeout_at(deadline, exit.wait_for(Option::is_some)).await;
+                    matches!(reported, Ok(Ok(_)))
+                }
+                None => group.gone_by(deadline).await,
+            };
+            if !gone {
                 group.kill(KILL_LIMIT).await.map_err(|left| {
                     let message = |left: &str| {
                         format!(
@@ -231,6 +239,12 @@ impl ProcessRuntime {
         group::pids_of(leader)
     }
 
+    /// Whether this one process, and nobody beside it, listens on a TCP port of this host.
+    pub async fn listens_alone(&self, pid: u32, port: u16) -> bool {
+        let look = tokio::task::spawn_blocking(move || procfs::listens_alone(pid, port));
+        look.await.unwrap_or_default()
+    }
+
     /// Who listens on a TCP port of this host; empty where nobody does or it may not be seen.
     pub async fn listeners(&self, port: u16) -> Vec<Occupant> {
         tokio::task::spawn_blocking(move || procfs::listeners(port)).await.unwrap_or_default()
@@ -256,6 +270,7 @@ impl ProcessRuntime {
             watch: ExitWatch::open(leader.0, leader.1),
             group: Group::new(leader.0, leader.1, &identity),
             child,
+            written: tail.as_ref().map(|tail| Written::watch(tail.path())),
             tail,
             log: log.clone(),
             live,

@@ -53,7 +53,7 @@ impl ExitWatch {
     }
 }
 
-fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
     // SAFETY: an `OwnedFd` gives the same open descriptor until it is dropped, and `AsyncFd`,
     // which owns it from here, deregisters it before that.

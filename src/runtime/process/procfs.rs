@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 
 use crate::runtime::redact::Secrets;
 
@@ -127,17 +128,40 @@ impl std::fmt::Display for Occupant {
     }
 }
 
+/// Whether every socket that listens on `port` is one of this process: the usual case, told
+/// without a look at everybody.
+pub fn listens_alone(pid: u32, port: u16) -> bool {
+    let mut wanted = sockets_on(port);
+    if wanted.is_empty() {
+        return false;
+    }
+    for fd in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+        if let Ok(link) = fs::read_link(fd.path())
+            && let Some(link) = link.to_str()
+        {
+            wanted.remove(link);
+        }
+    }
+    wanted.is_empty()
+}
+
+/// Those that listen, as links in /proc/PID/fd show them.
+fn sockets_on(port: u16) -> BTreeSet<String> {
+    let mut inodes = BTreeSet::new();
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let Ok(table) = fs::File::open(table) else { continue };
+        inodes.extend(listening_inodes(BufReader::new(table).lines().map_while(Result::ok), port));
+    }
+    inodes.iter().map(|inode| format!("socket:[{inode}]")).collect()
+}
+
 /// Who listens on `port`, on any address. Empty where nobody does or where the owner may not be
 /// seen (another user's process). Several, where a socket is shared.
 pub fn listeners(port: u16) -> Vec<Occupant> {
-    let mut inodes = BTreeSet::new();
-    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
-        inodes.extend(listening_inodes(&fs::read_to_string(table).unwrap_or_default(), port));
-    }
-    if inodes.is_empty() {
+    let links = sockets_on(port);
+    if links.is_empty() {
         return Vec::new();
     }
-    let links: BTreeSet<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
     pids()
         .filter(|pid| {
             let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
@@ -150,18 +174,19 @@ pub fn listeners(port: u16) -> Vec<Occupant> {
         .collect()
 }
 
-fn listening_inodes(table: &str, port: u16) -> Vec<u64> {
+/// The kernel lists those that listen first; behind them may come the connections of a busy machine.
+fn listening_inodes(table: impl Iterator<Item = String>, port: u16) -> Vec<u64> {
     const LISTEN: &str = "0A";
     table
-        .lines()
         .skip(1)
-        .filter_map(|line| {
+        .map_while(|line| {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
-            let listens =
-                *fields.get(3)? == LISTEN && u16::from_str_radix(local_port, 16).ok()? == port;
-            listens.then(|| fields.get(9)?.parse().ok())?
+            let is_ours = u16::from_str_radix(local_port, 16).ok()? == port;
+            let inode = is_ours.then(|| fields.get(9)?.parse().ok()).flatten();
+            (*fields.get(3)? == LISTEN).then_some(inode)
         })
+        .flatten()
         .collect()
 }
 
@@ -208,7 +233,10 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("an address").port();
         assert!(listeners(port).iter().any(|occupant| occupant.pid == std::process::id()));
+        assert!(listens_alone(std::process::id(), port));
+        assert!(!listens_alone(1, port), "somebody else does");
         drop(listener);
+        assert!(!listens_alone(std::process::id(), port));
         assert!(!listeners(port).iter().any(|occupant| occupant.pid == std::process::id()));
     }
 
@@ -217,7 +245,8 @@ mod tests {
         let table = "  sl  local_address rem_address   st\n\
             0: 0100007F:4653 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 77 1\n\
             1: 0100007F:4653 0100007F:D3C2 01 00000000:00000000 00:00000000 00000000     0        0 78 1";
-        assert_eq!(listening_inodes(table, 0x4653), [77]);
-        assert_eq!(listening_inodes(table, 0x4654), Vec::<u64>::new());
+        let inodes = |port| listening_inodes(table.lines().map(str::to_owned), port);
+        assert_eq!(inodes(0x4653), [77]);
+        assert_eq!(inodes(0x4654), Vec::<u64>::new());
     }
 }

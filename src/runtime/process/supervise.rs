@@ -13,10 +13,13 @@ use super::group::Group;
 use super::logfile::Tail;
 use super::pidfd::ExitWatch;
 use super::procfs;
+use super::written::Written;
 use crate::runtime::{ExitReport, LogTail};
 
-/// Between two looks at the log: short while it grows, long while it is silent.
-const LOG_LOOK: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(200));
+/// A log that is written to all the time is read in pieces of so long.
+const LOG_PAUSE: Duration = Duration::from_millis(5);
+/// The counter of memory kills is read, and the log looked at in any case, after this time.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// What workers get to follow a leader that ended by itself.
 const STRAGGLER_GRACE: Duration = Duration::from_millis(250);
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -30,6 +33,7 @@ pub struct Supervised {
     /// `None`: adopted, so that its exit code goes to another parent.
     pub child: Option<Child>,
     pub tail: Option<Tail>,
+    pub written: Option<Written>,
     pub log: LogTail,
     pub live: Arc<Live>,
     pub exit: watch::Sender<Option<ExitReport>>,
@@ -40,8 +44,6 @@ impl Supervised {
         let oom_kills_before = self.until_exit().await;
         // The leader is a zombie now and still holds its pid, by which its group is known.
         self.clear_stragglers().await;
-        let group = self.group.clone();
-        let _ = tokio::task::spawn_blocking(move || group.reap_orphans()).await;
         if let Some(mut tail) = self.tail.take() {
             let _ = tokio::task::spawn_blocking(move || tail.finish()).await;
         }
@@ -62,15 +64,21 @@ impl Supervised {
     /// Feeds the log until the leader ended. Returns the kernel's count of memory kills shortly
     /// before.
     async fn until_exit(&mut self) -> Option<u64> {
-        let mut pause = LOG_LOOK.0;
         let mut counted = (Instant::now(), procfs::oom_kills());
         let mut counted_before = counted.1;
         loop {
+            let written = async {
+                match &mut self.written {
+                    Some(written) => written.changed(LOOK_EVERY).await,
+                    None => tokio::time::sleep(LOOK_EVERY).await,
+                }
+                tokio::time::sleep(LOG_PAUSE).await;
+            };
             tokio::select! {
                 () = self.watch.exited() => return counted_before,
-                () = tokio::time::sleep(pause) => {}
+                () = written => {}
             }
-            pause = if self.read_log().await { LOG_LOOK.0 } else { (pause * 2).min(LOG_LOOK.1) };
+            self.read_log().await;
             if counted.0.elapsed() >= OOM_LOOK {
                 counted_before = counted.1;
                 counted = (Instant::now(), procfs::oom_kills());
@@ -78,23 +86,19 @@ impl Supervised {
         }
     }
 
-    async fn read_log(&mut self) -> bool {
-        let Some(mut tail) = self.tail.take() else { return false };
+    async fn read_log(&mut self) {
+        let Some(mut tail) = self.tail.take() else { return };
         // Off the async threads: the state folder may lie on a slow disk.
         let read = tokio::task::spawn_blocking(move || {
-            let read = tail.read_new();
+            let read = tail.read_all();
             (tail, read)
         });
         match read.await {
-            Ok((tail, Ok(read))) => {
-                self.tail = Some(tail);
-                read
-            }
+            Ok((tail, Ok(()))) => self.tail = Some(tail),
             Ok((_, Err(error))) => {
                 self.log.push(&format!("[wharf] this log cannot be read any more: {error}"));
-                false
             }
-            Err(_) => false,
+            Err(_) => {}
         }
     }
 

@@ -49,6 +49,9 @@ impl Scheduler {
         if let Some(instance) = self.instances.get_mut(&instance) {
             instance.gpus = plan.gpus;
         }
+        if !plan.victims.is_empty() {
+            self.emit_prepare(id);
+        }
         for victim in plan.victims {
             self.begin_drain(victim.instance, id, victim.busy);
         }

@@ -27,7 +27,7 @@ use super::placement::{Plan, Victim};
 use super::policy::{Candidate, Urgency};
 use super::record::{Eviction, Phase, SwapCause, SwapKind, SwapOutcome, SwapRecord};
 use super::residency::{Instance, Move, MoveKind, Residency};
-use crate::units::{GpuId, InstanceId, ModelName, SwapId, Time};
+use crate::units::{Bytes, GpuId, InstanceId, ModelName, SwapId, Time};
 
 /// A fetch that takes longer gives its GPUs free for others meanwhile.
 pub(in crate::scheduler) const FETCH_CLAIM: Duration = Duration::from_secs(1);
@@ -415,7 +415,7 @@ impl Scheduler {
         let proof = self.world.proof;
         let Some(swap) = self.swaps.get(&id) else { return };
         let ram = self.is_ram_sampled()
-            && self.catalog.model(&swap.model).is_some_and(|spec| spec.ram.is_some());
+            && self.catalog.model(&swap.model).is_some_and(|spec| self.ram_of(spec) > Bytes::ZERO);
         let Some(swap) = self.swaps.get_mut(&id).filter(|s| (proof || ram) && !s.watching) else {
             return;
         };

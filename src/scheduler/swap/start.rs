@@ -10,12 +10,35 @@ use super::super::memory::{UNSEEN, uses_gpu};
 use super::super::record::{Phase, SwapCause, SwapOutcome};
 use super::super::residency::{Instance, Move, MoveKind, Residency};
 use crate::config::catalog::Vram;
-use crate::units::{Bytes, InstanceId, SwapId};
+use crate::units::{Bytes, GpuId, InstanceId, SwapId};
 
 /// The effect reports its own timeout; this much later we stop believing that it will.
 const REPORT_GRACE: Duration = Duration::from_secs(15);
 
 impl Scheduler {
+    /// Ahead of the decision, for what takes a while and needs no room. A sleeper has it all.
+    pub(super) fn emit_prepare(&mut self, id: SwapId) {
+        let Some(swap) = self.swaps.get(&id) else { return };
+        let Some(target) = self.instances.get(&swap.instance) else { return };
+        if target.is_sleeping() {
+            return;
+        }
+        let gpus: Vec<GpuId> = swap.gpus.iter().copied().filter(|&g| g != UNSEEN).collect();
+        let least = gpus.iter().filter_map(|&gpu| self.need(&target.spec, gpu)).map(|n| n.bytes);
+        let least = least.min().unwrap_or_default();
+        let footprint = self.told_footprint(target, least);
+        let instance = target.id;
+        self.emit(Action::Prepare { swap: id, instance, gpus, footprint });
+    }
+
+    /// `None`: unknown, it has the GPUs alone.
+    fn told_footprint(&self, target: &Instance, footprint: Bytes) -> Option<Bytes> {
+        let alone = target.spec.vram == Vram::Unknown
+            && self.models.get(&target.model).is_none_or(|m| m.learned.footprint.is_none());
+        let known = uses_gpu(&target.spec) && !alone && footprint > Bytes(1);
+        known.then(|| told(&target.spec, footprint))
+    }
+
     /// The decision: from here the bytes are promised.
     pub(super) fn emit_start(&mut self, id: SwapId, footprint: Bytes) {
         let now = self.now;
@@ -29,12 +52,11 @@ impl Scheduler {
             self.call_company(&model);
         }
         let ram = self.catalog.model(&model).map_or(Bytes::ZERO, |spec| self.ram_of(spec));
+        let told = self.instances.get(&instance).and_then(|i| self.told_footprint(i, footprint));
         let Some(target) = self.instances.get_mut(&instance) else { return };
         let ceiling = target.spec.start_timeout;
         let deadline = now + ceiling.unwrap_or(self.catalog.settings.swap.start_timeout);
         let wakes = target.is_sleeping();
-        let alone = target.spec.vram == Vram::Unknown
-            && self.models.get(&model).is_none_or(|m| m.learned.footprint.is_none());
         (target.launched, target.unvouched) = (true, true);
         if !wakes {
             target.ram_own = ram;
@@ -43,8 +65,6 @@ impl Scheduler {
         if uses_gpu(&target.spec) {
             target.promise = Some(footprint);
         }
-        let told = told(&target.spec, footprint);
-        let known = uses_gpu(&target.spec) && !alone && footprint > Bytes(1);
         if wakes {
             target.enter(Residency::Waking, now);
             self.set_moving(instance, MoveKind::Wake, id, deadline + REPORT_GRACE);
@@ -57,7 +77,7 @@ impl Scheduler {
             instance,
             model,
             gpus: gpus.into_iter().filter(|&g| g != UNSEEN).collect(),
-            footprint: known.then_some(told),
+            footprint: told,
             deadline,
         });
     }

@@ -113,6 +113,11 @@ impl Sim {
         self.log.iter().position(|(_, action)| of(action))
     }
 
+    /// When each such action came.
+    pub fn times(&self, of: impl Fn(&Action) -> bool) -> Vec<Time> {
+        self.log.iter().filter(|(_, action)| of(action)).map(|(at, _)| *at).collect()
+    }
+
     pub fn count(&self, of: impl Fn(&Action) -> bool) -> usize {
         self.log.iter().filter(|(_, action)| of(action)).count()
     }

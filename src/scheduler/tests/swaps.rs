@@ -58,3 +58,23 @@ fn models_that_fit_together_stay_together() {
     assert_eq!((sim.served_by(a), sim.served_by(b)), (Some("a"), Some("b")));
     assert_eq!(sim.count(|a| matches!(a, Action::StopInstance { .. })), 0);
 }
+
+#[test]
+fn all_who_leave_are_stopped_at_once_and_the_next_is_prepared_meanwhile() {
+    let models = vec![spec("a", 10), spec("b", 10), spec("c", 20)];
+    let mut sim = Sim::new(catalog(models), &[24]);
+    let first = [sim.request("a"), sim.request("b")];
+    sim.run_secs(5);
+    for request in first {
+        sim.finish(request);
+    }
+    assert_eq!(sim.count(|a| matches!(a, Action::Prepare { .. })), 0, "nobody had to leave");
+    sim.run_secs(60);
+    let third = sim.request("c");
+    sim.run_secs(10);
+    assert_eq!(sim.served_by(third), Some("c"));
+    let stops = sim.times(|a| matches!(a, Action::StopInstance { .. }));
+    assert!(stops.len() == 2 && stops[0] == stops[1], "{stops:?}");
+    let prepared = sim.times(|a| matches!(a, Action::Prepare { .. }));
+    assert!(prepared.len() == 1 && prepared[0] <= stops[0], "{prepared:?}");
+}

@@ -325,6 +325,7 @@ impl Sim {
                 assert!(self.answers.insert(ask, answer).is_none(), "answered twice");
             }
             Action::WatchMemory { .. }
+            | Action::Prepare { .. }
             | Action::UnwatchMemory { .. }
             | Action::Record(_)
             | Action::Remember { .. }

@@ -26,6 +26,7 @@ impl Checker {
                 self.preflight(*swap, *instance, model, gpus);
             }
             Action::Fetch { swap, instance, .. } => self.fetch(*swap, *instance),
+            Action::Prepare { swap, instance, .. } => self.prepare(*swap, *instance),
             Action::StartInstance { swap, instance, model, gpus, footprint, deadline } => {
                 self.counts.starts += 1;
                 self.require(deadline.0 > now, || format!("{instance} starts past its deadline"));

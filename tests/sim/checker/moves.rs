@@ -36,6 +36,16 @@ impl Checker {
         self.begin_move(Move::Fetch, swap, instance);
     }
 
+    /// Only for a start that has not begun, of a swap that goes on. (The one retry of a start is a new
+    /// instance, which nobody has heard of: nothing is prepared for it.)
+    pub(super) fn prepare(&mut self, swap: SwapId, instance: InstanceId) {
+        let ended = self.ended.contains(&swap);
+        self.require(!ended, || format!("{instance} is prepared for {swap}, which has ended"));
+        let Some(known) = self.insts.get(&instance) else { return };
+        let early = known.preflight && !known.launched && known.under_way.is_none();
+        self.require(early, || format!("{instance} is prepared, but it is no start to come"));
+    }
+
     fn begin_move(&mut self, what: Move, swap: SwapId, instance: InstanceId) {
         let Some(known) = self.existing(instance, "a move") else { return };
         let busy = known.under_way;
