@@ -117,7 +117,7 @@ fn round(
     let gateway: u16 = server.talk.gateway.rsplit(':').next().context("a port")?.parse()?;
     // Whoever was there before is gone: nobody maps the file any more.
     let answer = raw::chat(gateway, "before")?;
-    ensure!(answer.status == 200, "{answer:?}");
+    ensure!(answer.status == 200, "{}", answer.text);
     cache(gguf, case.cached)?;
     let body = raw::chat_body("before", true, DRAIN_TOKENS);
     let mut stream = raw::send(gateway, "POST", "/v1/chat/completions", &body)?;

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Debug)]
-#[expect(dead_code, reason = "each benchmark uses a part of this")]
 pub struct Answer {
     pub status: u16,
     pub first_byte: Instant,

@@ -132,7 +132,7 @@ fn measure(
     for at in 0..swaps + WARM_UP {
         let name = NAMES[at % 2];
         let (began, sent) = (Instant::now(), raw::chat(gateway, name)?);
-        ensure!(sent.status == 200, "{name}: {sent:?}");
+        ensure!(sent.status == 200, "{name}: {}", sent.text);
         let wall = sent.first_byte.duration_since(began);
         // Once more, now that it is ready: what its answer takes.
         let (began, again) = (Instant::now(), raw::chat(gateway, name)?);
