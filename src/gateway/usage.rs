@@ -99,27 +99,29 @@ impl Meter {
 /// The last bytes of an answer, and what its first ones told.
 #[derive(Debug, Default)]
 pub struct Ends {
-    tail: Vec<u8>,
+    /// Of an answer in one piece, that piece.
+    tail: Bytes,
     /// llama.cpp writes the usage of embeddings and rankings before their numbers.
     early: Option<Usage>,
     looked: bool,
 }
 
 impl Ends {
-    fn keep(&mut self, data: &[u8]) {
+    fn keep(&mut self, data: &Bytes) {
         let surplus = (self.tail.len() + data.len()).saturating_sub(TAIL_BYTES);
         if surplus > 0 && !self.looked {
             self.looked = true;
-            let first: Vec<u8> = self.tail.iter().chain(data).copied().take(HEAD_BYTES).collect();
+            let first: Vec<u8> =
+                self.tail.iter().chain(data.iter()).copied().take(HEAD_BYTES).collect();
             self.early = last_value(&first, &USAGE);
         }
-        if data.len() >= TAIL_BYTES {
-            self.tail.clear();
-            self.tail.extend_from_slice(&data[data.len() - TAIL_BYTES..]);
-            return;
-        }
-        self.tail.drain(..surplus);
-        self.tail.extend_from_slice(data);
+        self.tail = if surplus == 0 && self.tail.is_empty() {
+            data.clone()
+        } else {
+            let from = surplus.min(self.tail.len());
+            let (before, now) = (&self.tail[from..], &data[surplus - from..]);
+            [before, now].concat().into()
+        };
     }
 
     fn figures(&self) -> Option<Figures> {

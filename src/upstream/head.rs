@@ -97,17 +97,32 @@ fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
     let status = head.code.and_then(|code| StatusCode::from_u16(code).ok());
     let status = status.ok_or("its answer has no status of HTTP")?;
     let mut found = HeaderMap::with_capacity(head.headers.len() + 4);
+    let (mut keep_alive, mut close) = (head.version != Some(0), false);
     for header in head.headers.iter() {
+        // Nearly every answer says one of them, and it concerns nobody else.
+        if header.name.eq_ignore_ascii_case("connection") {
+            let word = header.value.trim_ascii();
+            if word.eq_ignore_ascii_case(b"keep-alive") {
+                keep_alive = true;
+                continue;
+            }
+            if word.eq_ignore_ascii_case(b"close") {
+                close = true;
+                continue;
+            }
+        }
         let name = HeaderName::from_bytes(header.name.as_bytes());
         let name = name.map_err(|_| format!("the name of header {:?} is invalid", header.name))?;
         let value = HeaderValue::from_maybe_shared(text.slice_ref(header.value));
         let value = value.map_err(|_| format!("the value of header {name} is invalid"))?;
         found.append(name, value);
     }
-    let keep_alive = match head.version {
-        Some(0) => names(&found, &header::CONNECTION, "keep-alive"),
-        _ => !names(&found, &header::CONNECTION, "close"),
-    };
+    // Where it names more, it is left for whoever takes out what it names.
+    if found.contains_key(header::CONNECTION) {
+        let names = |wanted| names(&found, &header::CONNECTION, wanted);
+        (keep_alive, close) = (keep_alive || names("keep-alive"), close || names("close"));
+    }
+    let keep_alive = keep_alive && !close;
     Ok(Some((Answer { status, headers: found, keep_alive }, length)))
 }
 
