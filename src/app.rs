@@ -42,13 +42,15 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
     let traffic = gateway::Traffic::default();
     let inference =
         gateway::shared(handle.clone(), Arc::clone(&metrics), Limits::default(), traffic.clone());
+    // Until the owner has ended: WebSockets outlive their listeners and end with their leases.
+    let threads = gateway::Threads::start().context("the serving threads cannot be started")?;
     let routers = Routers {
         control: api::router_with(handle.clone(), metrics, traffic),
         inference: gateway::Content {
             router: gateway::routes::router(Arc::clone(&inference)),
             inference: Some(Arc::clone(&inference)),
         },
-        threads: gateway::Threads::start().context("the serving threads cannot be started")?,
+        threads: threads.clone(),
     };
     let listeners =
         Listeners::new(routers, handle.clone(), certificates, stop.clone(), hurry.clone());
@@ -76,6 +78,7 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
     stop.cancel();
     let progress = tokio::spawn(tell_drain(handle.clone(), Instant::now() + drain));
     let drained = async {
+        let _threads = threads;
         // One that panicked has nothing left to drain.
         let _ = reloads.await;
         let _ = announcing.await;

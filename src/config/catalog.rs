@@ -24,7 +24,7 @@ pub use groups::Asked;
 pub use lifecycle::{Group, KeepWindow, LocalTime, TtlBounds};
 pub use serving::{
     Adapter, Announce, CaptureSettings, Filters, HttpService, PathRule, Peer, Retention, Route,
-    RouteKind,
+    RouteKind, TlsFiles,
 };
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -104,13 +104,6 @@ pub struct Settings {
     /// A key of the model pool manager, shown to its users. Deadlines are exact here.
     #[serde(default)]
     pub check_interval: Duration,
-}
-
-/// Both in PEM. Read at the start, at a reload, and when they change.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TlsFiles {
-    pub cert_file: PathBuf,
-    pub key_file: PathBuf,
 }
 
 impl Settings {

@@ -195,6 +195,13 @@ impl Account {
         }
     }
 
+    /// Its last byte came with its first: the time between them tells no speed.
+    pub fn came_whole(&mut self) {
+        if let Some(record) = &mut self.record {
+            record.streamed = false;
+        }
+    }
+
     /// A part of the answer came.
     pub fn arrived(&mut self, bytes: usize) {
         let Some(record) = &mut self.record else { return };

@@ -78,6 +78,7 @@ impl Answer {
     /// The engine said everything already: the lease ends here, and nobody has to watch.
     fn whole(mut self, all: Bytes, meter: &mut Meter) -> Body {
         drop(self.lease);
+        self.account.came_whole();
         let mut parts = VecDeque::new();
         if !all.is_empty() {
             self.account.arrived(all.len());

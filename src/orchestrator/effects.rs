@@ -269,6 +269,8 @@ impl Effects {
                 // Soon: a start under way gets its engine created first. A panic is as good as an end.
                 let _ = task.join.await;
             }
+            // Opened for a first request that does not come.
+            drop(slot.take_opened());
             // A second attempt to stop it finds no task, but perhaps the same creation under way.
             drop(slot.launching.lock().await);
             let mut stop = spec.stop.clone();

@@ -49,7 +49,8 @@ impl Effects {
     ) -> Prepared {
         let (made, making) = oneshot::channel();
         let (runtimes, spec) = (self.runtimes.clone(), launch.clone());
-        tokio::spawn(async move {
+        // Waited for at the end of Wharf: what is made then is removed again.
+        self.runtimes.docker.track(async move {
             match runtimes.make(&spec).await {
                 // Nobody there any more: it is dropped, and so removed.
                 Ok(Some(container)) => drop(made.send(container)),
@@ -93,14 +94,16 @@ impl Effects {
         let bounds = Bounds { most, reserve: settings.ram.reserve };
         let stop = CancellationToken::new();
         let (stopped, spec) = (stop.clone(), launch.model.clone());
+        let before = progress.as_ref().map(Progress::stage);
         // A thread for blocking work: a disk may take its time.
         tokio::task::spawn_blocking(move || {
             let files = engine::weight_files(&spec, Some(Path::new(DOCKER_VOLUMES)));
             if files.is_empty() {
                 return;
             }
-            if let Some(progress) = &progress {
-                progress.set(STAGE, None, "");
+            // A slow disk may have taken until the start tells its own stages.
+            if let (Some(progress), Some(before)) = (&progress, before) {
+                progress.follow(&before, STAGE);
             }
             // Of this machine, also where its GPUs are simulated.
             let available = || Some(host_memory()?.available);

@@ -349,6 +349,10 @@ impl Owner {
         });
         join_all(stops).await;
         // What is left of them goes at the next start.
-        let _ = tokio::time::timeout(CLEARED_WITHIN, self.effects.runtimes.docker.cleared()).await;
+        let cleared = tokio::time::timeout(CLEARED_WITHIN, self.effects.runtimes.docker.cleared());
+        tokio::select! {
+            _ = cleared => {}
+            () = hurry.cancelled() => {}
+        }
     }
 }

@@ -187,6 +187,17 @@ impl Progress {
         (Progress(Arc::new(tx)), rx)
     }
 
+    pub fn stage(&self) -> String {
+        self.0.borrow().stage.clone()
+    }
+
+    /// Goes from one stage to the next, unless another has followed meanwhile.
+    pub fn follow(&self, before: &str, stage: &str) {
+        if self.0.borrow().stage == before {
+            self.set(stage, None, "");
+        }
+    }
+
     /// More of a stage that was set before, as long as no other has followed.
     pub fn go_on(&self, stage: &str, fraction: Option<f32>, detail: impl Into<String>) {
         if self.0.borrow().stage == stage {

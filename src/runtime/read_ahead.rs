@@ -23,7 +23,8 @@ const LOOK_BYTES: u64 = 64 << 20;
 pub struct Bounds {
     /// Of all files together.
     pub most: Bytes,
-    /// Memory that must stay available.
+    /// Memory that must stay available, and that is no more filled with what is read: the cache counts
+    /// as available, and would push its own beginning out.
     pub reserve: Bytes,
 }
 
@@ -57,6 +58,7 @@ pub fn read_ahead(
     told: impl FnMut(Bytes, Bytes),
 ) -> Done {
     let began = Instant::now();
+    let room = available().map_or(Bytes::MAX, |all| Bytes(all.0.saturating_sub(bounds.reserve.0)));
     let opened = files.iter().filter_map(|path| {
         let file = File::open(path).ok()?;
         let bytes = file.metadata().ok()?.len();
@@ -64,7 +66,7 @@ pub fn read_ahead(
     });
     let files: Vec<(File, u64)> = opened.collect();
     let total = files.iter().map(|(_, bytes)| bytes).sum();
-    let mut reading = Reading { bounds, stop, available, told, read: 0, total };
+    let mut reading = Reading { bounds, room, stop, available, told, read: 0, total };
     let end = files.iter().find_map(|(file, bytes)| reading.file(file, *bytes));
     let (read, took) = (Bytes(reading.read), began.elapsed());
     Done { read, total: Bytes(total), took, end: end.unwrap_or(End::Whole) }
@@ -72,6 +74,8 @@ pub fn read_ahead(
 
 struct Reading<'a, A, T> {
     bounds: Bounds,
+    /// What was available at the beginning, but for the reserve.
+    room: Bytes,
     stop: &'a CancellationToken,
     available: A,
     told: T,
@@ -109,6 +113,10 @@ impl<A: Fn() -> Option<Bytes>, T: FnMut(Bytes, Bytes)> Reading<'_, A, T> {
         if self.read + window > self.bounds.most.0 {
             return Some(End::Limit);
         }
+        if self.read + window > self.room.0 {
+            return Some(End::Memory);
+        }
+        // Others take memory meanwhile.
         let look = self.read % LOOK_BYTES < WINDOW_BYTES;
         let wanted = self.bounds.reserve + Bytes(LOOK_BYTES + WINDOW_BYTES * WINDOWS_AHEAD);
         let short = look && (self.available)().is_some_and(|left| left < wanted);
@@ -175,12 +183,16 @@ mod tests {
         let most = bounds(Bytes(3 * WINDOW_BYTES));
         let done = read_ahead(&files, most, &stop, || PLENTY, |_, _| {});
         assert_eq!((done.end, done.read), (End::Limit, most.most));
-        // What is read is memory that is not available any more.
+        // What is read stays "available" in the kernel's words.
+        let available = || Some(Bytes((1 << 30) + 30 * WINDOW_BYTES));
+        let done = read_ahead(&files, bounds(Bytes::MAX), &stop, available, |_, _| {});
+        assert_eq!((done.end, done.read), (End::Memory, Bytes(30 * WINDOW_BYTES)));
+        // Somebody else takes it.
         let read = std::cell::Cell::new(0);
-        let available = || Some(Bytes((1 << 30) + (160 << 20) - read.get()));
+        let available = || Some(Bytes((1 << 30) + (200 << 20) - 2 * read.get()));
         let told = |now: Bytes, _| read.set(now.0);
         let done = read_ahead(&files, bounds(Bytes::MAX), &stop, available, told);
         assert_eq!(done.end, End::Memory);
-        assert!(done.read.0 > 0 && done.read <= Bytes(160 << 20), "{}", done.read);
+        assert!(done.read.0 > 0 && done.read <= Bytes(100 << 20), "{}", done.read);
     }
 }

@@ -154,8 +154,8 @@ impl Keeper {
         rows.skip_ids_to(unix_ms());
     }
 
-    /// What is there now; `closing`: also what comes meanwhile.
-    /// How long the disk may rest then.
+    /// Writes what is there now; `closing`: also what comes meanwhile. Answers how long the disk may
+    /// rest then.
     fn write_down(&mut self, closing: bool) -> Duration {
         while self.disk.is_some() {
             let batch = {

@@ -428,13 +428,16 @@ impl Store {
     }
 
     /// Writes what is left and closes the file; rows that come later stay in memory.
-    pub async fn close(&self) {
+    /// False: it was given up.
+    pub async fn close(&self) -> bool {
         self.change(|rows| rows.closing = true);
         let ended = self.0.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(ended) = ended else { return };
-        if tokio::time::timeout(CLOSE_WITHIN, ended).await.is_err() {
+        let Some(ended) = ended else { return true };
+        let in_time = tokio::time::timeout(CLOSE_WITHIN, ended).await.is_ok();
+        if !in_time {
             tracing::warn!("the store does not take its last rows: its disk hangs");
         }
+        in_time
     }
 
     async fn commit(&self, change: Change) -> Result<(), StoreFault> {
@@ -469,7 +472,7 @@ impl Store {
         let had_work = rows.has_work();
         let result = change(&mut rows);
         // The keeper sleeps only while there is nothing to do, or between two transactions.
-        let wake = rows.is_urgent() || (!had_work && rows.has_work());
+        let wake = rows.closing || rows.is_urgent() || (!had_work && rows.has_work());
         drop(rows);
         if wake {
             self.0.shared.wake();

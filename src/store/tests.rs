@@ -76,7 +76,10 @@ async fn everything_is_there_again_after_a_restart_and_ids_go_on() {
     store.put_totals(&ada, &totals);
     let figures = Figures { spec: "shape".to_owned(), ..Figures::default() };
     store.put_learned(&ada, &figures);
-    store.close().await;
+    store.flush().await.unwrap();
+    // It sleeps by now, and has to be woken for that.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(store.close().await);
 
     let store = open(&path);
     assert_eq!(paths(&store), ["/one", "/two"]);

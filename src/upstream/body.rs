@@ -10,7 +10,7 @@ use http::{HeaderMap, Method, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 
 use super::CallError;
-use super::connection::{Connection, Upgraded};
+use super::connection::{Connection, Sending, Upgraded};
 use super::head::Answer;
 use super::pool::Pool;
 
@@ -32,6 +32,8 @@ enum State {
 #[derive(Debug)]
 struct Live {
     connection: Connection,
+    /// Of the request, which the server answers before it has read it all.
+    unsent: Option<Sending>,
     /// Came already.
     ready: Bytes,
     framing: Framing,
@@ -52,6 +54,7 @@ enum Framing {
 pub fn response(
     answer: Answer,
     rest: Bytes,
+    unsent: Option<Sending>,
     mut connection: Connection,
     method: &Method,
     pool: &Arc<Pool>,
@@ -68,8 +71,9 @@ pub fn response(
             false => framing(&mut headers, &mut keep_alive).map_err(CallError::Invalid)?,
         };
         let pool = Arc::clone(pool);
-        let mut live = Live { connection, ready: Bytes::new(), framing, keep_alive, pool };
-        live.receive(&rest).map_err(|error| CallError::Invalid(error.to_string()))?;
+        let ready = Bytes::new();
+        let mut live = Live { connection, unsent, ready, framing, keep_alive, pool };
+        live.receive(rest).map_err(|error| CallError::Invalid(error.to_string()))?;
         live.settled()
     };
     let mut response = Response::new(Incoming(state));
@@ -98,27 +102,28 @@ fn framing(headers: &mut HeaderMap, keep_alive: &mut bool) -> Result<Framing, St
 
 impl Live {
     /// Takes bytes of the connection.
-    fn receive(&mut self, raw: &[u8]) -> io::Result<()> {
+    fn receive(&mut self, mut raw: Bytes) -> io::Result<()> {
+        let length = raw.len();
         let used = match &mut self.framing {
             Framing::Length(left) => {
                 let used = raw.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
                 *left -= used as u64;
-                self.ready = Bytes::copy_from_slice(&raw[..used]);
+                self.ready = raw.split_to(used);
                 used
             }
             Framing::Chunked(chunks) => {
                 let mut data = BytesMut::new();
-                let used = chunks.decode(raw, &mut data)?;
+                let used = chunks.decode(&raw, &mut data)?;
                 self.ready = data.freeze();
                 used
             }
             Framing::Close => {
-                self.ready = Bytes::copy_from_slice(raw);
-                raw.len()
+                self.ready = raw;
+                length
             }
         };
         // A server that goes on talking is out of step.
-        self.keep_alive &= used == raw.len();
+        self.keep_alive &= used == length;
         Ok(())
     }
 
@@ -135,7 +140,7 @@ impl Live {
         if !self.is_at_end() {
             return State::Live(Box::new(self));
         }
-        if self.keep_alive {
+        if self.keep_alive && self.unsent.is_none() {
             Pool::give_back(&self.pool, self.connection);
         }
         State::Whole(self.ready)
@@ -143,6 +148,11 @@ impl Live {
 
     /// False: the body is over.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        if let Some(unsent) = &mut self.unsent
+            && self.connection.poll_send(unsent, cx)
+        {
+            self.unsent = None;
+        }
         // An empty chunk, or a part of a chunk's head, is no frame.
         while self.ready.is_empty() && !self.is_at_end() {
             let raw = ready!(self.connection.poll_data(cx))?;
@@ -155,7 +165,7 @@ impl Live {
                     )),
                 });
             }
-            self.receive(&raw)?;
+            self.receive(raw)?;
         }
         Poll::Ready(Ok(true))
     }

@@ -2,7 +2,8 @@
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
-use std::pin::Pin;
+use std::os::fd::AsRawFd as _;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -11,8 +12,11 @@ use http::Uri;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::task::coop::unconstrained;
 use tokio::time::timeout;
 use tower::ServiceExt as _;
 
@@ -35,6 +39,20 @@ thread_local! {
 pub enum Io {
     Plain(TcpStream),
     Tls(Box<TokioIo<MaybeHttpsStream<TokioIo<TcpStream>>>>),
+}
+
+impl Io {
+    fn has_nothing(&self) -> bool {
+        let stream = match self {
+            Io::Plain(stream) => stream,
+            Io::Tls(stream) => match stream.inner() {
+                MaybeHttpsStream::Http(stream) => stream.inner(),
+                MaybeHttpsStream::Https(stream) => stream.inner().get_ref().0.inner().inner(),
+            },
+        };
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        recv(stream.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
+    }
 }
 
 impl AsyncRead for Io {
@@ -180,42 +198,48 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Whether an idle connection can still be used: neither closed nor talking unasked. Costs no
-    /// system call where the reactor saw nothing.
-    pub fn is_silent(&mut self) -> bool {
+    /// Whether an idle connection can still be used: neither closed nor talking unasked. `surely`:
+    /// the socket is asked, too; else that costs no system call where the reactor saw nothing.
+    pub fn is_silent(&mut self, surely: bool) -> bool {
         let mut byte = [0];
         let mut buffer = ReadBuf::new(&mut byte);
         let mut cx = Context::from_waker(Waker::noop());
-        self.early.is_empty() && Pin::new(&mut self.io).poll_read(&mut cx, &mut buffer).is_pending()
+        let read = std::future::poll_fn(|cx| Pin::new(&mut self.io).poll_read(cx, &mut buffer));
+        // A task that did much at once would be told "pending" whatever is there.
+        let silent = pin!(unconstrained(read)).poll(&mut cx).is_pending();
+        silent && self.early.is_empty() && (!surely || self.io.has_nothing())
     }
 
-    /// Sends a request and reads the head of its answer, and what came with it.
+    /// Sends a request and reads the head of its answer, and what came with it. A server may answer
+    /// before it has read everything: what it was not sent by then comes back.
     pub async fn exchange(
         &mut self,
         head: Vec<u8>,
         body: &Bytes,
-    ) -> Result<(Answer, Bytes), CallError> {
+    ) -> Result<(Answer, Bytes, Option<Sending>), CallError> {
         let mut sending = Sending::new(head, body);
         let mut partial = BytesMut::new();
-        std::future::poll_fn(|cx| {
+        let (answer, rest) = std::future::poll_fn(|cx| {
             let _ = sending.poll(&mut self.io, cx);
             loop {
-                // A server may answer, and close, before it has read everything.
                 let data = ready!(self.poll_data(cx)).map_err(CallError::Broken)?;
                 if data.is_empty() {
                     return Poll::Ready(Err(sending.failed()));
                 }
                 match head::read(&mut partial, data) {
                     Ok(None) => {}
-                    Ok(Some((mut answer, rest))) => {
-                        answer.keep_alive &= sending.is_done();
-                        return Poll::Ready(Ok((answer, rest)));
-                    }
+                    Ok(Some(answer)) => return Poll::Ready(Ok(answer)),
                     Err(why) => return Poll::Ready(Err(CallError::Invalid(why))),
                 }
             }
         })
-        .await
+        .await?;
+        Ok((answer, rest, (!sending.is_done()).then_some(sending)))
+    }
+
+    /// Goes on sending while the answer is read. A failure shows in what is read.
+    pub fn poll_send(&mut self, sending: &mut Sending, cx: &mut Context<'_>) -> bool {
+        sending.poll(&mut self.io, cx).is_ready() && sending.is_done()
     }
 
     /// The next bytes; none at the end.
@@ -280,20 +304,21 @@ impl AsyncWrite for Upgraded {
 }
 
 /// A request on its way out.
-struct Sending<'a> {
+#[derive(Debug)]
+pub struct Sending {
     head: Vec<u8>,
-    body: &'a [u8],
+    body: Bytes,
     sent: usize,
     failure: Option<io::Error>,
 }
 
-impl<'a> Sending<'a> {
-    fn new(mut head: Vec<u8>, body: &'a Bytes) -> Sending<'a> {
-        let mut body: &[u8] = body;
-        if body.len() <= JOIN_BYTES_MAX {
+impl Sending {
+    fn new(mut head: Vec<u8>, body: &Bytes) -> Sending {
+        let joined = body.len() <= JOIN_BYTES_MAX;
+        if joined {
             head.extend_from_slice(body);
-            body = &[];
         }
+        let body = if joined { Bytes::new() } else { body.clone() };
         Sending { head, body, sent: 0, failure: None }
     }
 
@@ -309,7 +334,7 @@ impl<'a> Sending<'a> {
                 Some(of_body) => out.poll_write(cx, &self.body[of_body..]),
                 None if self.body.is_empty() => out.poll_write(cx, &self.head[self.sent..]),
                 None => {
-                    let parts = [IoSlice::new(&self.head[self.sent..]), IoSlice::new(self.body)];
+                    let parts = [IoSlice::new(&self.head[self.sent..]), IoSlice::new(&self.body)];
                     out.as_mut().poll_write_vectored(cx, &parts)
                 }
             };

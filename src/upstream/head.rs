@@ -96,6 +96,12 @@ fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
     };
     let status = head.code.and_then(|code| StatusCode::from_u16(code).ok());
     let status = status.ok_or("its answer has no status of HTTP")?;
+    // Apart from the body's first bytes, which would stay in memory as long as one header does.
+    let kept = Bytes::copy_from_slice(&text[..length]);
+    let place = |part: &[u8]| {
+        let from = part.as_ptr().addr() - text.as_ptr().addr();
+        kept.slice(from..from + part.len())
+    };
     let mut found = HeaderMap::with_capacity(head.headers.len() + 4);
     let (mut keep_alive, mut close) = (head.version != Some(0), false);
     for header in head.headers.iter() {
@@ -113,7 +119,7 @@ fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
         }
         let name = HeaderName::from_bytes(header.name.as_bytes());
         let name = name.map_err(|_| format!("the name of header {:?} is invalid", header.name))?;
-        let value = HeaderValue::from_maybe_shared(text.slice_ref(header.value));
+        let value = HeaderValue::from_maybe_shared(place(header.value));
         let value = value.map_err(|_| format!("the value of header {name} is invalid"))?;
         found.append(name, value);
     }

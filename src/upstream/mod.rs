@@ -76,8 +76,8 @@ impl UpstreamClient {
             Some(idle) => idle,
             None => self.connector.connect(CONNECT_TIMEOUT).await?,
         };
-        let (answer, rest) = connection.exchange(sent, call.body).await?;
-        body::response(answer, rest, connection, call.method, &self.pool)
+        let (answer, rest, unsent) = connection.exchange(sent, call.body).await?;
+        body::response(answer, rest, unsent, connection, call.method, &self.pool)
     }
 
     /// Opens a connection for the next request, so that it need not.

@@ -12,6 +12,9 @@ use super::connection::Connection;
 
 /// vLLM keeps idle connections 120 s (we set it so); uvicorn's own default would be 5 s.
 const IDLE_MAX: Duration = Duration::from_secs(4);
+/// Idle for so long, the socket itself is asked whether the engine closed it: while a thread is busy
+/// it hears of that late.
+const LOOK_AFTER: Duration = Duration::from_millis(100);
 /// Of one lane.
 const IDLE_COUNT_MAX: usize = 1024;
 
@@ -64,7 +67,8 @@ impl Pool {
     fn take_from(&self, lane: usize) -> Option<Connection> {
         let mut idle = self.lane(lane);
         while let Some(Idle { mut connection, since }) = idle.pop() {
-            if since.elapsed() < IDLE_MAX && connection.is_silent() {
+            let idle = since.elapsed();
+            if idle < IDLE_MAX && connection.is_silent(idle >= LOOK_AFTER) {
                 return Some(connection);
             }
         }

@@ -246,6 +246,30 @@ async fn an_early_answer_to_a_large_request_is_heard() {
 }
 
 #[tokio::test]
+async fn a_server_that_answers_while_it_reads_gets_the_whole_request() {
+    const LENGTH: usize = 32 << 20;
+    let server = Server::new().await;
+    let serve = async {
+        let mut stream = server.accept().await;
+        heard(&mut stream).await;
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nwe").await.unwrap();
+        let mut left = LENGTH;
+        let mut part = vec![0; 1 << 20];
+        while left > 0 {
+            let read = timeout(PATIENCE, stream.read(&mut part)).await.unwrap().unwrap();
+            assert!(read > 0, "{left} bytes are missing");
+            left -= read;
+        }
+        stream.write_all(b"ll").await.unwrap();
+    };
+    let large = vec![b'x'; LENGTH];
+    let ask = async { body(server.call(&Method::POST, &large).await.unwrap()).await };
+    let ((), answer) = tokio::join!(serve, ask);
+    assert_eq!(answer.unwrap(), "well");
+    assert_eq!(server.client.pool.count(), 1, "everything was sent and read");
+}
+
+#[tokio::test]
 async fn after_a_switch_the_connection_is_handed_over_with_its_first_bytes() {
     let server = Server::new().await;
     let serve = async {

@@ -11,6 +11,13 @@ use serde_json::Value;
 use super::ExternalSpec;
 use crate::units::{Bytes, ModelName};
 
+/// Both in PEM. Read at the start, at a reload, and when they change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlsFiles {
+    pub cert_file: PathBuf,
+    pub key_file: PathBuf,
+}
+
 /// `routes:`: a name that leads to one of several models.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {

@@ -146,6 +146,11 @@ impl DockerRuntime {
         start::start(self, spec, ahead).await
     }
 
+    /// Runs beside the way, but [`DockerRuntime::cleared`] waits for it.
+    pub fn track(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.clearing.spawn(work);
+    }
+
     /// Waits until what was stopped or given up is removed.
     pub async fn cleared(&self) {
         self.clearing.close();

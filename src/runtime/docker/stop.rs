@@ -45,13 +45,18 @@ pub async fn stop(
             ));
         }
     }
+    if named {
+        // Its id stays: nothing that is told of this run may come after the next one's begin.
+        runtime.watched.look(client, id, None).await;
+        return Ok(());
+    }
     // It does not run, so its memory is on its way: nobody has to wait for the rest.
     let (runtime, id) = (runtime.clone(), id.to_owned());
     let clearing = runtime.clearing.clone();
     clearing.spawn(async move {
         // Before the removal, while the exit code can still be read.
         runtime.watched.look(&runtime.client, &id, None).await;
-        if !named && let Err(fault) = start::remove(&runtime.client, &id).await {
+        if let Err(fault) = start::remove(&runtime.client, &id).await {
             // The leftover goes at the next start.
             tracing::warn!(container = id, reason = fault.message, "stopped but not removed");
         }
