@@ -172,12 +172,13 @@ impl ProcessRuntime {
         if group.signal(stop_signal(&stop.signal)).await > 0 {
             let mut exit = running.exit.clone();
             let gone = match &stopping {
-                // Its supervisor reports when the last member is gone and the leader is reaped.
-                Some(_) => {
+                // Its supervisor reports when the last member is gone and the leader is reaped; of
+                // workers that it found without their leader it has reported already.
+                Some(_) if exit.borrow().is_none() => {
                     let reported = timeout_at(deadline, exit.wait_for(Option::is_some)).await;
                     matches!(reported, Ok(Ok(_)))
                 }
-                None => group.gone_by(deadline).await,
+                _ => group.gone_by(deadline).await,
             };
             if !gone {
                 group.kill(KILL_LIMIT).await.map_err(|left| {
