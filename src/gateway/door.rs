@@ -1,10 +1,9 @@
 //! Front doors: a port for one model each, as the model pool manager had them. What comes in there
 //! is served as everywhere (lease, key, limits), whatever the body says of its model.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
@@ -12,7 +11,7 @@ use http::StatusCode;
 use serde_json::json;
 
 use super::routes::{INFERENCE, Inference, wrong_method};
-use super::{Gateway, Reject, browser, infer};
+use super::{Gateway, Reject, browser, infer, site};
 use crate::scheduler::record::ResidencyView;
 use crate::units::ModelName;
 
@@ -43,7 +42,7 @@ pub fn door(gateway: Arc<Gateway>, model: ModelName, port: u16) -> Router {
 }
 
 async fn serve(door: Door, inference: &'static Inference, request: Request) -> Response {
-    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0);
+    let peer = site::peer(request.extensions());
     infer::infer(&door.gateway, inference, request, peer, Some(&door.model)).await
 }
 

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header, request};
 use serde_json::json;
@@ -21,7 +21,7 @@ use super::receive::{self, Received};
 use super::reject::Reject;
 use super::underway;
 use super::websocket::{self, Client};
-use super::{Gateway, auth, multipart, not_loaded, ollama, pages, parse};
+use super::{Gateway, auth, multipart, not_loaded, ollama, pages, parse, site};
 use crate::config::catalog::{ApiKey, Catalog, EngineKind, ModelSpec, Scope};
 use crate::engine::paths::{self, Verdict};
 use crate::units::Time;
@@ -268,7 +268,7 @@ impl Arriving<'_> {
         if client.is_some() {
             websocket::ask(&mut headers);
         }
-        let peer = head.extensions.get::<ConnectInfo<std::net::SocketAddr>>().map(|peer| peer.0);
+        let peer = site::peer(&head.extensions);
         let passing = Passing {
             catalog,
             spec: Arc::clone(&spec),

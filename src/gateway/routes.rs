@@ -1,16 +1,15 @@
 //! Every path of the gateway, in one table.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{Request, State};
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use http::{Method, StatusCode, Uri};
 
 use super::reject::Reject;
-use super::{Gateway, browser, infer, pages, pass};
+use super::{Gateway, browser, infer, pages, pass, site};
 use crate::api;
 use crate::api::endpoint::{self, Route, Row, any, get, post};
 use crate::api::guard::{self, Needs};
@@ -104,7 +103,7 @@ fn table() -> Vec<Row<Arc<Gateway>>> {
     ];
     for inference in &INFERENCE {
         let serve = move |State(gateway): State<Arc<Gateway>>, request: Request| {
-            let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0);
+            let peer = site::peer(request.extensions());
             async move { infer::infer(&gateway, inference, request, peer, None).await }
         };
         table.push((inference.path, Needs::Inference, post(serve)));

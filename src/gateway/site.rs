@@ -8,7 +8,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
 use axum::response::Response;
-use http::{Method, Request, header};
+use http::{Extensions, Method, Request, header};
 use hyper::body::Incoming;
 use tower::ServiceExt;
 
@@ -74,6 +74,11 @@ impl Site {
             Err(never) => match never {},
         }
     }
+}
+
+/// Who sent a request that came through the router.
+pub(super) fn peer(extensions: &Extensions) -> Option<SocketAddr> {
+    extensions.get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0)
 }
 
 /// Of a request to which no rule for web pages applies.

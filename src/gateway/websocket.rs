@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::answer::{Answer, named};
 use super::reject::Reject;
 use super::{Limits, forward};
-use crate::upstream;
+use crate::upstream::{self, names};
 
 mod way;
 
@@ -77,15 +77,6 @@ impl Sockets {
         })?;
         Ok(Some(Client { upgrade, place }))
     }
-}
-
-fn names(headers: &HeaderMap, name: &http::HeaderName, wanted: &str) -> bool {
-    headers
-        .get_all(name)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .any(|value| value.trim().eq_ignore_ascii_case(wanted))
 }
 
 /// What the engine must be asked beside the headers that are passed on.

@@ -55,7 +55,7 @@ pub fn response(
     answer: Answer,
     rest: Bytes,
     unsent: Option<Sending>,
-    mut connection: Connection,
+    connection: Connection,
     method: &Method,
     pool: &Arc<Pool>,
 ) -> Result<Response<Incoming>, CallError> {
@@ -63,8 +63,7 @@ pub fn response(
     let bodiless = *method == Method::HEAD
         || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     let state = if status == StatusCode::SWITCHING_PROTOCOLS {
-        connection.unread(rest);
-        State::Upgraded(Box::new(connection.into_upgraded()))
+        State::Upgraded(Box::new(connection.into_upgraded(rest)))
     } else {
         let framing = match bodiless {
             true => Framing::Length(0),

@@ -5,7 +5,6 @@ use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd as _;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker, ready};
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::Uri;
@@ -20,9 +19,9 @@ use tokio::task::coop::unconstrained;
 use tokio::time::timeout;
 use tower::ServiceExt as _;
 
-use super::CallError;
 use super::head::{self, Answer};
 use super::pool::own_lane;
+use super::{CONNECT_TIMEOUT, CallError};
 use crate::runtime::Endpoint;
 
 /// Of one read. Shared by all connections of a thread, so that those that wait hold nothing.
@@ -132,7 +131,7 @@ impl Connector {
     pub fn to(endpoint: &Endpoint) -> Connector {
         let mut plain = HttpConnector::new();
         plain.set_nodelay(true);
-        plain.set_connect_timeout(Some(super::CONNECT_TIMEOUT));
+        plain.set_connect_timeout(Some(CONNECT_TIMEOUT));
         let kind = match &endpoint.tls {
             None => Kind::Plain(plain),
             Some(tls) => {
@@ -152,7 +151,7 @@ impl Connector {
         self.target.as_ref().map_err(Clone::clone)
     }
 
-    pub async fn connect(&self, within: Duration) -> Result<Connection, CallError> {
+    pub async fn connect(&self) -> Result<Connection, CallError> {
         let uri = self.target().map_err(CallError::Invalid)?.uri.clone();
         let connect = async {
             match &self.kind {
@@ -168,9 +167,9 @@ impl Connector {
                 }
             }
         };
-        let io = timeout(within, connect).await;
-        let io = io.map_err(|_| CallError::ConnectTimeout(within))??;
-        Ok(Connection { io, early: Bytes::new(), lane: own_lane() })
+        let io = timeout(CONNECT_TIMEOUT, connect).await;
+        let io = io.map_err(|_| CallError::ConnectTimeout(CONNECT_TIMEOUT))??;
+        Ok(Connection { io, lane: own_lane() })
     }
 }
 
@@ -191,8 +190,6 @@ fn target(base: &str) -> Result<Target, String> {
 #[derive(Debug)]
 pub struct Connection {
     io: Io,
-    /// Read beyond what was asked for; not part of any answer.
-    early: Bytes,
     /// Of the thread that opened it.
     pub lane: usize,
 }
@@ -207,7 +204,7 @@ impl Connection {
         let read = std::future::poll_fn(|cx| Pin::new(&mut self.io).poll_read(cx, &mut buffer));
         // A task that did much at once would be told "pending" whatever is there.
         let silent = pin!(unconstrained(read)).poll(&mut cx).is_pending();
-        silent && self.early.is_empty() && (!surely || self.io.has_nothing())
+        silent && (!surely || self.io.has_nothing())
     }
 
     /// Sends a request and reads the head of its answer, and what came with it. A server may answer
@@ -251,13 +248,9 @@ impl Connection {
         })
     }
 
-    /// What the server sent behind its answer makes the connection useless for another.
-    pub fn unread(&mut self, early: Bytes) {
-        self.early = early;
-    }
-
-    pub fn into_upgraded(self) -> Upgraded {
-        Upgraded { io: self.io, early: self.early }
+    /// `early`: what came behind the head.
+    pub fn into_upgraded(self, early: Bytes) -> Upgraded {
+        Upgraded { io: self.io, early }
     }
 }
 

@@ -22,6 +22,7 @@ use crate::runtime::Endpoint;
 
 pub use body::Incoming;
 pub use connection::Upgraded;
+pub use head::names;
 pub use pool::{lanes, set_lane};
 
 use connection::Connector;
@@ -74,7 +75,7 @@ impl UpstreamClient {
         let sent = head::written(&self.connector, &call).map_err(CallError::Invalid)?;
         let mut connection = match self.pool.take() {
             Some(idle) => idle,
-            None => self.connector.connect(CONNECT_TIMEOUT).await?,
+            None => self.connector.connect().await?,
         };
         let (answer, rest, unsent) = connection.exchange(sent, call.body).await?;
         body::response(answer, rest, unsent, connection, call.method, &self.pool)
@@ -82,7 +83,7 @@ impl UpstreamClient {
 
     /// Opens a connection for the next request, so that it need not.
     pub async fn open_ahead(&self) -> Result<(), CallError> {
-        let connection = self.connector.connect(CONNECT_TIMEOUT).await?;
+        let connection = self.connector.connect().await?;
         Pool::give_back(&self.pool, connection);
         Ok(())
     }
