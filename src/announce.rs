@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use backoff::BackoffBuilder;
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, header};
+use http::{HeaderValue, Method, header};
 use http_body_util::{BodyExt, Limited};
 use serde::Serialize;
 use tokio::sync::watch;
@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::reachable;
 use crate::config::catalog::Announce;
+use crate::http1::Lines;
 use crate::orchestrator::Handle;
 use crate::runtime::Endpoint;
 use crate::runtime::tls::Tls;
@@ -243,11 +244,11 @@ async fn call(
     service: &Service,
 ) -> Result<(), String> {
     let body = serde_json::to_vec(service).map_err(|error| error.to_string())?;
-    let mut headers = HeaderMap::new();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let mut headers = Lines::default();
+    headers.push(&header::CONTENT_TYPE, &HeaderValue::from_static("application/json"));
     if let Some(key) = &registry.key {
         let bearer = format!("Bearer {key}").try_into();
-        headers.insert(header::AUTHORIZATION, bearer.map_err(|_| "its key is no header value")?);
+        headers.push(&header::AUTHORIZATION, &bearer.map_err(|_| "its key is no header value")?);
     }
     let call = Call {
         method: &Method::POST,

@@ -46,10 +46,7 @@ pub async fn run(source: Source, built: Built, store: Store) -> anyhow::Result<(
     let threads = gateway::Threads::start().context("the serving threads cannot be started")?;
     let routers = Routers {
         control: api::router_with(handle.clone(), metrics, traffic),
-        inference: gateway::Content {
-            router: gateway::routes::router(Arc::clone(&inference)),
-            inference: Some(Arc::clone(&inference)),
-        },
+        inference: gateway::Content::from(Arc::clone(&inference)),
         threads: threads.clone(),
     };
     let listeners =

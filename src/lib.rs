@@ -8,6 +8,7 @@ pub mod scheduler;
 
 pub mod engine;
 pub mod gpu;
+pub mod http1;
 pub mod runtime;
 pub mod upstream;
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderValue, StatusCode};
 
 use super::choose::may_see;
+use super::forward::REQUEST_ID;
 use super::nearest::nearest;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::Reject;
@@ -198,7 +199,7 @@ pub fn request_id(headers: &HeaderMap, fresh: impl FnOnce() -> String) -> Header
         (1..=parse::NAME_SHOWN_MAX).contains(&bytes.len())
             && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(b))
     };
-    match headers.get("x-request-id").filter(sane) {
+    match headers.get(REQUEST_ID).filter(sane) {
         Some(value) => value.clone(),
         None => HeaderValue::try_from(fresh()).unwrap_or(HeaderValue::from_static("unknown")),
     }

@@ -18,6 +18,7 @@ use crate::orchestrator::Handle;
 const ALLOWED_METHODS: HeaderValue = HeaderValue::from_static("GET, POST, PUT, PATCH, DELETE");
 const EXPOSED: HeaderValue =
     HeaderValue::from_static("X-Request-Id, X-Wharf-Model, Server-Timing, Retry-After");
+const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const PRIVATE_NETWORK_ASKED: HeaderName =
     HeaderName::from_static("access-control-request-private-network");
 const PRIVATE_NETWORK: HeaderName = HeaderName::from_static("access-control-allow-private-network");
@@ -83,9 +84,7 @@ fn is_foreign(settings: &Settings, headers: &HeaderMap) -> bool {
         return !is_configured(settings, origin) && !is_same_origin(origin, headers);
     }
     // No Origin: only the fetch metadata tells an image tag of a foreign page from a script.
-    headers
-        .get("sec-fetch-site")
-        .is_some_and(|site| !matches!(site.as_bytes(), b"same-origin" | b"none"))
+    headers.get(FETCH_SITE).is_some_and(|site| !matches!(site.as_bytes(), b"same-origin" | b"none"))
 }
 
 fn is_same_origin(origin: &HeaderValue, headers: &HeaderMap) -> bool {
@@ -104,7 +103,7 @@ fn is_configured(settings: &Settings, origin: &HeaderValue) -> bool {
     })
 }
 
-fn is_our_host(settings: &Settings, host: &str) -> bool {
+pub fn is_our_host(settings: &Settings, host: &str) -> bool {
     let name = host_name(host);
     if name.eq_ignore_ascii_case("localhost")
         || ends_with(name, ".localhost")

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 
 use super::admit::{self, Wishes};
 use super::auth;
@@ -109,6 +109,7 @@ pub struct Others {
     pub inference: &'static Inference,
     /// As the client sent it.
     pub body: Bytes,
+    pub headers: HeaderMap,
     pub wishes: Wishes,
     pub key: Option<ApiKey>,
     /// Who could not serve, and why: for whoever is told that nobody could.

@@ -10,6 +10,7 @@ use axum::{Json, Router, middleware};
 use http::StatusCode;
 use serde_json::json;
 
+use super::infer::Asking;
 use super::routes::{INFERENCE, Inference, wrong_method};
 use super::{Gateway, Reject, browser, infer, site};
 use crate::scheduler::record::ResidencyView;
@@ -43,7 +44,8 @@ pub fn door(gateway: Arc<Gateway>, model: ModelName, port: u16) -> Router {
 
 async fn serve(door: Door, inference: &'static Inference, request: Request) -> Response {
     let peer = site::peer(request.extensions());
-    infer::infer(&door.gateway, inference, request, peer, Some(&door.model)).await
+    let asking = Asking::new(request, peer, Some(&door.model));
+    infer::infer(&door.gateway, inference, asking).await
 }
 
 /// 200 unless the model cannot be had: one that is not loaded is loaded by the first request.

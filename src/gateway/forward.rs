@@ -1,5 +1,6 @@
 //! Sending the request to its instance, and judging why that failed.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::io;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::answer;
+use crate::http1::{self, Lines};
 use crate::orchestrator::Lease;
 use crate::runtime::tls_trouble;
 use crate::upstream::{Call, CallError, Incoming};
@@ -53,7 +55,10 @@ fn is_kept_here(name: &HeaderName) -> bool {
 /// Told to servers elsewhere, which may be Wharfs that lead back to this one.
 const HOPS: HeaderName = HeaderName::from_static("x-wharf-hops");
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Room for the headers of most clients.
+const LINES_BYTES: usize = 512;
 
 const CONNECT_MAX: Duration = Duration::from_millis(200);
 
@@ -61,8 +66,8 @@ const CONNECT_MAX: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub struct Outgoing {
     pub method: Method,
-    pub path_and_query: String,
-    pub headers: HeaderMap,
+    pub path_and_query: Cow<'static, str>,
+    pub headers: Lines,
     pub body: Bytes,
     /// How many Wharfs it came through.
     pub hops: u32,
@@ -192,43 +197,54 @@ pub fn describe(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Headers of the request as the engine gets them.
-pub fn request_headers(mut headers: HeaderMap, request_id: &HeaderValue) -> HeaderMap {
-    strip(&mut headers, is_kept_here);
-    headers.insert(REQUEST_ID, request_id.clone());
-    headers
+pub fn request_lines(headers: &HeaderMap, request_id: &HeaderValue) -> Lines {
+    lines(headers, request_id, is_kept_here)
 }
 
-/// As [`request_headers`], of a request that is passed on as it came. Its `Origin` was judged here
+/// As [`request_lines`], of a request that is passed on as it came. Its `Origin` was judged here
 /// and means nothing at the engine, whose host is another one.
-pub fn passed_headers(headers: HeaderMap, request_id: &HeaderValue) -> HeaderMap {
-    let mut headers = request_headers(headers, request_id);
-    headers.remove(header::ORIGIN);
-    for name in ["sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"] {
-        headers.remove(name);
+pub fn passed_lines(headers: &HeaderMap, request_id: &HeaderValue) -> Lines {
+    lines(headers, request_id, |name| {
+        is_kept_here(name) || *name == header::ORIGIN || name.as_str().starts_with("sec-fetch-")
+    })
+}
+
+fn lines(
+    headers: &HeaderMap,
+    request_id: &HeaderValue,
+    unwanted: impl Fn(&HeaderName) -> bool,
+) -> Lines {
+    let mut lines = Lines::with_capacity(LINES_BYTES);
+    let is_named = named(headers);
+    for (name, value) in headers {
+        if !is_hop_by_hop(name) && !unwanted(name) && *name != REQUEST_ID && !is_named(name) {
+            lines.push(name, value);
+        }
     }
-    headers
+    lines.push(&REQUEST_ID, request_id);
+    lines
 }
 
 /// Headers of the answer as the client gets them. Whom browsers may tell is ours to say.
 pub fn response_headers(headers: &mut HeaderMap) {
     // The model: another Wharf's word for it; ours follows.
-    strip(headers, |name| *name == answer::MODEL || name.as_str().starts_with("access-control-"));
-}
-
-/// Takes out what belongs to the connection, and what is `unwanted`.
-fn strip(headers: &mut HeaderMap, unwanted: impl Fn(&HeaderName) -> bool) {
-    let named = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok());
-    // Few of them are there: one look at each header is less than a search for each name.
-    let there = headers.keys().filter(|name| is_hop_by_hop(name) || unwanted(name)).cloned();
-    let gone: Vec<HeaderName> = named.chain(there).collect();
+    let is_ours =
+        |name: &HeaderName| *name == answer::MODEL || name.as_str().starts_with("access-control-");
+    let gone: Vec<HeaderName> = {
+        let is_named = named(headers);
+        // Few of them are there: one look at each header is less than a search for each name.
+        let is_gone = |name: &&HeaderName| is_hop_by_hop(name) || is_ours(name) || is_named(name);
+        headers.keys().filter(is_gone).cloned().collect()
+    };
     for name in gone {
         headers.remove(name);
     }
+}
+
+/// Whether `Connection` says that a header belongs to it.
+fn named(headers: &HeaderMap) -> impl Fn(&HeaderName) -> bool + '_ {
+    let any = headers.contains_key(header::CONNECTION);
+    move |name| any && http1::names(headers, &header::CONNECTION, name.as_str())
 }
 
 #[cfg(test)]
@@ -256,10 +272,13 @@ mod tests {
         ] {
             headers.append(name, value.parse().unwrap());
         }
-        let headers = request_headers(headers, &HeaderValue::from_static("id-1"));
-        let mut names: Vec<&str> = headers.keys().map(|name| name.as_str()).collect();
-        names.sort_unstable();
-        assert_eq!(names, ["content-type", "traceparent", "x-request-id"]);
+        let lines = request_lines(&headers, &HeaderValue::from_static("id-1"));
+        let lines = String::from_utf8(lines.as_bytes().to_vec()).unwrap();
+        let mut lines: Vec<&str> = lines.lines().collect();
+        lines.sort_unstable();
+        let expected =
+            ["content-type: application/json", "traceparent: 00-1-2-01", "x-request-id: id-1"];
+        assert_eq!(lines, expected);
     }
     #[test]
     fn the_name_that_a_peer_has_for_its_model_is_not_told() {

@@ -2,13 +2,14 @@
 
 mod passing;
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::Request;
 use axum::response::Response;
-use http::{HeaderValue, StatusCode, request};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -17,8 +18,8 @@ use super::admit::{self, Wishes};
 use super::answer::Answer;
 use super::choose::{Chosen, Others, choose};
 use super::fit::{self, Fitted};
-use super::forward::{self, Failure, Outgoing};
-use super::receive::{self, Held};
+use super::forward::{self, Failure, Outgoing, REQUEST_ID};
+use super::receive::{self, Content, Held};
 use super::reject::{Reject, Viewer};
 use super::routes::{Api, Inference};
 use super::timing::{Timing, swap_share};
@@ -40,68 +41,71 @@ const ADAPTER_WITHIN: Duration = Duration::from_secs(120);
 const SETTLE_MAX: Duration = Duration::from_secs(1);
 const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// `bound`: the model of the front door through which the request came.
+/// A `POST` to a path of inference.
+#[derive(Debug)]
+pub struct Asking<'a> {
+    pub query: Option<String>,
+    pub headers: HeaderMap,
+    pub body: Content,
+    pub peer: Option<SocketAddr>,
+    /// The model of the front door through which it came.
+    pub bound: Option<&'a ModelName>,
+}
+
+impl<'a> Asking<'a> {
+    pub fn new(request: Request, peer: Option<SocketAddr>, bound: Option<&'a ModelName>) -> Self {
+        let (head, body) = request.into_parts();
+        let query = head.uri.query().map(str::to_owned);
+        Asking { query, headers: head.headers, body: body.into(), peer, bound }
+    }
+}
+
 pub async fn infer(
     gateway: &Arc<Gateway>,
     inference: &'static Inference,
-    request: Request,
-    peer: Option<SocketAddr>,
-    bound: Option<&ModelName>,
+    asking: Asking<'_>,
 ) -> Response {
-    let id = admit::request_id(request.headers(), || gateway.fresh_id());
-    let mut arrival = Arrival::open(gateway, request.method(), inference.path, &id);
-    let from = From { peer, bound };
-    let mut response = match admit(gateway, inference, request, from, &id, &mut arrival).await {
+    let id = admit::request_id(&asking.headers, || gateway.fresh_id());
+    let mut arrival = Arrival::open(gateway, &Method::POST, inference.path, &id);
+    let mut response = match admit(gateway, inference, asking, &id, &mut arrival).await {
         Ok(job) => wait::respond(job).await,
         Err(reject) => arrival.turned_away(gateway, reject),
     };
-    response.headers_mut().insert("x-request-id", id);
+    response.headers_mut().insert(REQUEST_ID, id);
     response
-}
-
-/// How a request came.
-#[derive(Clone, Copy)]
-struct From<'a> {
-    peer: Option<SocketAddr>,
-    bound: Option<&'a ModelName>,
 }
 
 /// Everything that can be said before a lease is asked for.
 async fn admit(
     gateway: &Arc<Gateway>,
     inference: &'static Inference,
-    request: Request,
-    from: From<'_>,
+    asking: Asking<'_>,
     id: &HeaderValue,
     arrival: &mut Arrival,
 ) -> Result<Box<Job>, Reject> {
     let arrived = arrival.arrived();
     let catalog = gateway.handle.catalog();
-    let (head, body) = request.into_parts();
-    let entitled = auth::authorize(&catalog.settings, &head.headers, Scope::Inference)
+    let Asking { query, headers, body, peer, bound } = asking;
+    let entitled = auth::authorize(&catalog.settings, &headers, Scope::Inference)
         .inspect(|key| arrival.entitled(*key))
         .and_then(|key| {
-            let wishes = Wishes::read(&head.headers)?;
+            let wishes = Wishes::read(&headers)?;
             arrival.hold(gateway.limiter.enter(&catalog.settings, key)?);
             Ok((key, wishes))
         });
     let (key, wishes) = match entitled {
         Ok(entitled) => entitled,
         Err(reject) => {
-            receive::discard(body, &head.headers).await;
+            receive::discard(body, &headers).await;
             return Err(reject);
         }
     };
-    let received = receive::receive(
-        body,
-        &head.headers,
-        &catalog.settings.queue,
-        &gateway.bodies,
-        &gateway.limits,
-    )
-    .await?;
+    let received =
+        receive::receive(body, &headers, &catalog.settings.queue, &gateway.bodies, &gateway.limits)
+            .await?;
     let catalog = &*catalog;
-    let admitted = Admitted { gateway, inference, catalog, head, from, key, wishes, arrived };
+    let admitted =
+        Admitted { gateway, inference, catalog, query, headers, peer, bound, key, wishes, arrived };
     admitted.job(received, id, arrival)
 }
 
@@ -109,8 +113,10 @@ struct Admitted<'a> {
     gateway: &'a Arc<Gateway>,
     inference: &'static Inference,
     catalog: &'a Catalog,
-    head: request::Parts,
-    from: From<'a>,
+    query: Option<String>,
+    headers: HeaderMap,
+    peer: Option<SocketAddr>,
+    bound: Option<&'a ModelName>,
     key: Option<&'a ApiKey>,
     wishes: Wishes,
     arrived: Time,
@@ -123,10 +129,9 @@ impl Admitted<'_> {
         id: &HeaderValue,
         arrival: &mut Arrival,
     ) -> Result<Box<Job>, Reject> {
-        let Admitted { gateway, inference, catalog, head, from, key, wishes, arrived } = self;
-        arrival.received(catalog, &head.headers, &received.bytes);
-        let bound = from.bound;
-        let asked = fit::read(inference, &received.bytes, &head.headers, bound.is_some())?;
+        let Admitted { gateway, inference, catalog, bound, key, wishes, .. } = self;
+        arrival.received(catalog, &self.headers, &received.bytes);
+        let asked = fit::read(inference, &received.bytes, &self.headers, bound.is_some())?;
         let wanted = bound.map_or(&*asked.model, ModelName::as_str).to_owned();
         arrival.asked(&wanted);
         let Chosen { spec, rest, within } = choose(&gateway.handle, catalog, &wanted, key)?;
@@ -138,16 +143,19 @@ impl Admitted<'_> {
             held.also(body.len(), &catalog.settings.queue)?;
         }
         let others = (!rest.is_empty()).then(|| {
-            let (body, key) = (received.bytes.clone(), key.cloned());
-            Box::new(Others { rest, within, inference, body, wishes, key, failed: Vec::new() })
+            let (body, key, headers) = (received.bytes.clone(), key.cloned(), self.headers.clone());
+            let failed = Vec::new();
+            Box::new(Others { rest, within, inference, body, headers, wishes, key, failed })
         });
         let (is_work, queue) =
-            underway::work_of(&gateway.watched, &spec, &head.method, inference.upstream);
-        let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
+            underway::work_of(&gateway.watched, &spec, &Method::POST, inference.upstream);
         let outgoing = Outgoing {
-            method: head.method,
-            path_and_query: format!("{}{query}", inference.upstream),
-            headers: forward::request_headers(head.headers, id),
+            method: Method::POST,
+            path_and_query: match self.query {
+                None => Cow::Borrowed(inference.upstream),
+                Some(query) => format!("{}?{query}", inference.upstream).into(),
+            },
+            headers: forward::request_lines(&self.headers, id),
             body,
             hops: wishes.hops,
         };
@@ -164,8 +172,8 @@ impl Admitted<'_> {
             outgoing,
             held,
             remove_usage,
-            viewer: auth::viewer(key, from.peer),
-            arrived,
+            viewer: auth::viewer(key, self.peer),
+            arrived: self.arrived,
             is_visit: !is_work,
             queue,
             following: None,
@@ -291,7 +299,7 @@ impl Job {
         let Some(next) = others.rest.pop_front() else { return Err(others.told(reject)) };
         tracing::info!(model = %self.spec.name, next = %next.name, "{}", reject.problem().message);
         others.failed.push(format!("{}: {}", self.spec.name, reject.code()));
-        let asked = fit::read(others.inference, &others.body, &self.outgoing.headers, false)?;
+        let asked = fit::read(others.inference, &others.body, &others.headers, false)?;
         let fitted = fit::fit(others.inference, &others.body, asked, &next)?;
         (self.outgoing.body, self.remove_usage) = (fitted.body, fitted.remove_usage);
         self.options = options(&next, &others.wishes, others.key.as_ref());

@@ -40,6 +40,7 @@ pub mod reject;
 mod relay;
 pub mod routes;
 mod server;
+mod short_way;
 mod site;
 mod threads;
 mod timing;
@@ -80,8 +81,9 @@ pub fn router(handle: Handle, metrics: Arc<Metrics>, traffic: Traffic) -> Router
     routes::router(shared(handle, metrics, Limits::default(), traffic))
 }
 
-pub fn router_with(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Router {
-    routes::router(shared(handle, metrics, limits, Traffic::default()))
+/// As [`router`], with the ways past it.
+pub fn content(handle: Handle, metrics: Arc<Metrics>, limits: Limits) -> Content {
+    Content::from(shared(handle, metrics, limits, Traffic::default()))
 }
 
 /// What all listeners of one gateway have in common.

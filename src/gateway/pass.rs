@@ -106,7 +106,7 @@ async fn pass(
         Ok(Arrived::Ready(ready)) => ready.respond(wants_page).await,
         Err(reject) => arrival.turned_away(&gateway, reject),
     };
-    response.headers_mut().insert("x-request-id", id);
+    response.headers_mut().insert(forward::REQUEST_ID, id);
     response
 }
 
@@ -264,7 +264,7 @@ impl Arriving<'_> {
         arrival.asked(spec.name.as_str());
         let queue = queue.filter(|_| !is_visit);
         let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
-        let mut headers = forward::passed_headers(head.headers, id);
+        let mut headers = forward::passed_lines(&head.headers, id);
         if client.is_some() {
             websocket::ask(&mut headers);
         }
@@ -277,7 +277,7 @@ impl Arriving<'_> {
             account: arrival.admitted(spec.name.clone()),
             outgoing: Outgoing {
                 method: head.method,
-                path_and_query: format!("{}{query}", target.sent),
+                path_and_query: format!("{}{query}", target.sent).into(),
                 headers,
                 body: body.bytes,
                 hops: wishes.hops,

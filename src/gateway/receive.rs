@@ -66,6 +66,19 @@ impl Drop for Held {
     }
 }
 
+/// The body of a request.
+#[derive(Debug)]
+pub enum Content {
+    Whole(Bytes),
+    Coming(Body),
+}
+
+impl From<Body> for Content {
+    fn from(body: Body) -> Content {
+        Content::Coming(body)
+    }
+}
+
 #[derive(Debug)]
 pub struct Received {
     pub bytes: Bytes,
@@ -73,10 +86,35 @@ pub struct Received {
 }
 
 pub async fn receive(
-    mut body: Body,
+    content: impl Into<Content>,
     headers: &HeaderMap,
     queue: &QueueSettings,
     budget: &Arc<BodyBudget>,
+    limits: &Limits,
+) -> Result<Received, Reject> {
+    let held = Held { budget: Arc::clone(budget), bytes: 0 };
+    match content.into() {
+        Content::Whole(bytes) => whole(bytes, held, queue),
+        Content::Coming(body) => gathered(body, held, headers, queue, limits).await,
+    }
+}
+
+fn whole(bytes: Bytes, mut held: Held, queue: &QueueSettings) -> Result<Received, Reject> {
+    let length = bytes.len() as u64;
+    if length > queue.body_limit.0 {
+        return Err(too_large(units::Bytes(length).to_string(), queue));
+    }
+    if !held.grow(length, queue.total_bodies) {
+        return Err(no_room(queue));
+    }
+    Ok(Received { bytes, held })
+}
+
+async fn gathered(
+    mut body: Body,
+    mut held: Held,
+    headers: &HeaderMap,
+    queue: &QueueSettings,
     limits: &Limits,
 ) -> Result<Received, Reject> {
     let declared = declared(headers);
@@ -87,7 +125,6 @@ pub async fn receive(
         return Err(too_large(units::Bytes(length).to_string(), queue));
     }
     let mut received = Gathered::default();
-    let mut held = Held { budget: Arc::clone(budget), bytes: 0 };
     let mut deadline = None;
     while !body.is_end_stream() {
         // Small bodies came with their head: nobody has to be waited for.
@@ -177,7 +214,8 @@ fn declared(headers: &HeaderMap) -> Option<u64> {
 
 /// Reads what a refused client still sends, within reason: closing at once would reset the
 /// connection and lose the answer. A client that asked first (`Expect`) has sent nothing.
-pub async fn discard(mut body: Body, headers: &HeaderMap) {
+pub async fn discard(content: impl Into<Content>, headers: &HeaderMap) {
+    let Content::Coming(mut body) = content.into() else { return };
     if declared(headers).unwrap_or(0) > DISCARD_MAX || headers.contains_key(header::EXPECT) {
         return;
     }

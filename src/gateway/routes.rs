@@ -8,6 +8,7 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use http::{Method, StatusCode, Uri};
 
+use super::infer::Asking;
 use super::reject::Reject;
 use super::{Gateway, browser, infer, pages, pass, site};
 use crate::api;
@@ -104,7 +105,7 @@ fn table() -> Vec<Row<Arc<Gateway>>> {
     for inference in &INFERENCE {
         let serve = move |State(gateway): State<Arc<Gateway>>, request: Request| {
             let peer = site::peer(request.extensions());
-            async move { infer::infer(&gateway, inference, request, peer, None).await }
+            async move { infer::infer(&gateway, inference, Asking::new(request, peer, None)).await }
         };
         table.push((inference.path, Needs::Inference, post(serve)));
     }

@@ -24,6 +24,7 @@ use tokio_util::task::TaskTracker;
 
 use super::places::{self, Places};
 use super::reject::Reject;
+use super::short_way::{self, Ends};
 use super::site::Site;
 use super::tls::{self, Opened, Tls};
 
@@ -247,6 +248,25 @@ impl Terms {
         site: Site,
         place: impl Send + 'static,
     ) {
+        if site.has_short_way() {
+            let closing = self.closing.child_token();
+            let ends = Ends::new(closing, self.abort.clone(), self.header_timeout);
+            if let Some(stream) = short_way::serve(stream, &site, peer, ends).await {
+                Box::pin(self.serve_long(stream, peer, site)).await;
+            }
+        } else {
+            self.serve_long(stream, peer, site).await;
+        }
+        drop(place);
+    }
+
+    /// Through hyper.
+    async fn serve_long(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        peer: SocketAddr,
+        site: Site,
+    ) {
         let Terms { closing, abort, header_timeout } = self;
         let service = service_fn(move |request: Request<Incoming>| {
             let site = site.clone();
@@ -278,7 +298,6 @@ impl Terms {
         if let Err(error) = ended {
             tracing::trace!(%peer, "connection ended: {error}");
         }
-        drop(place);
     }
 }
 

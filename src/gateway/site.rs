@@ -1,4 +1,4 @@
-//! What is served at an address: the router, and before it the short way of inference requests.
+//! What is served at an address: the router, and past it the inference requests.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use http::{Extensions, Method, Request, header};
 use hyper::body::Incoming;
 use tower::ServiceExt;
 
+use super::infer::Asking;
 use super::routes::Inference;
 use super::threads::Threads;
 use super::{Gateway, browser, infer, routes};
@@ -38,6 +39,18 @@ impl From<Router> for Content {
     }
 }
 
+impl From<Arc<Gateway>> for Content {
+    fn from(gateway: Arc<Gateway>) -> Content {
+        Content { router: routes::router(Arc::clone(&gateway)), inference: Some(gateway) }
+    }
+}
+
+impl From<Content> for Site {
+    fn from(content: Content) -> Site {
+        Site::new(content, None)
+    }
+}
+
 impl From<Router> for Site {
     fn from(router: Router) -> Site {
         Site::new(router, None)
@@ -54,16 +67,36 @@ impl Site {
         self.content.store(Arc::new(content));
     }
 
+    /// Whether any request is of the short way.
+    pub(super) fn has_short_way(&self) -> bool {
+        self.content.load().inference.is_some()
+    }
+
+    /// For a plain request: `POST`, to this host, and from no web page.
+    pub(super) fn short_way(
+        &self,
+        path: &str,
+        host: &str,
+    ) -> Option<(Arc<Gateway>, &'static Inference)> {
+        let inference = routes::inference(path)?;
+        let content = self.content.load();
+        let gateway = content.inference.as_ref()?;
+        let catalog = gateway.handle.catalog_now();
+        let settings = &catalog.settings;
+        let passes = settings.cors.is_empty() && browser::is_our_host(settings, host);
+        passes.then(|| (Arc::clone(gateway), inference))
+    }
+
     pub(super) async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response {
         let content = self.content.load();
         if let Some(gateway) = &content.inference
-            && let Some(inference) = short_way(gateway, &request)
+            && let Some(inference) = past_router(gateway, &request)
         {
             let gateway = &Arc::clone(gateway);
             drop(content);
-            let request = request.map(Body::new);
+            let asking = Asking::new(request.map(Body::new), Some(peer), None);
             // Its state is large; the connection holds its place for good.
-            return Box::pin(infer::infer(gateway, inference, request, Some(peer), None)).await;
+            return Box::pin(infer::infer(gateway, inference, asking)).await;
         }
         let router = content.router.clone();
         drop(content);
@@ -82,7 +115,7 @@ pub(super) fn peer(extensions: &Extensions) -> Option<SocketAddr> {
 }
 
 /// Of a request to which no rule for web pages applies.
-fn short_way(gateway: &Gateway, request: &Request<Incoming>) -> Option<&'static Inference> {
+fn past_router(gateway: &Gateway, request: &Request<Incoming>) -> Option<&'static Inference> {
     if *request.method() != Method::POST || request.headers().contains_key(header::ORIGIN) {
         return None;
     }

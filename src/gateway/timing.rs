@@ -25,9 +25,12 @@ impl Timing {
         for (name, part) in
             [("queue", self.queue), (", swap", self.swap), (", upstream", self.upstream)]
         {
-            let tenths = (part.as_micros() + 50) / 100;
+            let tenths = part.as_secs() * 10_000 + u64::from(part.subsec_micros() + 50) / 100;
             let mut digits = itoa::Buffer::new();
-            text.extend([name, ";dur=", digits.format(tenths / 10), "."]);
+            text.push_str(name);
+            text.push_str(";dur=");
+            text.push_str(digits.format(tenths / 10));
+            text.push('.');
             text.push_str(digits.format(tenths % 10));
         }
         text

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, Method};
+use http::Method;
 use http_body_util::{BodyExt, Limited};
 use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::auth;
 use super::forward::{self, Outgoing};
 use crate::config::catalog::{EngineKind, ModelSpec};
+use crate::http1::Lines;
 use crate::orchestrator::Lease;
 use crate::units::InstanceId;
 
@@ -194,8 +195,8 @@ async fn until_empty(watched: &Watched, lease: &Lease, path: &str) -> bool {
 async fn look(lease: &Lease, path: &str) -> Result<bool, String> {
     let question = Outgoing {
         method: Method::GET,
-        path_and_query: path.to_owned(),
-        headers: HeaderMap::new(),
+        path_and_query: path.to_owned().into(),
+        headers: Lines::default(),
         body: Bytes::new(),
         hops: 0,
     };

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, request};
+use http::{HeaderName, HeaderValue, Method, StatusCode, Version, header, request};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -18,7 +18,8 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::answer::{Answer, named};
 use super::reject::Reject;
 use super::{Limits, forward};
-use crate::upstream::{self, names};
+use crate::http1::{Lines, names};
+use crate::upstream;
 
 mod way;
 
@@ -80,17 +81,21 @@ impl Sockets {
 }
 
 /// What the engine must be asked beside the headers that are passed on.
-pub fn ask(headers: &mut HeaderMap) {
-    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+pub fn ask(headers: &mut Lines) {
+    UPGRADE.iter().for_each(|(name, value)| headers.push(name, value));
 }
+
+const UPGRADE: [(HeaderName, HeaderValue); 2] = [
+    (header::CONNECTION, HeaderValue::from_static("Upgrade")),
+    (header::UPGRADE, HeaderValue::from_static("websocket")),
+];
 
 /// Answers the client as the engine did, and joins the two connections.
 pub fn join(mut answer: Answer, client: Client, limits: &Limits) -> Response {
     let mut headers = answer.head.headers.clone();
     answer.account.answered(answer.head.status, &headers, false);
     forward::response_headers(&mut headers);
-    ask(&mut headers);
+    headers.extend(UPGRADE);
     headers.extend(named(answer.account.model().as_str()));
     let idle = if answer.lease.is_visit() { limits.visit_idle } else { limits.socket_idle };
     tokio::spawn(serve(answer, client, idle));

@@ -9,10 +9,10 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use http::{HeaderMap, Method, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 
-use super::CallError;
-use super::connection::{Connection, Sending, Upgraded};
+use super::connection::{Connection, Sending};
 use super::head::Answer;
 use super::pool::Pool;
+use super::{CallError, Upgraded};
 
 /// Of a chunk's extensions, and of all trailers: read over, so bounded.
 const LINE_BYTES_MAX: usize = 16 << 10;

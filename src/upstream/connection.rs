@@ -1,6 +1,5 @@
 //! One connection: how it is made, and how a request and the head of its answer cross it.
 
-use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd as _;
 use std::pin::{Pin, pin};
@@ -22,16 +21,8 @@ use tower::ServiceExt as _;
 use super::head::{self, Answer};
 use super::pool::own_lane;
 use super::{CONNECT_TIMEOUT, CallError};
+use crate::http1::{self, JOIN_BYTES_MAX, Prefixed};
 use crate::runtime::Endpoint;
-
-/// Of one read. Shared by all connections of a thread, so that those that wait hold nothing.
-const READ_BYTES: usize = 64 << 10;
-/// A head and a body up to this size are sent as one piece.
-const JOIN_BYTES_MAX: usize = 16 << 10;
-
-thread_local! {
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into_boxed_slice());
-}
 
 /// Two kinds, so that engines on this machine pay nothing for those elsewhere.
 #[derive(Debug)]
@@ -241,58 +232,12 @@ impl Connection {
 
     /// The next bytes; none at the end.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let mut buffer = ReadBuf::new(scratch);
-            ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer))?;
-            Poll::Ready(Ok(Bytes::copy_from_slice(buffer.filled())))
-        })
+        http1::poll_read(&mut self.io, cx, Bytes::copy_from_slice)
     }
 
     /// `early`: what came behind the head.
-    pub fn into_upgraded(self, early: Bytes) -> Upgraded {
-        Upgraded { io: self.io, early }
-    }
-}
-
-/// A connection that speaks another protocol from now on.
-#[derive(Debug)]
-pub struct Upgraded {
-    io: Io,
-    /// Its first bytes, which came with the head.
-    early: Bytes,
-}
-
-impl AsyncRead for Upgraded {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let Upgraded { io, early } = self.get_mut();
-        if early.is_empty() {
-            return Pin::new(io).poll_read(cx, buffer);
-        }
-        let first = early.split_to(early.len().min(buffer.remaining()));
-        buffer.put_slice(&first);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Upgraded {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        data: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, data)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
+    pub fn into_upgraded(self, early: Bytes) -> Prefixed<Io> {
+        Prefixed::new(early, self.io)
     }
 }
 

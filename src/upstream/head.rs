@@ -1,16 +1,21 @@
 //! The head of a request as bytes, and of an answer from them (RFC 9112).
 
+use std::mem::MaybeUninit;
+
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode, header};
 
 use super::Call;
 use super::connection::Connector;
+use crate::http1::{self, JOIN_BYTES_MAX, names, push_line};
 
 /// Of an answer. Engines send a few hundred bytes.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 const HEADERS_MAX: usize = 128;
 /// Interim answers (100, 103) before the real one.
 const INTERIM_MAX: usize = 16;
+/// Room for what every request says beside its own words, and a short key.
+const FIXED_BYTES: usize = 192;
 
 pub fn written(connector: &Connector, call: &Call<'_>) -> Result<Vec<u8>, String> {
     let target = connector.target()?;
@@ -19,20 +24,24 @@ pub fn written(connector: &Connector, call: &Call<'_>) -> Result<Vec<u8>, String
     if !path.starts_with('/') || !path.bytes().all(|byte| matches!(byte, b'!'..=b'~' | 0x80..)) {
         return Err(format!("the path {path:?} cannot be sent"));
     }
-    let mut out = Vec::with_capacity(1024);
-    let mut put = |parts: &[&[u8]]| parts.iter().for_each(|part| out.extend_from_slice(part));
-    put(&[call.method.as_str().as_bytes(), b" ", target.path.as_bytes(), path.as_bytes()]);
-    put(&[b" HTTP/1.1\r\nhost: ", target.authority.as_bytes(), b"\r\n"]);
-    let more = call.more.iter().map(|(name, value)| (name, value));
-    for (name, value) in call.headers.iter().chain(more) {
-        put(&[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
+    let joined = if call.body.len() <= JOIN_BYTES_MAX { call.body.len() } else { 0 };
+    let headers = call.headers.as_bytes();
+    let fixed = target.path.len() + path.len() + target.authority.len() + FIXED_BYTES;
+    let mut out = Vec::with_capacity(fixed + headers.len() + joined);
+    let method = call.method.as_str().as_bytes();
+    for part in [method, b" ", target.path.as_bytes(), path.as_bytes(), b" HTTP/1.1\r\n"] {
+        out.extend_from_slice(part);
+    }
+    push_line(&mut out, "host", target.authority.as_bytes());
+    out.extend_from_slice(headers);
+    for (name, value) in call.more {
+        push_line(&mut out, name.as_str(), value.as_bytes());
     }
     if !call.body.is_empty() || !matches!(*call.method, Method::GET | Method::HEAD) {
         let mut digits = itoa::Buffer::new();
-        let length = digits.format(call.body.len());
-        put(&[b"content-length: ", length.as_bytes(), b"\r\n"]);
+        push_line(&mut out, "content-length", digits.format(call.body.len()).as_bytes());
     }
-    put(&[b"\r\n"]);
+    out.extend_from_slice(b"\r\n");
     Ok(out)
 }
 
@@ -84,9 +93,10 @@ fn bounded(partial: &BytesMut) -> Result<(), String> {
 }
 
 fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
-    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
-    let mut head = httparse::Response::new(&mut headers);
-    let length = match head.parse(text) {
+    let mut headers = [const { MaybeUninit::uninit() }; HEADERS_MAX];
+    let mut head = httparse::Response::new(&mut []);
+    let parser = httparse::ParserConfig::default();
+    let length = match parser.parse_response_with_uninit_headers(&mut head, text, &mut headers) {
         Ok(httparse::Status::Complete(length)) => length,
         Ok(httparse::Status::Partial) => return Ok(None),
         Err(httparse::Error::TooManyHeaders) => {
@@ -98,10 +108,6 @@ fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
     let status = status.ok_or("its answer has no status of HTTP")?;
     // Apart from the body's first bytes, which would stay in memory as long as one header does.
     let kept = Bytes::copy_from_slice(&text[..length]);
-    let place = |part: &[u8]| {
-        let from = part.as_ptr().addr() - text.as_ptr().addr();
-        kept.slice(from..from + part.len())
-    };
     let mut found = HeaderMap::with_capacity(head.headers.len() + 4);
     let (mut keep_alive, mut close) = (head.version != Some(0), false);
     for header in head.headers.iter() {
@@ -117,10 +123,7 @@ fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
                 continue;
             }
         }
-        let name = HeaderName::from_bytes(header.name.as_bytes());
-        let name = name.map_err(|_| format!("the name of header {:?} is invalid", header.name))?;
-        let value = HeaderValue::from_maybe_shared(place(header.value));
-        let value = value.map_err(|_| format!("the value of header {name} is invalid"))?;
+        let (name, value) = http1::header(header, text, &kept)?;
         found.append(name, value);
     }
     // Where it names more, it is left for whoever takes out what it names.
@@ -130,10 +133,4 @@ fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
     }
     let keep_alive = keep_alive && !close;
     Ok(Some((Answer { status, headers: found, keep_alive }, length)))
-}
-
-/// Whether a header that is a list holds `wanted`.
-pub fn names(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
-    let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(wanted))
 }

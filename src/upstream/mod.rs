@@ -15,14 +15,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Response};
+use http::{HeaderName, HeaderValue, Method, Response};
 use thiserror::Error;
 
+use crate::http1::{Lines, Prefixed};
 use crate::runtime::Endpoint;
 
 pub use body::Incoming;
-pub use connection::Upgraded;
-pub use head::names;
 pub use pool::{lanes, set_lane};
 
 use connection::Connector;
@@ -37,7 +36,7 @@ pub struct Call<'a> {
     pub method: &'a Method,
     /// Behind the endpoint's base, with a slash first.
     pub path_and_query: &'a str,
-    pub headers: &'a HeaderMap,
+    pub headers: &'a Lines,
     /// Beside `headers`, in which they are not.
     pub more: &'a [(HeaderName, HeaderValue)],
     pub body: &'a Bytes,
@@ -57,6 +56,9 @@ pub enum CallError {
     #[error("{0}")]
     Invalid(String),
 }
+
+/// A connection that speaks another protocol from now on; its first bytes may have come with the head.
+pub type Upgraded = Prefixed<connection::Io>;
 
 /// The connections to one endpoint. Cheap to clone.
 #[derive(Clone, Debug)]

@@ -30,7 +30,7 @@ impl Server {
     }
 
     async fn call(&self, method: &Method, body: &[u8]) -> Result<Response<Incoming>, CallError> {
-        let (headers, body) = (HeaderMap::new(), Bytes::copy_from_slice(body));
+        let (headers, body) = (Lines::default(), Bytes::copy_from_slice(body));
         let call =
             Call { method, path_and_query: "/x?y=1", headers: &headers, more: &[], body: &body };
         timeout(PATIENCE, self.client.request(call)).await.unwrap()
@@ -162,7 +162,7 @@ async fn a_request_says_what_it_must_and_nothing_that_it_must_not() {
         assert_eq!((head, body), (expected.replace("HOST", &host), sent.to_vec()));
         assert_eq!(answer.unwrap().status(), 200);
     }
-    let (headers, body) = (HeaderMap::new(), Bytes::new());
+    let (headers, body) = (Lines::default(), Bytes::new());
     for path in ["/a b", "/a\r\nhost: x", "a", ""] {
         let call = Call {
             method: &Method::GET,

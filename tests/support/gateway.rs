@@ -87,9 +87,9 @@ impl World {
         change(&mut catalog);
         let (handle, messages) = Handle::for_tests(Arc::new(catalog));
         let shutdown = CancellationToken::new();
-        let router = gateway::router_with(handle.clone(), Arc::new(Metrics::new()), limits);
+        let content = gateway::content(handle.clone(), Arc::new(Metrics::new()), limits);
         let grace = Duration::from_millis(300);
-        let served = tokio::spawn(gateway::serve(listener, router, shutdown.clone(), grace));
+        let served = tokio::spawn(gateway::serve(listener, content, shutdown.clone(), grace));
         let client = Client::builder(TokioExecutor::new()).build_http();
         let engine = Engine::start().await;
         World { address, handle, messages, engine, shutdown, served, client }
