@@ -254,17 +254,17 @@ async fn call(
         method: &Method::POST,
         path_and_query: &format!("/{verb}"),
         headers: &headers,
-        more: &[],
+        more: &Lines::default(),
         body: &Bytes::from(body),
     };
     let exchange = async {
-        let response = client.request(call).await.map_err(|error| {
+        let answer = client.request(call).await.map_err(|error| {
             let source = std::error::Error::source(&error).map(ToString::to_string);
             source.unwrap_or_else(|| error.to_string())
         })?;
-        let status = response.status();
+        let status = answer.status;
         // Read to its end, so that the connection can be used again.
-        let _ = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let _ = Limited::new(answer.body, ANSWER_BYTES_MAX).collect().await;
         let unknown = verb == "deregister" && status == http::StatusCode::NOT_FOUND;
         if status.is_success() || unknown {
             Ok(())

@@ -33,21 +33,125 @@ pub fn poll_read<T>(
     })
 }
 
-/// Takes the values out of `kept`, a copy of `text`, in which they were found.
-///
-/// # Errors
-/// Names the header that is none.
-pub fn header(
-    found: &httparse::Header<'_>,
-    text: &[u8],
-    kept: &Bytes,
-) -> Result<(HeaderName, HeaderValue), String> {
-    let name = HeaderName::from_bytes(found.name.as_bytes());
-    let name = name.map_err(|_| format!("the name of header {:?} is invalid", found.name))?;
-    let from = found.value.as_ptr().addr() - text.as_ptr().addr();
-    let value = HeaderValue::from_maybe_shared(kept.slice(from..from + found.value.len()));
-    let value = value.map_err(|_| format!("the value of header {name} is invalid"))?;
-    Ok((name, value))
+/// What is asked of the headers of a message, however they are kept. Names are given in lower case.
+pub trait Headers {
+    /// The first of that name.
+    fn first(&self, name: &str) -> Option<&[u8]>;
+
+    fn any(&self, is_it: impl Fn(&str) -> bool) -> bool;
+
+    /// As [`Headers::first`], where it is text.
+    fn text(&self, name: &str) -> Option<&str> {
+        self.first(name).and_then(|value| std::str::from_utf8(value).ok())
+    }
+}
+
+impl Headers for HeaderMap {
+    fn first(&self, name: &str) -> Option<&[u8]> {
+        self.get(name).map(HeaderValue::as_bytes)
+    }
+
+    fn any(&self, is_it: impl Fn(&str) -> bool) -> bool {
+        self.keys().any(|name| is_it(name.as_str()))
+    }
+}
+
+/// Headers as they came: only where each of them lies is known. Nearly all of them are passed on
+/// and looked at by nobody.
+#[derive(Clone, Default)]
+pub struct Fields {
+    text: Bytes,
+    /// Where names and values begin, and end.
+    places: Vec<[(u32, u32); 2]>,
+}
+
+impl Fields {
+    /// `kept`: a copy of `text`, in which they were found.
+    pub fn new(found: &[httparse::Header<'_>], text: &[u8], kept: Bytes) -> Fields {
+        let start = text.as_ptr().addr();
+        // Heads are bounded far below.
+        let offset = |at: usize| u32::try_from(at - start).unwrap_or(u32::MAX);
+        let place = |part: &[u8]| {
+            let at = part.as_ptr().addr();
+            (offset(at), offset(at + part.len()))
+        };
+        let places =
+            found.iter().map(|header| [place(header.name.as_bytes()), place(header.value)]);
+        Fields { places: places.collect(), text: kept }
+    }
+
+    fn part(&self, (from, to): (u32, u32)) -> &[u8] {
+        self.text.get(from as usize..to as usize).unwrap_or_default()
+    }
+
+    /// In the order in which they came, names as they were written.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.places.iter().map(|[name, value]| {
+            (std::str::from_utf8(self.part(*name)).unwrap_or_default(), self.part(*value))
+        })
+    }
+
+    /// All of one name.
+    pub fn all(&self, name: &str) -> impl DoubleEndedIterator<Item = &[u8]> {
+        let is_it = move |[at, _]: &&[(u32, u32); 2]| {
+            (at.1 - at.0) as usize == name.len()
+                && self.part(*at).eq_ignore_ascii_case(name.as_bytes())
+        };
+        self.places.iter().filter(is_it).map(|[_, value]| self.part(*value))
+    }
+
+    /// Whether a header that is a list holds `wanted`.
+    pub fn names(&self, name: &str, wanted: &str) -> bool {
+        let mut parts = self.all(name).flat_map(|value| value.split(|byte| *byte == b','));
+        parts.any(|part| part.trim_ascii().eq_ignore_ascii_case(wanted.as_bytes()))
+    }
+
+    /// What cannot be told by the library is left out.
+    pub fn to_map(&self) -> HeaderMap {
+        let pair = |(name, value): (&str, &[u8])| {
+            Some((
+                HeaderName::from_bytes(name.as_bytes()).ok()?,
+                HeaderValue::from_bytes(value).ok()?,
+            ))
+        };
+        let mut map = HeaderMap::with_capacity(self.places.len());
+        for (name, value) in self.iter().filter_map(pair) {
+            map.append(name, value);
+        }
+        map
+    }
+}
+
+impl Headers for Fields {
+    fn first(&self, name: &str) -> Option<&[u8]> {
+        self.all(name).next()
+    }
+
+    fn any(&self, is_it: impl Fn(&str) -> bool) -> bool {
+        self.iter().any(|(name, _)| is_it(name))
+    }
+}
+
+impl From<&HeaderMap> for Fields {
+    fn from(headers: &HeaderMap) -> Fields {
+        let mut text = Vec::new();
+        let mut put = |part: &[u8]| {
+            let from = u32::try_from(text.len()).unwrap_or(u32::MAX);
+            text.extend_from_slice(part);
+            (from, u32::try_from(text.len()).unwrap_or(u32::MAX))
+        };
+        let places = headers.iter();
+        let places =
+            places.map(|(name, value)| [put(name.as_str().as_bytes()), put(value.as_bytes())]);
+        Fields { places: places.collect(), text: text.into() }
+    }
+}
+
+/// Credentials may be among them.
+impl std::fmt::Debug for Fields {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Fields({} headers)", self.places.len())
+    }
 }
 
 /// Whether a header that is a list holds `wanted`.
@@ -66,11 +170,29 @@ impl Lines {
     }
 
     pub fn push(&mut self, name: &HeaderName, value: &HeaderValue) {
-        push_line(&mut self.0, name.as_str(), value.as_bytes());
+        self.push_raw(name.as_str(), value.as_bytes());
+    }
+
+    /// Of a name and a value that were headers before, or are known to be sound.
+    pub fn push_raw(&mut self, name: &str, value: &[u8]) {
+        push_line(&mut self.0, name, value);
+    }
+
+    pub fn extend(&mut self, more: impl IntoIterator<Item = (HeaderName, HeaderValue)>) {
+        more.into_iter().for_each(|(name, value)| self.push(&name, &value));
     }
 
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+        let lines = self.0.split_inclusive(|byte| *byte == b'\n');
+        lines.filter_map(|line| {
+            let colon = memchr::memchr(b':', line)?;
+            let name = HeaderName::from_bytes(&line[..colon]).ok()?;
+            Some((name, HeaderValue::from_bytes(line[colon + 1..].trim_ascii()).ok()?))
+        })
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use http::{HeaderValue, Method, StatusCode};
 
 use super::Gateway;
 use super::captures::Draft;
@@ -17,6 +17,7 @@ use super::limits::Permit;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::{CLIENT_CLOSED, Reject};
 use crate::config::catalog::{ApiKey, Catalog};
+use crate::http1::{Fields, Headers as _};
 use crate::orchestrator::StartKind;
 use crate::store::Activity;
 use crate::units::{ModelName, Time};
@@ -51,7 +52,7 @@ impl Arrival {
             sent: None,
             first: None,
             status: None,
-            content_type: None,
+            content_type: Cow::Borrowed(""),
             streamed: false,
             figures: Figures::default(),
             capture: None,
@@ -84,12 +85,12 @@ impl Arrival {
         self.0.as_ref().map_or(Time::ZERO, |record| record.arrived)
     }
 
-    pub fn received(&mut self, catalog: &Catalog, headers: &HeaderMap, body: &[u8]) {
+    pub fn received(&mut self, catalog: &Catalog, headers: &Fields, body: &[u8]) {
         let Some(record) = &mut self.0 else { return };
         let settings = catalog.settings.captures;
         record.capture = record.gateway.traffic.captures.begin(settings, &record.path);
         if let Some(capture) = &mut record.capture {
-            capture.request(headers, body);
+            capture.request(&headers.to_map(), body);
         }
     }
 
@@ -185,13 +186,13 @@ impl Account {
     }
 
     /// The head of the answer.
-    pub fn answered(&mut self, status: StatusCode, headers: &HeaderMap, streamed: bool) {
+    pub fn answered(&mut self, status: StatusCode, headers: &Fields, streamed: bool) {
         let Some(record) = &mut self.record else { return };
         record.status = Some(status);
-        record.content_type = headers.get(header::CONTENT_TYPE).cloned();
+        record.content_type = headers.text("content-type").map(content_type).unwrap_or_default();
         record.streamed = streamed;
         if let Some(capture) = &mut record.capture {
-            capture.response_head(headers);
+            capture.response_head(&headers.to_map());
         }
     }
 
@@ -275,7 +276,7 @@ struct Record {
     /// From the arrival to the first byte of the answer.
     first: Option<Duration>,
     status: Option<StatusCode>,
-    content_type: Option<HeaderValue>,
+    content_type: Cow<'static, str>,
     streamed: bool,
     figures: Figures,
     capture: Option<Draft>,
@@ -288,7 +289,7 @@ impl Record {
 
     fn refused(&mut self, reject: &Reject) {
         self.status = Some(reject.problem().status);
-        self.content_type = Some(HeaderValue::from_static("application/json"));
+        self.content_type = "application/json".into();
         if let Some(capture) = &mut self.capture {
             capture.response_data(reject.body().to_string().as_bytes());
         }
@@ -339,7 +340,7 @@ impl Record {
             method: method(&self.method),
             path: std::mem::take(&mut self.path),
             status: self.status.map_or(CLIENT_CLOSED, |status| status.as_u16()),
-            content_type: self.content_type.as_ref().map(content_type).unwrap_or_default(),
+            content_type: std::mem::take(&mut self.content_type),
             request_id: self.id().to_owned(),
             outcome: outcome.into(),
             prompt_tokens: self.figures.prompt,
@@ -366,8 +367,8 @@ fn method(method: &Method) -> Cow<'static, str> {
     }
 }
 
-fn content_type(value: &HeaderValue) -> Cow<'static, str> {
-    match value.to_str().unwrap_or_default() {
+fn content_type(value: &str) -> Cow<'static, str> {
+    match value {
         "application/json" => "application/json".into(),
         "text/event-stream" => "text/event-stream".into(),
         other => other.to_owned().into(),

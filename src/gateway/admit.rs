@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderValue, StatusCode};
 
 use super::choose::may_see;
 use super::forward::REQUEST_ID;
@@ -12,8 +12,10 @@ use super::parse::NAME_SHOWN_MAX;
 use super::reject::Reject;
 use super::{auth, parse};
 use crate::config::catalog::{ApiKey, Asked, Catalog, ModelSpec, Scope, StartRule};
+use crate::http1::Headers;
 use crate::units::{ModelName, Priority};
 
+const WISH: &str = "x-wharf-";
 const NAMES_SHOWN_MAX: usize = 12;
 /// How often a request may be passed on from one Wharf to the next: a loop ends here.
 const HOPS_MAX: u32 = 3;
@@ -90,6 +92,10 @@ fn quoted(names: &[&str], separator: &str) -> String {
     names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(separator)
 }
 
+fn is_wish(name: &str) -> bool {
+    name.get(..WISH.len()).is_some_and(|start| start.eq_ignore_ascii_case(WISH))
+}
+
 /// What the `X-Wharf-*` headers ask; a key bounds it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
@@ -101,8 +107,8 @@ pub struct Wishes {
 }
 
 impl Wishes {
-    pub fn read(headers: &HeaderMap) -> Result<Wishes, Reject> {
-        if !headers.keys().any(|name| name.as_str().starts_with("x-wharf-")) {
+    pub fn read(headers: &impl Headers) -> Result<Wishes, Reject> {
+        if !headers.any(is_wish) {
             return Ok(Wishes::default());
         }
         let never_start = match text(headers, "x-wharf-start")?.as_deref() {
@@ -161,7 +167,7 @@ pub fn may_hurry(key: Option<&ApiKey>) -> bool {
     is_unbound(key) || key.is_some_and(|key| key.max_wait.is_some())
 }
 
-fn hops(headers: &HeaderMap) -> Result<u32, Reject> {
+fn hops(headers: &impl Headers) -> Result<u32, Reject> {
     let Some(value) = text(headers, "x-wharf-hops")? else { return Ok(0) };
     let hops = value.parse().map_err(|_| bad("X-Wharf-Hops", "a number"))?;
     if hops > HOPS_MAX {
@@ -174,9 +180,9 @@ fn hops(headers: &HeaderMap) -> Result<u32, Reject> {
     Ok(hops)
 }
 
-fn text(headers: &HeaderMap, name: &'static str) -> Result<Option<String>, Reject> {
-    let Some(value) = headers.get(name) else { return Ok(None) };
-    let value = value.to_str().map_err(|_| bad(name, "plain text"))?;
+fn text(headers: &impl Headers, name: &'static str) -> Result<Option<String>, Reject> {
+    let Some(value) = headers.first(name) else { return Ok(None) };
+    let value = std::str::from_utf8(value).map_err(|_| bad(name, "plain text"))?;
     Ok(Some(value.trim().to_ascii_lowercase()))
 }
 
@@ -193,22 +199,22 @@ fn bad(header: &str, expected: &str) -> Reject {
 }
 
 /// The client's own id where it is short and harmless, else a new one.
-pub fn request_id(headers: &HeaderMap, fresh: impl FnOnce() -> String) -> HeaderValue {
-    let sane = |value: &&HeaderValue| {
-        let bytes = value.as_bytes();
+pub fn request_id(headers: &impl Headers, fresh: impl FnOnce() -> String) -> HeaderValue {
+    let sane = |bytes: &&[u8]| {
         (1..=parse::NAME_SHOWN_MAX).contains(&bytes.len())
             && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(b))
     };
-    match headers.get(REQUEST_ID).filter(sane) {
-        Some(value) => value.clone(),
-        None => HeaderValue::try_from(fresh()).unwrap_or(HeaderValue::from_static("unknown")),
-    }
+    let id = match headers.first(REQUEST_ID.as_str()).filter(sane) {
+        Some(value) => HeaderValue::from_bytes(value).ok(),
+        None => HeaderValue::try_from(fresh()).ok(),
+    };
+    id.unwrap_or(HeaderValue::from_static("unknown"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http::HeaderName;
+    use http::{HeaderMap, HeaderName};
 
     fn wishes(name: &'static str, value: &'static str) -> Result<Wishes, Reject> {
         Wishes::read(&HeaderMap::from_iter([(

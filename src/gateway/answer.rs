@@ -4,21 +4,65 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode, header, response};
+use http::{HeaderValue, StatusCode, header};
 
 use super::account::Account;
 use super::forward;
 use super::relay::{Relay, Source};
 use super::timing::Timing;
 use super::usage::Meter;
+use crate::http1::{Fields, Headers as _, Lines, names};
 use crate::orchestrator::Lease;
 use crate::upstream::Incoming;
 
+/// What the client is told.
+#[derive(Debug)]
+pub struct Reply {
+    pub status: StatusCode,
+    /// But for how the body is framed, the date, and whether the connection stays.
+    pub headers: Lines,
+    pub body: Body,
+    /// As the head says; of an answer to `HEAD` there is nothing else to know it by.
+    length: Option<HeaderValue>,
+    /// The connection ends with it.
+    pub close: bool,
+}
+
+impl From<Response> for Reply {
+    fn from(response: Response) -> Reply {
+        let (head, body) = response.into_parts();
+        let mut headers = Lines::default();
+        let framing = [header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION];
+        for (name, value) in head.headers.iter().filter(|(name, _)| !framing.contains(name)) {
+            headers.push(name, value);
+        }
+        let length = head.headers.get(header::CONTENT_LENGTH).cloned();
+        let close = names(&head.headers, &header::CONNECTION, "close");
+        Reply { status: head.status, headers, body, length, close }
+    }
+}
+
+impl IntoResponse for Reply {
+    fn into_response(self) -> Response {
+        let mut response = Response::new(self.body);
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        for (name, value) in self.headers.iter() {
+            headers.append(name, value);
+        }
+        headers.extend(self.length.map(|length| (header::CONTENT_LENGTH, length)));
+        if self.close {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+}
+
 /// The head of an upstream answer, its body still to come.
 pub struct Answer {
-    pub head: response::Parts,
+    pub head: Head,
     pub body: Incoming,
     pub lease: Lease,
     pub timing: Timing,
@@ -28,33 +72,38 @@ pub struct Answer {
     pub limits: super::Limits,
 }
 
+#[derive(Debug)]
+pub struct Head {
+    pub status: StatusCode,
+    pub headers: Fields,
+}
+
 impl Answer {
     pub fn is_event_stream(&self) -> bool {
-        is(&self.head.headers, header::CONTENT_TYPE, "text/event-stream")
+        is(&self.head.headers, "content-type", "text/event-stream")
     }
 
     /// As a whole response: the usual way.
-    pub fn into_response(mut self) -> Response {
+    pub fn into_reply(mut self) -> Reply {
         let events = self.is_event_stream();
         let (mut meter, plain_events) = self.begin();
-        let mut headers = std::mem::take(&mut self.head.headers);
-        forward::response_headers(&mut headers);
-        if events {
-            // An event may be taken out, and proxies before us must not collect any.
-            headers.remove(header::CONTENT_LENGTH);
-            headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        let mut headers = forward::answer_lines(&self.head.headers);
+        if events && self.head.headers.first("x-accel-buffering").is_none() {
+            // Proxies before us must not collect any.
+            headers.push_raw("x-accel-buffering", b"no");
         }
         headers.extend(named(self.account.model().as_str()));
-        headers.extend(self.timing.header().map(|value| (Timing::HEADER, value)));
+        headers.push_raw(Timing::HEADER, self.timing.text().as_bytes());
+        // An event may be taken out, and where a coding tells the end the length is a mistake.
+        let chunked = self.head.headers.first("transfer-encoding").is_some();
+        let length = self.head.headers.first("content-length").filter(|_| !events && !chunked);
+        let length = length.and_then(|length| HeaderValue::from_bytes(length).ok());
         let status = self.head.status;
         let body = match self.body.whole().cloned() {
             Some(all) => self.whole(all, &mut meter),
             None => Body::new(self.relay(meter, plain_events, None)),
         };
-        let mut response = Response::new(body);
-        *response.status_mut() = status;
-        *response.headers_mut() = headers;
-        response
+        Reply { status, headers, body, length, close: false }
     }
 
     pub fn into_relay(mut self, epilogue: Option<Bytes>) -> Relay {
@@ -64,7 +113,7 @@ impl Answer {
 
     /// The head goes on; how its body is read in passing, and whether an error can be told in it.
     fn begin(&mut self) -> (Meter, bool) {
-        let plain = !self.head.headers.contains_key(header::CONTENT_ENCODING);
+        let plain = self.head.headers.first("content-encoding").is_none();
         let events = plain && self.is_event_stream();
         self.account.answered(self.head.status, &self.head.headers, self.is_event_stream());
         let meter = match (plain, events) {
@@ -121,9 +170,7 @@ pub fn named(model: &str) -> Option<(http::HeaderName, HeaderValue)> {
 
 pub const MODEL: http::HeaderName = http::HeaderName::from_static("x-wharf-model");
 
-fn is(headers: &HeaderMap, name: http::HeaderName, start: &str) -> bool {
-    headers
-        .get(name)
-        .and_then(|value| value.to_str().ok()?.get(..start.len()))
-        .is_some_and(|value| value.eq_ignore_ascii_case(start))
+fn is(headers: &Fields, name: &str, start: &str) -> bool {
+    let start_of = |value: &str| value.get(..start.len()).map(|s| s.eq_ignore_ascii_case(start));
+    headers.text(name).and_then(start_of).unwrap_or(false)
 }

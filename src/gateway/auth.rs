@@ -5,11 +5,12 @@ use std::net::SocketAddr;
 use base64::Engine as _;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use http::{HeaderMap, StatusCode, header};
+use http::StatusCode;
 use subtle::Choice;
 
 use super::reject::{Reject, Viewer};
 use crate::config::catalog::{ApiKey, KeyDigest, Scope, Settings};
+use crate::http1::Headers;
 
 /// Some clients leave the padding out.
 const BASIC: GeneralPurpose = GeneralPurpose::new(
@@ -20,7 +21,7 @@ const BASIC: GeneralPurpose = GeneralPurpose::new(
 /// The key behind a request, or `None` where no keys are configured.
 pub fn authorize<'a>(
     settings: &'a Settings,
-    headers: &HeaderMap,
+    headers: &impl Headers,
     scope: Scope,
 ) -> Result<Option<&'a ApiKey>, Reject> {
     if settings.auth.keys.is_empty() {
@@ -97,14 +98,12 @@ fn find<'a>(keys: &'a [ApiKey], presented: &[KeyDigest]) -> Option<&'a ApiKey> {
     found
 }
 
-fn presented(headers: &HeaderMap) -> Vec<KeyDigest> {
+fn presented(headers: &impl Headers) -> Vec<KeyDigest> {
     let mut found = Vec::new();
-    if let Some(value) = headers.get("x-api-key") {
-        found.push(KeyDigest::of(value.as_bytes().trim_ascii()));
+    if let Some(value) = headers.first("x-api-key") {
+        found.push(KeyDigest::of(value.trim_ascii()));
     }
-    let Some(value) = headers.get(header::AUTHORIZATION).map(|value| value.as_bytes()) else {
-        return found;
-    };
+    let Some(value) = headers.first("authorization") else { return found };
     let (scheme, rest) = value.split_at(value.iter().position(|&b| b == b' ').unwrap_or(0));
     let rest = rest.trim_ascii();
     if scheme.eq_ignore_ascii_case(b"bearer") {
@@ -135,6 +134,8 @@ pub fn matches(pattern: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderMap;
+
     use super::*;
 
     fn key(name: &str, key: &str, scopes: &[Scope]) -> ApiKey {

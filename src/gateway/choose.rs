@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode};
+use http::StatusCode;
 
 use super::admit::{self, Wishes};
 use super::auth;
 use super::reject::Reject;
 use super::routes::Inference;
 use crate::config::catalog::{ApiKey, Catalog, ModelSpec, Route, RouteKind};
+use crate::http1::Fields;
 use crate::orchestrator::{Handle, View};
 use crate::scheduler::record::ResidencyView;
 
@@ -109,7 +110,7 @@ pub struct Others {
     pub inference: &'static Inference,
     /// As the client sent it.
     pub body: Bytes,
-    pub headers: HeaderMap,
+    pub headers: Fields,
     pub wishes: Wishes,
     pub key: Option<ApiKey>,
     /// Who could not serve, and why: for whoever is told that nobody could.

@@ -45,7 +45,7 @@ pub fn door(gateway: Arc<Gateway>, model: ModelName, port: u16) -> Router {
 async fn serve(door: Door, inference: &'static Inference, request: Request) -> Response {
     let peer = site::peer(request.extensions());
     let asking = Asking::new(request, peer, Some(&door.model));
-    infer::infer(&door.gateway, inference, asking).await
+    infer::infer(&door.gateway, inference, asking).await.into_response()
 }
 
 /// 200 unless the model cannot be had: one that is not loaded is loaded by the first request.

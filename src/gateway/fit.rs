@@ -1,13 +1,13 @@
 //! The body of a request as the engine of one model gets it.
 
 use bytes::Bytes;
-use http::HeaderMap;
 
 use super::parse::Asked;
 use super::reject::Reject;
 use super::routes::{Api, BodyKind, Inference};
 use super::{filter, multipart, parse};
 use crate::config::catalog::{EngineKind, ModelSpec};
+use crate::http1::Headers;
 
 #[derive(Debug)]
 pub struct Fitted {
@@ -21,7 +21,7 @@ pub struct Fitted {
 pub fn read<'b>(
     inference: &Inference,
     body: &'b Bytes,
-    headers: &HeaderMap,
+    headers: &impl Headers,
     known: bool,
 ) -> Result<Asked<'b>, Reject> {
     match inference.body {

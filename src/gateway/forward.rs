@@ -6,54 +6,51 @@ use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, header};
+use http::{HeaderName, HeaderValue, Method, header};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::answer;
-use crate::http1::{self, Lines};
+use crate::http1::{Fields, Headers as _, Lines};
 use crate::orchestrator::Lease;
 use crate::runtime::tls_trouble;
-use crate::upstream::{Call, CallError, Incoming};
+use crate::upstream::{Answer, Call, CallError};
 
 /// Named by RFC 9110 as belonging to one connection, and what old proxies add to them.
-fn is_hop_by_hop(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "connection"
-            | "keep-alive"
-            | "proxy-connection"
-            | "proxy-authenticate"
-            | "proxy-authorization"
-            | "te"
-            | "trailer"
-            | "transfer-encoding"
-            | "upgrade"
-    )
-}
+const HOP_BY_HOP: [&str; 9] = [
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
 
 /// What an engine must not see: credentials for Wharf, and what is set anew. Accept-Encoding,
 /// because a compressed answer could not be read in passing.
-fn is_kept_here(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "authorization"
-            | "x-api-key"
-            | "api-key"
-            | "cookie"
-            | "host"
-            | "content-length"
-            | "expect"
-            | "accept-encoding"
-            | "x-wharf-start"
-            | "x-wharf-max-wait"
-            | "x-wharf-priority"
-            | "x-wharf-hops"
-    )
-}
+const KEPT_HERE: [&str; 13] = [
+    "authorization",
+    "x-api-key",
+    "api-key",
+    "cookie",
+    "host",
+    "content-length",
+    "expect",
+    "accept-encoding",
+    "x-request-id",
+    "x-wharf-start",
+    "x-wharf-max-wait",
+    "x-wharf-priority",
+    "x-wharf-hops",
+];
+
+/// What is set anew in the answer. The model: another Wharf's word for it.
+const ANSWERED_HERE: [&str; 4] = ["content-length", "date", "x-request-id", "x-wharf-model"];
 
 /// Told to servers elsewhere, which may be Wharfs that lead back to this one.
-const HOPS: HeaderName = HeaderName::from_static("x-wharf-hops");
+const HOPS: &str = "x-wharf-hops";
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -90,14 +87,15 @@ pub async fn send(
     lease: &Lease,
     outgoing: &Outgoing,
     silence_max: Duration,
-) -> Result<Response<Incoming>, Failure> {
+) -> Result<Answer, Failure> {
     let gate = lease.gate();
-    let mut more = Vec::new();
+    let mut more = Lines::default();
     if gate.endpoint.circuit.is_some() {
-        more.push((HOPS, HeaderValue::from(outgoing.hops + 1)));
+        let hops = outgoing.hops.saturating_add(1);
+        more.push_raw(HOPS, itoa::Buffer::new().format(hops).as_bytes());
     }
     if let Some(key) = &gate.endpoint.api_key {
-        more.push((header::AUTHORIZATION, key.bearer()));
+        more.push(&header::AUTHORIZATION, &key.bearer());
     }
     let call = Call {
         method: &outgoing.method,
@@ -197,64 +195,69 @@ pub fn describe(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Headers of the request as the engine gets them.
-pub fn request_lines(headers: &HeaderMap, request_id: &HeaderValue) -> Lines {
-    lines(headers, request_id, is_kept_here)
+pub fn request_lines(headers: &Fields, request_id: &HeaderValue) -> Lines {
+    let mut lines = lines(headers, &KEPT_HERE, &[]);
+    lines.push(&REQUEST_ID, request_id);
+    lines
 }
 
 /// As [`request_lines`], of a request that is passed on as it came. Its `Origin` was judged here
 /// and means nothing at the engine, whose host is another one.
-pub fn passed_lines(headers: &HeaderMap, request_id: &HeaderValue) -> Lines {
-    lines(headers, request_id, |name| {
-        is_kept_here(name) || *name == header::ORIGIN || name.as_str().starts_with("sec-fetch-")
-    })
-}
-
-fn lines(
-    headers: &HeaderMap,
-    request_id: &HeaderValue,
-    unwanted: impl Fn(&HeaderName) -> bool,
-) -> Lines {
-    let mut lines = Lines::with_capacity(LINES_BYTES);
-    let is_named = named(headers);
-    for (name, value) in headers {
-        if !is_hop_by_hop(name) && !unwanted(name) && *name != REQUEST_ID && !is_named(name) {
-            lines.push(name, value);
-        }
-    }
+pub fn passed_lines(headers: &Fields, request_id: &HeaderValue) -> Lines {
+    let mut lines = lines(headers, &KEPT_HERE, &["origin", "sec-fetch-"]);
     lines.push(&REQUEST_ID, request_id);
     lines
 }
 
 /// Headers of the answer as the client gets them. Whom browsers may tell is ours to say.
-pub fn response_headers(headers: &mut HeaderMap) {
-    // The model: another Wharf's word for it; ours follows.
-    let is_ours =
-        |name: &HeaderName| *name == answer::MODEL || name.as_str().starts_with("access-control-");
-    let gone: Vec<HeaderName> = {
-        let is_named = named(headers);
-        // Few of them are there: one look at each header is less than a search for each name.
-        let is_gone = |name: &&HeaderName| is_hop_by_hop(name) || is_ours(name) || is_named(name);
-        headers.keys().filter(is_gone).cloned().collect()
-    };
-    for name in gone {
-        headers.remove(name);
-    }
+pub fn answer_lines(headers: &Fields) -> Lines {
+    lines(headers, &ANSWERED_HERE, &["access-control-"])
 }
 
-/// Whether `Connection` says that a header belongs to it.
-fn named(headers: &HeaderMap) -> impl Fn(&HeaderName) -> bool + '_ {
-    let any = headers.contains_key(header::CONNECTION);
-    move |name| any && http1::names(headers, &header::CONNECTION, name.as_str())
+/// Without what belongs to the connection, what is `unwanted`, and what begins with one of
+/// `prefixes`.
+fn lines(headers: &Fields, unwanted: &[&str], prefixes: &[&str]) -> Lines {
+    let mut lines = Lines::with_capacity(LINES_BYTES);
+    // Most say no more than "keep-alive", which is not the name of a header that anybody needs.
+    let names_some = headers.first("connection").is_some();
+    for (name, value) in headers.iter() {
+        let is = |known: &&str| name.eq_ignore_ascii_case(known);
+        let begins = |prefix: &&str| {
+            name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
+        };
+        let gone = HOP_BY_HOP.iter().any(is)
+            || unwanted.iter().any(is)
+            || prefixes.iter().any(begins)
+            || (names_some && headers.names("connection", name));
+        if !gone {
+            lines.push_raw(name, value);
+        }
+    }
+    lines
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn fields(headers: &[(&'static str, &'static str)]) -> Fields {
+        let mut map = http::HeaderMap::new();
+        for (name, value) in headers {
+            map.append(*name, HeaderValue::from_static(value));
+        }
+        Fields::from(&map)
+    }
+
+    fn sorted(lines: &Lines) -> Vec<String> {
+        let text = String::from_utf8(lines.as_bytes().to_vec()).unwrap();
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.sort_unstable();
+        lines
+    }
+
     #[test]
     fn what_belongs_to_the_connection_or_to_wharf_stays_here() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
+        let headers = fields(&[
             ("connection", "keep-alive, X-Hop"),
             ("x-hop", "1"),
             ("keep-alive", "timeout=5"),
@@ -265,27 +268,31 @@ mod tests {
             ("cookie", "a=b"),
             ("host", "wharf"),
             ("content-length", "5"),
+            ("x-request-id", "another"),
             ("x-wharf-start", "never"),
             ("x-wharf-hops", "1"),
             ("content-type", "application/json"),
+            ("origin", "http://a"),
+            ("sec-fetch-mode", "cors"),
             ("traceparent", "00-1-2-01"),
-        ] {
-            headers.append(name, value.parse().unwrap());
-        }
-        let lines = request_lines(&headers, &HeaderValue::from_static("id-1"));
-        let lines = String::from_utf8(lines.as_bytes().to_vec()).unwrap();
-        let mut lines: Vec<&str> = lines.lines().collect();
-        lines.sort_unstable();
-        let expected =
+        ]);
+        let id = HeaderValue::from_static("id-1");
+        let kept =
             ["content-type: application/json", "traceparent: 00-1-2-01", "x-request-id: id-1"];
-        assert_eq!(lines, expected);
+        assert_eq!(sorted(&passed_lines(&headers, &id)), kept);
+        let web = ["origin: http://a", "sec-fetch-mode: cors"];
+        let mut all = [&kept[..], &web].concat();
+        all.sort_unstable();
+        assert_eq!(sorted(&request_lines(&headers, &id)), all);
     }
+
     #[test]
     fn the_name_that_a_peer_has_for_its_model_is_not_told() {
-        let mut headers = HeaderMap::new();
-        headers.insert("x-wharf-model", HeaderValue::from_static("ada"));
-        headers.insert("content-type", HeaderValue::from_static("application/json"));
-        response_headers(&mut headers);
-        assert_eq!(headers.keys().map(|name| name.as_str()).collect::<Vec<_>>(), ["content-type"]);
+        let headers = fields(&[
+            ("x-wharf-model", "ada"),
+            ("access-control-allow-origin", "*"),
+            ("content-type", "application/json"),
+        ]);
+        assert_eq!(sorted(&answer_lines(&headers)), ["content-type: application/json"]);
     }
 }

@@ -2,7 +2,7 @@
 //! listed, and to be cancelled by its id.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
@@ -22,11 +22,11 @@ pub struct InFlight(Arc<Registry>);
 #[derive(Debug, Default)]
 struct Registry {
     last: AtomicU64,
-    shards: [Mutex<HashMap<u64, Arc<Entry>>>; SHARDS],
+    shards: [Mutex<BTreeMap<u64, Arc<Entry>>>; SHARDS],
 }
 
 impl Registry {
-    fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Entry>>> {
+    fn shard(&self, id: u64) -> MutexGuard<'_, BTreeMap<u64, Arc<Entry>>> {
         let shard = usize::try_from(id).unwrap_or(0) % SHARDS;
         self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner)
     }

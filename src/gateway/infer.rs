@@ -8,14 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::Request;
-use axum::response::Response;
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use http::{HeaderValue, Method, StatusCode};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::account::{Account, Arrival};
 use super::admit::{self, Wishes};
-use super::answer::Answer;
+use super::answer::{Answer, Head, Reply};
 use super::choose::{Chosen, Others, choose};
 use super::fit::{self, Fitted};
 use super::forward::{self, Failure, Outgoing, REQUEST_ID};
@@ -26,10 +25,11 @@ use super::timing::{Timing, swap_share};
 use super::underway::{self, Following, Queue};
 use super::{Gateway, auth, wait};
 use crate::config::catalog::{ApiKey, Catalog, ModelSpec, Scope, WaitingSettings, WaitingStyle};
+use crate::http1::Fields;
 use crate::orchestrator::{Gate, Lease, RequestOptions};
 use crate::scheduler::action::Refusal;
 use crate::units::{ModelName, RequestId, Time};
-use crate::upstream::Incoming;
+use crate::upstream;
 
 pub use passing::Passing;
 
@@ -45,7 +45,7 @@ const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub struct Asking<'a> {
     pub query: Option<String>,
-    pub headers: HeaderMap,
+    pub headers: Fields,
     pub body: Content,
     pub peer: Option<SocketAddr>,
     /// The model of the front door through which it came.
@@ -56,7 +56,8 @@ impl<'a> Asking<'a> {
     pub fn new(request: Request, peer: Option<SocketAddr>, bound: Option<&'a ModelName>) -> Self {
         let (head, body) = request.into_parts();
         let query = head.uri.query().map(str::to_owned);
-        Asking { query, headers: head.headers, body: body.into(), peer, bound }
+        let headers = Fields::from(&head.headers);
+        Asking { query, headers, body: body.into(), peer, bound }
     }
 }
 
@@ -64,15 +65,15 @@ pub async fn infer(
     gateway: &Arc<Gateway>,
     inference: &'static Inference,
     asking: Asking<'_>,
-) -> Response {
+) -> Reply {
     let id = admit::request_id(&asking.headers, || gateway.fresh_id());
     let mut arrival = Arrival::open(gateway, &Method::POST, inference.path, &id);
-    let mut response = match admit(gateway, inference, asking, &id, &mut arrival).await {
+    let mut reply = match admit(gateway, inference, asking, &id, &mut arrival).await {
         Ok(job) => wait::respond(job).await,
-        Err(reject) => arrival.turned_away(gateway, reject),
+        Err(reject) => arrival.turned_away(gateway, reject).into(),
     };
-    response.headers_mut().insert(REQUEST_ID, id);
-    response
+    reply.headers.push(&REQUEST_ID, &id);
+    reply
 }
 
 /// Everything that can be said before a lease is asked for.
@@ -114,7 +115,7 @@ struct Admitted<'a> {
     inference: &'static Inference,
     catalog: &'a Catalog,
     query: Option<String>,
-    headers: HeaderMap,
+    headers: Fields,
     peer: Option<SocketAddr>,
     bound: Option<&'a ModelName>,
     key: Option<&'a ApiKey>,
@@ -256,9 +257,10 @@ impl Job {
             }
         };
         match forwarded {
-            Ok((response, lease, timing)) => {
+            Ok((answer, lease, timing)) => {
                 drop(self.held);
-                let (head, body) = response.into_parts();
+                let upstream::Answer { status, headers, body } = answer;
+                let head = Head { status, headers };
                 let limits = self.gateway.limits.clone();
                 let (account, remove_usage) = (self.account, self.remove_usage);
                 let first_within =
@@ -327,7 +329,7 @@ impl Job {
     async fn forwarded(
         &mut self,
         stage: Option<&watch::Sender<Stage>>,
-    ) -> Result<(http::Response<Incoming>, Lease, Timing), Reject> {
+    ) -> Result<(upstream::Answer, Lease, Timing), Reject> {
         let mut waited = Duration::ZERO;
         loop {
             let asked = Instant::now();

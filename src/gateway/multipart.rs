@@ -4,10 +4,9 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use http::{HeaderMap, header};
-
 use super::parse::{self, Asked, Spelling};
 use super::reject::Reject;
+use crate::http1::Headers;
 
 const FORM: &str = "multipart/form-data";
 /// Of one part; browsers and SDKs send two or three lines.
@@ -17,7 +16,7 @@ const PARTS_MAX: usize = 256;
 /// RFC 2046.
 const BOUNDARY_MAX: usize = 70;
 
-pub fn parse<'a>(body: &'a [u8], headers: &HeaderMap) -> Result<Asked<'a>, Reject> {
+pub fn parse<'a>(body: &'a [u8], headers: &impl Headers) -> Result<Asked<'a>, Reject> {
     let boundary = boundary(headers)?;
     let (mut model, mut stream) = (None, false);
     for part in Parts::new(body, &boundary) {
@@ -48,9 +47,8 @@ fn invalid(message: impl Into<String>) -> Reject {
     Reject::bad_request("invalid_form", message)
 }
 
-fn boundary(headers: &HeaderMap) -> Result<String, Reject> {
-    let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let kind = given.unwrap_or_default();
+fn boundary(headers: &impl Headers) -> Result<String, Reject> {
+    let kind = headers.text("content-type").unwrap_or_default();
     let is_form = kind.get(..FORM.len()).is_some_and(|k| k.eq_ignore_ascii_case(FORM));
     if !is_form {
         let shown: String = kind.chars().take(100).collect();
@@ -189,6 +187,8 @@ fn find(within: &[u8], what: &[u8]) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use http::{HeaderMap, header};
+
     use super::*;
     use bytes::Bytes;
 

@@ -24,6 +24,7 @@ use super::websocket::{self, Client};
 use super::{Gateway, auth, multipart, not_loaded, ollama, pages, parse, site};
 use crate::config::catalog::{ApiKey, Catalog, EngineKind, ModelSpec, Scope};
 use crate::engine::paths::{self, Verdict};
+use crate::http1::Fields;
 use crate::units::Time;
 
 /// Of a path in the row of its request.
@@ -162,7 +163,7 @@ impl Arriving<'_> {
         let queue = &catalog.settings.queue;
         let body =
             receive::receive(body, &head.headers, queue, &gateway.bodies, &gateway.limits).await?;
-        arrival.received(&catalog, &head.headers, &body.bytes);
+        arrival.received(&catalog, &Fields::from(&head.headers), &body.bytes);
         let arriving = Arriving { gateway, catalog: &catalog, head, body, key, wishes, arrived };
         let way = arriving.way(prefix, names)?;
         if way.rest.is_empty() {
@@ -264,7 +265,7 @@ impl Arriving<'_> {
         arrival.asked(spec.name.as_str());
         let queue = queue.filter(|_| !is_visit);
         let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
-        let mut headers = forward::passed_lines(&head.headers, id);
+        let mut headers = forward::passed_lines(&Fields::from(&head.headers), id);
         if client.is_some() {
             websocket::ask(&mut headers);
         }
@@ -468,8 +469,9 @@ impl Ready {
 }
 
 /// An engine's redirects know nothing of the path that precedes its own here.
-fn relocated(mut answer: Answer, base: &str) -> Response {
-    let headers = &mut answer.head.headers;
+fn relocated(answer: Answer, base: &str) -> Response {
+    let mut response = answer.into_reply().into_response();
+    let headers = response.headers_mut();
     let inside = headers
         .get(header::LOCATION)
         .and_then(|to| to.to_str().ok())
@@ -478,5 +480,5 @@ fn relocated(mut answer: Answer, base: &str) -> Response {
     if let Some(inside) = inside {
         headers.insert(header::LOCATION, inside);
     }
-    answer.into_response()
+    response
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::body::Body;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
-use http::{HeaderMap, StatusCode, header};
+use http::StatusCode;
 use http_body::Body as _;
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::Limits;
 use super::reject::Reject;
 use crate::config::catalog::QueueSettings;
+use crate::http1::Headers;
 use crate::units;
 
 /// How much, and how long, is read on after a refusal.
@@ -87,7 +88,7 @@ pub struct Received {
 
 pub async fn receive(
     content: impl Into<Content>,
-    headers: &HeaderMap,
+    headers: &impl Headers,
     queue: &QueueSettings,
     budget: &Arc<BodyBudget>,
     limits: &Limits,
@@ -113,7 +114,7 @@ fn whole(bytes: Bytes, mut held: Held, queue: &QueueSettings) -> Result<Received
 async fn gathered(
     mut body: Body,
     mut held: Held,
-    headers: &HeaderMap,
+    headers: &impl Headers,
     queue: &QueueSettings,
     limits: &Limits,
 ) -> Result<Received, Reject> {
@@ -208,15 +209,15 @@ impl Gathered {
     }
 }
 
-fn declared(headers: &HeaderMap) -> Option<u64> {
-    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+fn declared(headers: &impl Headers) -> Option<u64> {
+    headers.text("content-length")?.parse().ok()
 }
 
 /// Reads what a refused client still sends, within reason: closing at once would reset the
 /// connection and lose the answer. A client that asked first (`Expect`) has sent nothing.
-pub async fn discard(content: impl Into<Content>, headers: &HeaderMap) {
+pub async fn discard(content: impl Into<Content>, headers: &impl Headers) {
     let Content::Coming(mut body) = content.into() else { return };
-    if declared(headers).unwrap_or(0) > DISCARD_MAX || headers.contains_key(header::EXPECT) {
+    if declared(headers).unwrap_or(0) > DISCARD_MAX || headers.first("expect").is_some() {
         return;
     }
     let read = async {

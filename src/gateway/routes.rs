@@ -105,7 +105,10 @@ fn table() -> Vec<Row<Arc<Gateway>>> {
     for inference in &INFERENCE {
         let serve = move |State(gateway): State<Arc<Gateway>>, request: Request| {
             let peer = site::peer(request.extensions());
-            async move { infer::infer(&gateway, inference, Asking::new(request, peer, None)).await }
+            async move {
+                let asking = Asking::new(request, peer, None);
+                infer::infer(&gateway, inference, asking).await.into_response()
+            }
         };
         table.push((inference.path, Needs::Inference, post(serve)));
     }

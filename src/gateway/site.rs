@@ -7,7 +7,7 @@ use arc_swap::ArcSwap;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
 use http::{Extensions, Method, Request, header};
 use hyper::body::Incoming;
 use tower::ServiceExt;
@@ -96,7 +96,7 @@ impl Site {
             drop(content);
             let asking = Asking::new(request.map(Body::new), Some(peer), None);
             // Its state is large; the connection holds its place for good.
-            return Box::pin(infer::infer(gateway, inference, asking)).await;
+            return Box::pin(infer::infer(gateway, inference, asking)).await.into_response();
         }
         let router = content.router.clone();
         drop(content);

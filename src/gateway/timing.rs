@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use http::{HeaderName, HeaderValue};
-
 use crate::orchestrator::View;
 use crate::scheduler::record::SwapKind;
 use crate::units::{ModelName, Time};
@@ -17,7 +15,7 @@ pub struct Timing {
 }
 
 impl Timing {
-    pub const HEADER: HeaderName = HeaderName::from_static("server-timing");
+    pub const HEADER: &str = "server-timing";
 
     /// Milliseconds, to a tenth.
     pub fn text(&self) -> String {
@@ -34,10 +32,6 @@ impl Timing {
             text.push_str(digits.format(tenths % 10));
         }
         text
-    }
-
-    pub fn header(&self) -> Option<HeaderValue> {
-        self.text().try_into().ok()
     }
 }
 

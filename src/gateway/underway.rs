@@ -202,10 +202,10 @@ async fn look(lease: &Lease, path: &str) -> Result<bool, String> {
     };
     let answer = forward::send(lease, &question, LOOK_MAX).await;
     let answer = answer.map_err(|failure| format!("{failure:?}"))?;
-    if !answer.status().is_success() {
-        return Err(format!("it answered {}", answer.status()));
+    if !answer.status.is_success() {
+        return Err(format!("it answered {}", answer.status));
     }
-    let body = timeout(LOOK_MAX, Limited::new(answer.into_body(), BODY_BYTES_MAX).collect()).await;
+    let body = timeout(LOOK_MAX, Limited::new(answer.body, BODY_BYTES_MAX).collect()).await;
     let body = match body {
         Ok(Ok(body)) => body.to_bytes(),
         Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => return Ok(true),

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval, interval, sleep, timeout};
 
-use super::answer::{Answer, named, outcome};
+use super::answer::{Answer, Reply, named, outcome};
 use super::infer::{Job, Stage};
 use super::notes::Notes;
 use super::reject::Reject;
@@ -30,7 +30,7 @@ const ERROR_TIME_MAX: Duration = Duration::from_secs(30);
 
 type Work = Pin<Box<dyn Future<Output = Result<Answer, Reject>> + Send>>;
 
-pub async fn respond(job: Box<Job>) -> Response {
+pub async fn respond(job: Box<Job>) -> Reply {
     let Some(waiting) = job.waiting else {
         return direct(job.run(None).await);
     };
@@ -51,15 +51,15 @@ pub async fn respond(job: Box<Job>) -> Response {
                 look: interval(LOOK_EVERY),
                 relay: None,
             };
-            event_stream(opened, model.as_deref())
+            Reply::from(event_stream(opened, model.as_deref()))
         }
     }
 }
 
-fn direct(answer: Result<Answer, Reject>) -> Response {
+fn direct(answer: Result<Answer, Reject>) -> Reply {
     match answer {
-        Ok(answer) => answer.into_response(),
-        Err(reject) => reject.into_response(),
+        Ok(answer) => answer.into_reply(),
+        Err(reject) => reject.into_response().into(),
     }
 }
 

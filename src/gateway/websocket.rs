@@ -92,11 +92,10 @@ const UPGRADE: [(HeaderName, HeaderValue); 2] = [
 
 /// Answers the client as the engine did, and joins the two connections.
 pub fn join(mut answer: Answer, client: Client, limits: &Limits) -> Response {
-    let mut headers = answer.head.headers.clone();
-    answer.account.answered(answer.head.status, &headers, false);
-    forward::response_headers(&mut headers);
-    headers.extend(UPGRADE);
-    headers.extend(named(answer.account.model().as_str()));
+    answer.account.answered(answer.head.status, &answer.head.headers, false);
+    let headers = forward::answer_lines(&answer.head.headers);
+    let named = named(answer.account.model().as_str());
+    let headers = headers.iter().chain(UPGRADE).chain(named).collect();
     let idle = if answer.lease.is_visit() { limits.visit_idle } else { limits.socket_idle };
     tokio::spawn(serve(answer, client, idle));
     let mut response = Response::new(Body::empty());

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, Bytes, BytesMut};
-use http::{HeaderMap, Method, Response, StatusCode, header};
+use http::{Method, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 
 use super::connection::{Connection, Sending};
-use super::head::Answer;
+use super::head::Head;
 use super::pool::Pool;
-use super::{CallError, Upgraded};
+use super::{Answer, CallError, Upgraded};
+use crate::http1::Fields;
 
 /// Of a chunk's extensions, and of all trailers: read over, so bounded.
 const LINE_BYTES_MAX: usize = 16 << 10;
@@ -51,15 +52,15 @@ enum Framing {
     Close,
 }
 
-pub fn response(
-    answer: Answer,
+pub fn answer(
+    head: Head,
     rest: Bytes,
     unsent: Option<Sending>,
     connection: Connection,
     method: &Method,
     pool: &Arc<Pool>,
-) -> Result<Response<Incoming>, CallError> {
-    let Answer { status, mut headers, mut keep_alive } = answer;
+) -> Result<Answer, CallError> {
+    let Head { status, headers, mut keep_alive } = head;
     let bodiless = *method == Method::HEAD
         || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     let state = if status == StatusCode::SWITCHING_PROTOCOLS {
@@ -67,7 +68,7 @@ pub fn response(
     } else {
         let framing = match bodiless {
             true => Framing::Length(0),
-            false => framing(&mut headers, &mut keep_alive).map_err(CallError::Invalid)?,
+            false => framing(&headers, &mut keep_alive).map_err(CallError::Invalid)?,
         };
         let pool = Arc::clone(pool);
         let ready = Bytes::new();
@@ -75,28 +76,28 @@ pub fn response(
         live.receive(rest).map_err(|error| CallError::Invalid(error.to_string()))?;
         live.settled()
     };
-    let mut response = Response::new(Incoming(state));
-    (*response.status_mut(), *response.headers_mut()) = (status, headers);
-    Ok(response)
+    Ok(Answer { status, headers, body: Incoming(state) })
 }
 
-/// RFC 9112, 6.3. Takes out a length that does not count, as it would be passed on.
-fn framing(headers: &mut HeaderMap, keep_alive: &mut bool) -> Result<Framing, String> {
-    if let Some(coding) = headers.get_all(header::TRANSFER_ENCODING).iter().next_back() {
-        let coding = coding.to_str().unwrap_or_default().rsplit(',').next().unwrap_or_default();
-        let chunked = coding.trim().eq_ignore_ascii_case("chunked");
+/// RFC 9112, 6.3.
+fn framing(headers: &Fields, keep_alive: &mut bool) -> Result<Framing, String> {
+    let mut lengths = headers.all("content-length");
+    if let Some(coding) = headers.all("transfer-encoding").next_back() {
+        let coding = coding.rsplit(|byte| *byte == b',').next().unwrap_or_default();
+        let chunked = coding.trim_ascii().eq_ignore_ascii_case(b"chunked");
         // Both headers: somebody is mistaken, or wants to smuggle.
-        *keep_alive &= headers.remove(header::CONTENT_LENGTH).is_none();
+        *keep_alive &= lengths.next().is_none();
         return Ok(if chunked { Framing::Chunked(Chunks::default()) } else { Framing::Close });
     }
-    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
     let Some(first) = lengths.next() else { return Ok(Framing::Close) };
     if lengths.any(|other| other != first) {
         return Err("its answer names two lengths".to_owned());
     }
-    let digits = first.to_str().ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
+    let digits =
+        std::str::from_utf8(first).ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
     let length = digits.and_then(|text| text.parse().ok());
-    length.map(Framing::Length).ok_or_else(|| format!("the length {first:?} is no number"))
+    let shown = || String::from_utf8_lossy(first);
+    length.map(Framing::Length).ok_or_else(|| format!("the length {:?} is no number", shown()))
 }
 
 impl Live {

@@ -18,7 +18,7 @@ use tokio::task::coop::unconstrained;
 use tokio::time::timeout;
 use tower::ServiceExt as _;
 
-use super::head::{self, Answer};
+use super::head::{self, Head};
 use super::pool::own_lane;
 use super::{CONNECT_TIMEOUT, CallError};
 use crate::http1::{self, JOIN_BYTES_MAX, Prefixed};
@@ -204,7 +204,7 @@ impl Connection {
         &mut self,
         head: Vec<u8>,
         body: &Bytes,
-    ) -> Result<(Answer, Bytes, Option<Sending>), CallError> {
+    ) -> Result<(Head, Bytes, Option<Sending>), CallError> {
         let mut sending = Sending::new(head, body);
         let mut partial = BytesMut::new();
         let (answer, rest) = std::future::poll_fn(|cx| {

@@ -3,19 +3,19 @@
 use std::mem::MaybeUninit;
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{Method, StatusCode};
 
 use super::Call;
 use super::connection::Connector;
-use crate::http1::{self, JOIN_BYTES_MAX, names, push_line};
+use crate::http1::{Fields, JOIN_BYTES_MAX, push_line};
 
 /// Of an answer. Engines send a few hundred bytes.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 const HEADERS_MAX: usize = 128;
 /// Interim answers (100, 103) before the real one.
 const INTERIM_MAX: usize = 16;
-/// Room for what every request says beside its own words, and a short key.
-const FIXED_BYTES: usize = 192;
+/// Room for what every request says beside its own words.
+const FIXED_BYTES: usize = 96;
 
 pub fn written(connector: &Connector, call: &Call<'_>) -> Result<Vec<u8>, String> {
     let target = connector.target()?;
@@ -25,18 +25,16 @@ pub fn written(connector: &Connector, call: &Call<'_>) -> Result<Vec<u8>, String
         return Err(format!("the path {path:?} cannot be sent"));
     }
     let joined = if call.body.len() <= JOIN_BYTES_MAX { call.body.len() } else { 0 };
-    let headers = call.headers.as_bytes();
-    let fixed = target.path.len() + path.len() + target.authority.len() + FIXED_BYTES;
-    let mut out = Vec::with_capacity(fixed + headers.len() + joined);
+    let words = target.path.len() + path.len() + target.authority.len() + FIXED_BYTES;
+    let headers_bytes = call.headers.as_bytes().len() + call.more.as_bytes().len();
+    let mut out = Vec::with_capacity(words + headers_bytes + joined);
     let method = call.method.as_str().as_bytes();
     for part in [method, b" ", target.path.as_bytes(), path.as_bytes(), b" HTTP/1.1\r\n"] {
         out.extend_from_slice(part);
     }
     push_line(&mut out, "host", target.authority.as_bytes());
-    out.extend_from_slice(headers);
-    for (name, value) in call.more {
-        push_line(&mut out, name.as_str(), value.as_bytes());
-    }
+    out.extend_from_slice(call.headers.as_bytes());
+    out.extend_from_slice(call.more.as_bytes());
     if !call.body.is_empty() || !matches!(*call.method, Method::GET | Method::HEAD) {
         let mut digits = itoa::Buffer::new();
         push_line(&mut out, "content-length", digits.format(call.body.len()).as_bytes());
@@ -47,15 +45,15 @@ pub fn written(connector: &Connector, call: &Call<'_>) -> Result<Vec<u8>, String
 
 /// What an answer's head says.
 #[derive(Debug)]
-pub struct Answer {
+pub struct Head {
     pub status: StatusCode,
-    pub headers: HeaderMap,
+    pub headers: Fields,
     /// The server keeps the connection, as far as its head says.
     pub keep_alive: bool,
 }
 
 /// With `data` behind `partial`: the head and what follows it; or `None`, and `partial` has grown.
-pub fn read(partial: &mut BytesMut, data: Bytes) -> Result<Option<(Answer, Bytes)>, String> {
+pub fn read(partial: &mut BytesMut, data: Bytes) -> Result<Option<(Head, Bytes)>, String> {
     let mut rest = if partial.is_empty() {
         data
     } else {
@@ -92,7 +90,7 @@ fn bounded(partial: &BytesMut) -> Result<(), String> {
     Ok(())
 }
 
-fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
+fn parse(text: &Bytes) -> Result<Option<(Head, usize)>, String> {
     let mut headers = [const { MaybeUninit::uninit() }; HEADERS_MAX];
     let mut head = httparse::Response::new(&mut []);
     let parser = httparse::ParserConfig::default();
@@ -108,29 +106,8 @@ fn parse(text: &Bytes) -> Result<Option<(Answer, usize)>, String> {
     let status = status.ok_or("its answer has no status of HTTP")?;
     // Apart from the body's first bytes, which would stay in memory as long as one header does.
     let kept = Bytes::copy_from_slice(&text[..length]);
-    let mut found = HeaderMap::with_capacity(head.headers.len() + 4);
-    let (mut keep_alive, mut close) = (head.version != Some(0), false);
-    for header in head.headers.iter() {
-        // Nearly every answer says one of them, and it concerns nobody else.
-        if header.name.eq_ignore_ascii_case("connection") {
-            let word = header.value.trim_ascii();
-            if word.eq_ignore_ascii_case(b"keep-alive") {
-                keep_alive = true;
-                continue;
-            }
-            if word.eq_ignore_ascii_case(b"close") {
-                close = true;
-                continue;
-            }
-        }
-        let (name, value) = http1::header(header, text, &kept)?;
-        found.append(name, value);
-    }
-    // Where it names more, it is left for whoever takes out what it names.
-    if found.contains_key(header::CONNECTION) {
-        let names = |wanted| names(&found, &header::CONNECTION, wanted);
-        (keep_alive, close) = (keep_alive || names("keep-alive"), close || names("close"));
-    }
-    let keep_alive = keep_alive && !close;
-    Ok(Some((Answer { status, headers: found, keep_alive }, length)))
+    let headers = Fields::new(head.headers, text, kept);
+    let keep_alive = (head.version != Some(0) || headers.names("connection", "keep-alive"))
+        && !headers.names("connection", "close");
+    Ok(Some((Head { status, headers, keep_alive }, length)))
 }

@@ -15,10 +15,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, Response};
+use http::{Method, StatusCode};
 use thiserror::Error;
 
-use crate::http1::{Lines, Prefixed};
+use crate::http1::{Fields, Lines, Prefixed};
 use crate::runtime::Endpoint;
 
 pub use body::Incoming;
@@ -38,8 +38,16 @@ pub struct Call<'a> {
     pub path_and_query: &'a str,
     pub headers: &'a Lines,
     /// Beside `headers`, in which they are not.
-    pub more: &'a [(HeaderName, HeaderValue)],
+    pub more: &'a Lines,
     pub body: &'a Bytes,
+}
+
+/// An answer whose body is still to come.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: Fields,
+    pub body: Incoming,
 }
 
 /// Why there is no head of an answer.
@@ -73,14 +81,14 @@ impl UpstreamClient {
     }
 
     /// To the head of the answer. Nothing is sent twice.
-    pub async fn request(&self, call: Call<'_>) -> Result<Response<Incoming>, CallError> {
+    pub async fn request(&self, call: Call<'_>) -> Result<Answer, CallError> {
         let sent = head::written(&self.connector, &call).map_err(CallError::Invalid)?;
         let mut connection = match self.pool.take() {
             Some(idle) => idle,
             None => self.connector.connect().await?,
         };
-        let (answer, rest, unsent) = connection.exchange(sent, call.body).await?;
-        body::response(answer, rest, unsent, connection, call.method, &self.pool)
+        let (head, rest, unsent) = connection.exchange(sent, call.body).await?;
+        body::answer(head, rest, unsent, connection, call.method, &self.pool)
     }
 
     /// Opens a connection for the next request, so that it need not.

@@ -8,6 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
 use super::*;
+use crate::http1::Headers as _;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -29,10 +30,15 @@ impl Server {
         stream
     }
 
-    async fn call(&self, method: &Method, body: &[u8]) -> Result<Response<Incoming>, CallError> {
+    async fn call(&self, method: &Method, body: &[u8]) -> Result<Answer, CallError> {
         let (headers, body) = (Lines::default(), Bytes::copy_from_slice(body));
-        let call =
-            Call { method, path_and_query: "/x?y=1", headers: &headers, more: &[], body: &body };
+        let call = Call {
+            method,
+            path_and_query: "/x?y=1",
+            headers: &headers,
+            more: &Lines::default(),
+            body: &body,
+        };
         timeout(PATIENCE, self.client.request(call)).await.unwrap()
     }
 }
@@ -46,8 +52,8 @@ async fn heard(stream: &mut TcpStream) -> String {
     String::from_utf8(text).unwrap()
 }
 
-async fn body(response: Response<Incoming>) -> Result<Bytes, io::Error> {
-    Ok(timeout(PATIENCE, response.into_body().collect()).await.unwrap()?.to_bytes())
+async fn body(answer: Answer) -> Result<Bytes, io::Error> {
+    Ok(timeout(PATIENCE, answer.body.collect()).await.unwrap()?.to_bytes())
 }
 
 /// What comes when `said` is sent in two parts and the connection stays open (or not).
@@ -64,7 +70,7 @@ async fn told(said: &[u8], cut: usize, close: bool) -> (Result<(u16, Bytes), Str
     };
     let ask = async {
         let response = server.call(&Method::GET, b"").await.map_err(|error| error.to_string())?;
-        let status = response.status().as_u16();
+        let status = response.status.as_u16();
         Ok((status, body(response).await.map_err(|error| error.to_string())?))
     };
     let (answer, kept) = tokio::join!(ask, talk);
@@ -160,7 +166,7 @@ async fn a_request_says_what_it_must_and_nothing_that_it_must_not() {
         let (answer, (head, body)) = tokio::join!(server.call(&method, sent), listen);
         let host = server.listener.local_addr().unwrap().to_string();
         assert_eq!((head, body), (expected.replace("HOST", &host), sent.to_vec()));
-        assert_eq!(answer.unwrap().status(), 200);
+        assert_eq!(answer.unwrap().status, 200);
     }
     let (headers, body) = (Lines::default(), Bytes::new());
     for path in ["/a b", "/a\r\nhost: x", "a", ""] {
@@ -168,7 +174,7 @@ async fn a_request_says_what_it_must_and_nothing_that_it_must_not() {
             method: &Method::GET,
             path_and_query: path,
             headers: &headers,
-            more: &[],
+            more: &Lines::default(),
             body: &body,
         };
         let refused = server.client.request(call).await.unwrap_err();
@@ -186,7 +192,7 @@ async fn an_idle_connection_that_the_engine_closed_is_not_used() {
             stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
         };
         let (answer, ()) = tokio::join!(server.call(&Method::GET, b""), serve);
-        assert_eq!(answer.unwrap().status(), 200);
+        assert_eq!(answer.unwrap().status, 200);
         // The reactor has to hear of the end first.
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -237,7 +243,7 @@ async fn an_early_answer_to_a_large_request_is_heard() {
     let large = vec![b'x'; 32 << 20];
     let (answer, stream) = tokio::join!(server.call(&Method::POST, &large), serve);
     let answer = answer.unwrap();
-    assert_eq!(answer.status(), 413);
+    assert_eq!(answer.status, 413);
     assert_eq!(body(answer).await.unwrap(), "no");
     drop(stream);
     let serve = async { heard(&mut server.accept().await).await };
@@ -280,8 +286,8 @@ async fn after_a_switch_the_connection_is_handed_over_with_its_first_bytes() {
     };
     let ask = async {
         let answer = server.call(&Method::GET, b"").await.unwrap();
-        assert_eq!(answer.headers()["upgrade"], "websocket");
-        let mut upgraded = answer.into_body().into_upgraded().unwrap();
+        assert_eq!(answer.headers.first("upgrade"), Some(&b"websocket"[..]));
+        let mut upgraded = answer.body.into_upgraded().unwrap();
         upgraded.write_all(b"x").await.unwrap();
         let mut first = vec![0; 5];
         upgraded.read_exact(&mut first).await.unwrap();

@@ -4,14 +4,13 @@ use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::HeaderMap;
 use httparse::{ParserConfig, Status};
 
 use super::super::infer::Asking;
 use super::super::receive::Content;
 use super::super::site::Site;
 use super::{BUFFER_MAX, Request};
-use crate::http1;
+use crate::http1::Fields;
 
 /// More are for hyper to refuse.
 const HEADERS_MAX: usize = 64;
@@ -51,12 +50,8 @@ fn read(text: &[u8], site: &Site, peer: SocketAddr) -> Option<Verdict> {
         return Some(Verdict::Partial(total));
     }
     let kept = Bytes::copy_from_slice(&text[..total]);
-    let mut headers = HeaderMap::with_capacity(head.headers.len());
-    for header in head.headers.iter() {
-        let (name, value) = http1::header(header, text, &kept).ok()?;
-        headers.append(name, value);
-    }
     let body = Content::Whole(kept.slice(length..));
+    let headers = Fields::new(head.headers, text, kept);
     let query = query.map(str::to_owned);
     let asking = Asking { query, headers, body, peer: Some(peer), bound: None };
     Some(Verdict::Whole(Request { gateway, inference, asking }, total))

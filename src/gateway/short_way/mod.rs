@@ -5,7 +5,7 @@
 
 mod ends;
 mod head;
-mod reply;
+mod writer;
 
 use std::future::poll_fn;
 use std::io;
@@ -15,18 +15,18 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::response::Response;
 use bytes::{Buf as _, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::timeout;
 
 use super::Gateway;
+use super::answer::Reply;
 use super::infer::{self, Asking};
 use super::routes::Inference;
 use super::site::Site;
 use crate::http1::{self, Prefixed};
 use head::Verdict;
-use reply::{Left, Reply};
+use writer::{Left, Writer};
 
 pub use ends::Ends;
 
@@ -51,12 +51,12 @@ where
             }
             Next::Over => break,
         };
-        let response = {
+        let reply = {
             let Request { gateway, inference, asking } = request;
             let answer = pin!(infer::infer(&gateway, inference, asking));
             connection.answered(answer).await?
         };
-        match connection.send(Reply::new(response)).await {
+        match connection.send(Writer::new(reply)).await {
             Ok(true) => {}
             Ok(false) => break,
             Err(error) => {
@@ -164,11 +164,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// `None`: nobody waits for it any more.
     async fn answered(
         &mut self,
-        mut answer: Pin<&mut impl Future<Output = Response>>,
-    ) -> Option<Response> {
+        mut answer: Pin<&mut impl Future<Output = Reply>>,
+    ) -> Option<Reply> {
         poll_fn(|cx| {
-            if let Poll::Ready(response) = answer.as_mut().poll(cx) {
-                return Poll::Ready(Some(response));
+            if let Poll::Ready(reply) = answer.as_mut().poll(cx) {
+                return Poll::Ready(Some(reply));
             }
             self.poll_gone(cx).map(|()| None)
         })
@@ -188,24 +188,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     /// Whether the connection may be used again.
-    async fn send(&mut self, mut reply: Reply) -> io::Result<bool> {
-        poll_fn(|cx| self.poll_send(cx, &mut reply)).await?;
-        Ok(reply.keeps_alive())
+    async fn send(&mut self, mut writer: Writer) -> io::Result<bool> {
+        poll_fn(|cx| self.poll_send(cx, &mut writer)).await?;
+        Ok(writer.keeps_alive())
     }
 
-    fn poll_send(&mut self, cx: &mut Context<'_>, reply: &mut Reply) -> Poll<io::Result<()>> {
+    fn poll_send(&mut self, cx: &mut Context<'_>, writer: &mut Writer) -> Poll<io::Result<()>> {
         loop {
             let closing = self.ends.is_closing(cx);
             // What the socket does not take is waited for before the body is asked for more.
             let waits = self.left.is_empty()
-                && reply.poll_parts(cx, closing, |parts, cx| {
+                && writer.poll_parts(cx, closing, |parts, cx| {
                     self.left.begin(&mut self.stream, cx, parts);
                 })?;
             let sent = self.left.poll(&mut self.stream, cx)?;
             if waits || sent.is_pending() {
                 return self.poll_gone(cx).map(|()| Err(gone()));
             }
-            if reply.is_over() {
+            if writer.is_over() {
                 return Poll::Ready(Ok(()));
             }
         }

@@ -1,6 +1,7 @@
 //! Against a pipe: what is answered here, and what goes the long way.
 
 use axum::body::Body;
+use axum::response::Response;
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt as _, DuplexStream, duplex};
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -192,7 +193,7 @@ async fn sent(parts: Vec<Result<Bytes, &'static str>>) -> (io::Result<bool>, Str
     let mut connection = Connection { stream, ahead, left, ends };
     let body = Body::from_stream(futures_util::stream::iter(parts));
     let sending = tokio::spawn(async move {
-        let sent = connection.send(Reply::new(Response::new(body))).await;
+        let sent = connection.send(Writer::new(Response::new(body).into())).await;
         drop(connection);
         sent
     });

@@ -1,4 +1,4 @@
-//! An answer as bytes: its head, and its body as the parts come.
+//! A reply as bytes: its head, and its body as the parts come.
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
@@ -7,13 +7,13 @@ use std::task::{Context, Poll, ready};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
-use axum::response::Response;
 use bytes::Bytes;
-use http::{StatusCode, header, response};
+use http::StatusCode;
 use http_body::Body as _;
 use tokio::io::AsyncWrite;
 
-use crate::http1::{JOIN_BYTES_MAX, names, push_line};
+use super::super::answer::Reply;
+use crate::http1::{JOIN_BYTES_MAX, Lines, push_line};
 
 thread_local! {
     /// What is being written; shared, so that connections that wait hold nothing.
@@ -119,10 +119,11 @@ enum Framing {
     Chunked,
 }
 
-/// An answer on its way to the client.
-pub struct Reply {
-    /// Until it is sent.
-    head: Option<response::Parts>,
+/// A reply on its way to the client.
+pub struct Writer {
+    status: StatusCode,
+    /// Until the head is sent.
+    headers: Option<Lines>,
     body: Body,
     framing: Framing,
     over: bool,
@@ -131,20 +132,20 @@ pub struct Reply {
     close: bool,
 }
 
-impl Reply {
-    pub fn new(response: Response) -> Reply {
-        let (mut head, body) = response.into_parts();
-        let mut close = names(&head.headers, &header::CONNECTION, "close");
-        if head.status.is_informational() {
+impl Writer {
+    pub fn new(reply: Reply) -> Writer {
+        let Reply { mut status, headers, body, mut close, .. } = reply;
+        if status.is_informational() {
             // Nobody asked for another protocol, and this is to be the last word.
-            (head.status, close) = (StatusCode::BAD_GATEWAY, true);
+            (status, close) = (StatusCode::BAD_GATEWAY, true);
         }
-        let framing = match (head.status, body.size_hint().exact()) {
+        let framing = match (status, body.size_hint().exact()) {
             (StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED, _) => Framing::None,
             (_, Some(length)) => Framing::Length(length),
             (_, None) => Framing::Chunked,
         };
-        Reply { head: Some(head), body, framing, over: false, broken: false, close }
+        let headers = Some(headers);
+        Writer { status, headers, body, framing, over: false, broken: false, close }
     }
 
     pub fn is_over(&self) -> bool {
@@ -168,9 +169,9 @@ impl Reply {
         // Not borrowed: what is polled in between is anybody's code.
         let mut out = OUT.take();
         out.clear();
-        if let Some(head) = self.head.take() {
+        if let Some(headers) = self.headers.take() {
             self.close |= closing;
-            write_head(&mut out, &head, self.framing, self.close);
+            write_head(&mut out, self.status, &headers, self.framing, self.close);
         }
         let mut data = Bytes::new();
         let waits = loop {
@@ -235,20 +236,19 @@ fn put_size(out: &mut Vec<u8>, size: usize) {
     out.extend_from_slice(b"\r\n");
 }
 
-fn write_head(out: &mut Vec<u8>, head: &response::Parts, framing: Framing, close: bool) {
+fn write_head(
+    out: &mut Vec<u8>,
+    status: StatusCode,
+    headers: &Lines,
+    framing: Framing,
+    close: bool,
+) {
     out.extend_from_slice(b"HTTP/1.1 ");
-    out.extend_from_slice(head.status.as_str().as_bytes());
+    out.extend_from_slice(status.as_str().as_bytes());
     out.push(b' ');
-    out.extend_from_slice(head.status.canonical_reason().unwrap_or_default().as_bytes());
+    out.extend_from_slice(status.canonical_reason().unwrap_or_default().as_bytes());
     out.extend_from_slice(b"\r\n");
-    let mut dated = false;
-    for (name, value) in &head.headers {
-        dated |= *name == header::DATE;
-        let ours = [header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION];
-        if !ours.contains(name) {
-            push_line(out, name.as_str(), value.as_bytes());
-        }
-    }
+    out.extend_from_slice(headers.as_bytes());
     match framing {
         Framing::None => {}
         Framing::Length(length) => {
@@ -259,9 +259,7 @@ fn write_head(out: &mut Vec<u8>, head: &response::Parts, framing: Framing, close
     if close {
         push_line(out, "connection", b"close");
     }
-    if !dated {
-        DATE.with_borrow_mut(|date| push_line(out, "date", date.now().as_bytes()));
-    }
+    DATE.with_borrow_mut(|date| push_line(out, "date", date.now().as_bytes()));
     out.extend_from_slice(b"\r\n");
 }
 
