@@ -179,10 +179,12 @@ impl Events {
             }
             from = end;
         }
-        push(out, data.slice(keep_from..from));
         if from < data.len() {
+            push(out, data.slice(keep_from..from));
             self.partial.extend_from_slice(&data[from..]);
             self.release_overlong(out);
+        } else {
+            push(out, data.split_off(keep_from));
         }
     }
 

@@ -1,11 +1,12 @@
 //! The body of an answer: where it ends, and what becomes of its connection then.
 
+use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Buf as _, Bytes};
 use http::{Method, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 
@@ -14,6 +15,11 @@ use super::head::Head;
 use super::pool::Pool;
 use super::{Answer, CallError, Upgraded};
 use crate::http1::Fields;
+
+thread_local! {
+    /// The data of the chunks of one read.
+    static DECODED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Of a chunk's extensions, and of all trailers: read over, so bounded.
 const LINE_BYTES_MAX: usize = 16 << 10;
@@ -35,11 +41,17 @@ struct Live {
     connection: Connection,
     /// Of the request, which the server answers before it has read it all.
     unsent: Option<Sending>,
+    frames: Frames,
+    pool: Arc<Pool>,
+}
+
+/// What comes of the connection's bytes.
+#[derive(Debug)]
+struct Frames {
     /// Came already.
     ready: Bytes,
     framing: Framing,
     keep_alive: bool,
-    pool: Arc<Pool>,
 }
 
 /// How the end of a body is known.
@@ -70,11 +82,11 @@ pub fn answer(
             true => Framing::Length(0),
             false => framing(&headers, &mut keep_alive).map_err(CallError::Invalid)?,
         };
-        let pool = Arc::clone(pool);
-        let ready = Bytes::new();
-        let mut live = Live { connection, unsent, ready, framing, keep_alive, pool };
-        live.receive(rest).map_err(|error| CallError::Invalid(error.to_string()))?;
-        live.settled()
+        let mut frames = Frames { ready: Bytes::new(), framing, keep_alive };
+        frames
+            .receive(&rest, |used| rest.slice(..used))
+            .map_err(|error| CallError::Invalid(error.to_string()))?;
+        Live { connection, unsent, frames, pool: Arc::clone(pool) }.settled()
     };
     Ok(Answer { status, headers, body: Incoming(state) })
 }
@@ -100,30 +112,31 @@ fn framing(headers: &Fields, keep_alive: &mut bool) -> Result<Framing, String> {
     length.map(Framing::Length).ok_or_else(|| format!("the length {:?} is no number", shown()))
 }
 
-impl Live {
-    /// Takes bytes of the connection.
-    fn receive(&mut self, mut raw: Bytes) -> io::Result<()> {
-        let length = raw.len();
+impl Frames {
+    /// Takes bytes of the connection; `keep` gives the first so many of them.
+    fn receive(&mut self, raw: &[u8], keep: impl FnOnce(usize) -> Bytes) -> io::Result<()> {
         let used = match &mut self.framing {
             Framing::Length(left) => {
                 let used = raw.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
                 *left -= used as u64;
-                self.ready = raw.split_to(used);
+                self.ready = keep(used);
                 used
             }
             Framing::Chunked(chunks) => {
-                let mut data = BytesMut::new();
-                let used = chunks.decode(&raw, &mut data)?;
-                self.ready = data.freeze();
-                used
+                let mut data = DECODED.take();
+                data.clear();
+                let used = chunks.decode(raw, &mut data);
+                self.ready = Bytes::copy_from_slice(&data);
+                DECODED.set(data);
+                used?
             }
             Framing::Close => {
-                self.ready = raw;
-                length
+                self.ready = keep(raw.len());
+                raw.len()
             }
         };
         // A server that goes on talking is out of step.
-        self.keep_alive &= used == length;
+        self.keep_alive &= used == raw.len();
         Ok(())
     }
 
@@ -134,16 +147,18 @@ impl Live {
             Framing::Close => false,
         }
     }
+}
 
+impl Live {
     /// The connection is free as soon as the last byte is here.
     fn settled(self) -> State {
-        if !self.is_at_end() {
+        if !self.frames.is_at_end() {
             return State::Live(Box::new(self));
         }
-        if self.keep_alive && self.unsent.is_none() {
+        if self.frames.keep_alive && self.unsent.is_none() {
             Pool::give_back(&self.pool, self.connection);
         }
-        State::Whole(self.ready)
+        State::Whole(self.frames.ready)
     }
 
     /// False: the body is over.
@@ -154,10 +169,14 @@ impl Live {
             self.unsent = None;
         }
         // An empty chunk, or a part of a chunk's head, is no frame.
-        while self.ready.is_empty() && !self.is_at_end() {
-            let raw = ready!(self.connection.poll_data(cx))?;
-            if raw.is_empty() {
-                return Poll::Ready(match self.framing {
+        let Live { connection, frames, .. } = self;
+        while frames.ready.is_empty() && !frames.is_at_end() {
+            let took = connection.poll_read(cx, |raw| {
+                let keep = |used| Bytes::copy_from_slice(&raw[..used]);
+                frames.receive(raw, keep).map(|()| raw.len())
+            });
+            if ready!(took)?? == 0 {
+                return Poll::Ready(match frames.framing {
                     Framing::Close => Ok(false),
                     _ => Err(io::Error::new(
                         io::ErrorKind::UnexpectedEof,
@@ -165,7 +184,6 @@ impl Live {
                     )),
                 });
             }
-            self.receive(raw)?;
         }
         Poll::Ready(Ok(true))
     }
@@ -209,12 +227,12 @@ impl Body for Incoming {
             }
         }
         let data = match state {
-            State::Live(live) => std::mem::take(&mut live.ready),
+            State::Live(live) => std::mem::take(&mut live.frames.ready),
             State::Whole(left) => std::mem::take(left),
             State::Upgraded(_) => Bytes::new(),
         };
         if let State::Live(live) = state
-            && live.is_at_end()
+            && live.frames.is_at_end()
         {
             let State::Live(live) = std::mem::replace(state, State::Whole(Bytes::new())) else {
                 return Poll::Ready(None);
@@ -235,8 +253,10 @@ impl Body for Incoming {
     fn size_hint(&self) -> SizeHint {
         match &self.0 {
             State::Whole(left) => SizeHint::with_exact(left.len() as u64),
-            State::Live(live) => match live.framing {
-                Framing::Length(left) => SizeHint::with_exact(left + live.ready.len() as u64),
+            State::Live(live) => match live.frames.framing {
+                Framing::Length(left) => {
+                    SizeHint::with_exact(left + live.frames.ready.len() as u64)
+                }
                 _ => SizeHint::default(),
             },
             State::Upgraded(_) => SizeHint::with_exact(0),
@@ -278,7 +298,7 @@ impl Chunks {
     }
 
     /// Adds the data in `raw` to `out`; how much of `raw` belongs to this body.
-    fn decode(&mut self, mut raw: &[u8], out: &mut BytesMut) -> io::Result<usize> {
+    fn decode(&mut self, mut raw: &[u8], out: &mut Vec<u8>) -> io::Result<usize> {
         let length = raw.len();
         while let Some(&byte) = raw.first() {
             if let At::Data(left) = self.at {

@@ -210,7 +210,8 @@ impl Connection {
         let (answer, rest) = std::future::poll_fn(|cx| {
             let _ = sending.poll(&mut self.io, cx);
             loop {
-                let data = ready!(self.poll_data(cx)).map_err(CallError::Broken)?;
+                let data = ready!(self.poll_read(cx, Bytes::copy_from_slice))
+                    .map_err(CallError::Broken)?;
                 if data.is_empty() {
                     return Poll::Ready(Err(sending.failed()));
                 }
@@ -231,8 +232,12 @@ impl Connection {
     }
 
     /// The next bytes; none at the end.
-    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
-        http1::poll_read(&mut self.io, cx, Bytes::copy_from_slice)
+    pub fn poll_read<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        use_data: impl FnOnce(&[u8]) -> T,
+    ) -> Poll<io::Result<T>> {
+        http1::poll_read(&mut self.io, cx, use_data)
     }
 
     /// `early`: what came behind the head.

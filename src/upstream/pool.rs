@@ -28,10 +28,11 @@ pub fn set_lane(lane: usize) {
     LANE.set(lane);
 }
 
-/// How many threads may serve with a lane of their own.
+/// How many threads serve with a lane of their own. For each there is a core left to clients and
+/// engines: where they share all cores, more threads only take turns, at the cost of each turn.
 pub fn lanes() -> usize {
     static LANES: OnceLock<usize> = OnceLock::new();
-    *LANES.get_or_init(|| available_parallelism().map_or(1, usize::from))
+    *LANES.get_or_init(|| available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)))
 }
 
 #[derive(Debug)]
