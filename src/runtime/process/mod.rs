@@ -31,6 +31,7 @@ use tokio::time::{Instant, timeout_at};
 use self::group::Group;
 use self::logfile::Tail;
 use self::pidfd::ExitWatch;
+pub(crate) use self::pidfd::register;
 pub use self::procfs::Occupant;
 use self::supervise::Supervised;
 use self::written::Written;
