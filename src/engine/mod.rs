@@ -29,7 +29,7 @@ use crate::units::Bytes;
 
 pub use context::context_length;
 pub use hub::{HubModel, hub_model};
-pub use pace::until_next_look;
+pub use pace::{sleep_finely, until_next_look};
 pub use weights::weight_files;
 
 /// What Wharf adds to the configured command of an engine.

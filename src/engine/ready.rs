@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::broadcast::{self, error::RecvError};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::log_lines::{Cause, Meaning, meaning};
-use super::pace::until_next_look;
+use super::pace::{sleep_finely, until_next_look};
 use super::probe::{self, Answer};
 use super::{LOG_TAIL_LINES, ended, fault};
 use crate::config::catalog::ModelSpec;
@@ -135,7 +135,7 @@ impl<'a> Start<'a> {
         let pause = self.pause();
         Box::pin(async move {
             if let Some(pause) = pause {
-                sleep(pause).await;
+                sleep_finely(pause).await;
             }
             probe::ask(spec, running, trusted).await
         })

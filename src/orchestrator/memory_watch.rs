@@ -8,14 +8,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::handle::{Inbox, Message};
-use crate::engine::until_next_look;
+use crate::engine::{sleep_finely, until_next_look};
 use crate::gpu::{GpuKind, Gpus};
 use crate::runtime::{Running, RuntimeHandle};
 use crate::scheduler::event::{Event, GpuMemory, HostUse, MemorySample};
 use crate::units::{GpuId, InstanceId, SwapId, Time};
 
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
-const NEXT_MILLISECOND: Duration = Duration::from_millis(1);
 
 /// Tells which process on a GPU belongs to which instance.
 #[derive(Clone, Debug)]
@@ -162,7 +161,7 @@ impl Reader {
             // Dense again. Times are whole milliseconds, and a sample counts only if it is younger
             // than the stop before it: one taken at once would be for nothing.
             watched_since = Instant::now();
-            tokio::time::sleep(NEXT_MILLISECOND).await;
+            sleep_finely(until_next_millisecond(self.epoch)).await;
         }
     }
 
@@ -188,4 +187,10 @@ impl Reader {
         let seen = reading.map(|gpus| MemorySample { taken_at, gpus, host, ram });
         self.inbox.send(Message::Effect(Event::MemorySeen(seen)));
     }
+}
+
+/// Until `Time` counts one more.
+fn until_next_millisecond(epoch: Instant) -> Duration {
+    let gone = epoch.elapsed().subsec_nanos() % 1_000_000;
+    Duration::from_nanos(u64::from(1_000_000 - gone))
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::effects::Effects;
 use crate::config::catalog::{ModelSpec, Vram};
-use crate::engine::until_next_look;
+use crate::engine::{sleep_finely, until_next_look};
 use crate::gpu::GpuKind;
 use crate::scheduler::event::{Fault, FaultKind, GpuMemory};
 use crate::units::{Bytes, GpuId, InstanceId};
@@ -76,7 +76,7 @@ impl Effects {
                     ),
                 ));
             }
-            tokio::time::sleep(until_next_look(began.elapsed())).await;
+            sleep_finely(until_next_look(began.elapsed())).await;
         }
     }
 }

@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
 use super::command::{INSTALLATION, INSTANCE};
@@ -65,12 +66,18 @@ impl Group {
         tokio::task::spawn_blocking(move || group.members()).await.unwrap_or_default()
     }
 
-    /// Signals every member. Returns how many there were.
-    pub async fn signal(&self, signal: Signal) -> usize {
-        // Its group at once (in one call, so that no fork slips through between two); looking for
-        // members outside it takes a while. As long as the leader is there, the number is ours.
+    /// Signals every member: its group at once (in one call, so that no fork slips through between
+    /// two), those outside it as soon as a look has found them, also where nobody waits for what
+    /// comes back: who was seen then. As long as the leader is there, the number is ours.
+    pub fn signal(&self, signal: Signal) -> JoinHandle<Vec<Stat>> {
         let at_once = self.leader_is_there() && self.signal_group(signal);
-        let members = self.members_now().await;
+        let group = self.clone();
+        tokio::task::spawn_blocking(move || group.signal_rest(signal, at_once))
+    }
+
+    /// Those outside the group, and the group where that was not done at once.
+    fn signal_rest(&self, signal: Signal, at_once: bool) -> Vec<Stat> {
+        let members = self.members();
         let in_group = members.iter().any(|stat| stat.group == self.leader);
         if in_group && !at_once {
             self.signal_group(signal);
@@ -81,7 +88,7 @@ impl Group {
                 let _ = kill(Pid::from_raw(pid), signal);
             }
         }
-        members.len().max(usize::from(at_once))
+        members
     }
 
     fn leader_is_there(&self) -> bool {
@@ -93,21 +100,25 @@ impl Group {
         i32::try_from(self.leader).is_ok_and(|group| killpg(Pid::from_raw(group), signal).is_ok())
     }
 
-    /// Waits until no member is left; `false` at the deadline.
-    pub async fn gone_by(&self, deadline: Instant) -> bool {
+    /// Waits until those `seen` and every other member are gone; `false` at the deadline.
+    pub async fn gone_by(&self, mut seen: Vec<Stat>, deadline: Instant) -> bool {
         loop {
-            let members = self.members_now().await;
-            if members.is_empty() {
+            // The environment of one that is ending cannot be read any more, so that a look might
+            // miss it: who was seen once is waited for itself.
+            let watches: Vec<ExitWatch> =
+                seen.iter().map(|stat| ExitWatch::open(stat.pid, stat.start_ticks)).collect();
+            let all_ended = join_all(watches.iter().map(ExitWatch::exited));
+            if timeout_at(deadline, all_ended).await.is_err() {
+                return false;
+            }
+            // Whether new ones were forked meanwhile.
+            seen = self.members_now().await;
+            if seen.is_empty() {
                 return true;
             }
             if Instant::now() >= deadline {
                 return false;
             }
-            // Whether new ones were forked meanwhile shows at the next look.
-            let watches: Vec<ExitWatch> =
-                members.iter().map(|stat| ExitWatch::open(stat.pid, stat.start_ticks)).collect();
-            let all_ended = join_all(watches.iter().map(ExitWatch::exited));
-            let _ = timeout_at(deadline, all_ended).await;
         }
     }
 
@@ -116,11 +127,9 @@ impl Group {
     pub async fn kill(&self, limit: Duration) -> Result<(), String> {
         let deadline = Instant::now() + limit;
         loop {
-            if self.signal(Signal::SIGKILL).await == 0 {
-                return Ok(());
-            }
+            let seen = self.signal(Signal::SIGKILL).await.unwrap_or_default();
             let round = deadline.min(Instant::now() + KILL_EVERY);
-            if self.gone_by(round).await {
+            if seen.is_empty() || self.gone_by(seen, round).await {
                 return Ok(());
             }
             if Instant::now() >= deadline {

@@ -31,6 +31,7 @@ use tokio::time::{Instant, timeout_at};
 use self::group::Group;
 use self::logfile::Tail;
 use self::pidfd::ExitWatch;
+pub(crate) use self::pidfd::register;
 pub use self::procfs::Occupant;
 use self::supervise::Supervised;
 use self::written::Written;
@@ -128,7 +129,6 @@ impl ProcessRuntime {
     pub async fn start(&self, spec: &LaunchSpec) -> Result<Running, Fault> {
         let path = logfile::path(&spec.log_dir, spec.identity.instance);
         let command = command::resolve(spec, &path)?;
-        self.prune_logs(spec);
         let model = &spec.model.name;
         let log_failed = |error: io::Error| {
             let message = format!("model {model}: its log {}: {error}", path.display());
@@ -156,6 +156,7 @@ impl ProcessRuntime {
         let mut running =
             self.supervise(spec.identity.clone(), handle, Some(child), Some(tail), log);
         running.endpoint.api_key = spec.api_key.key();
+        self.prune_logs(spec);
         Ok(running)
     }
 
@@ -169,31 +170,31 @@ impl ProcessRuntime {
         let stopping = live.map(Stopping::begin);
         let group = Group::new(pid, start_ticks, &running.identity);
         let deadline = Instant::now() + stop.grace;
-        if group.signal(stop_signal(&stop.signal)).await > 0 {
-            let mut exit = running.exit.clone();
-            let gone = match &stopping {
-                // Its supervisor reports when the last member is gone and the leader is reaped; of
-                // workers that it found without their leader it has reported already.
-                Some(_) if exit.borrow().is_none() => {
-                    let reported = timeout_at(deadline, exit.wait_for(Option::is_some)).await;
-                    matches!(reported, Ok(Ok(_)))
-                }
-                _ => group.gone_by(deadline).await,
-            };
-            if !gone {
-                group.kill(KILL_LIMIT).await.map_err(|left| {
-                    let message = |left: &str| {
-                        format!(
-                            "model {}: SIGKILL has not ended {left}; a process that hangs in the \
-                             kernel (state D) often needs its driver reset or a reboot",
-                            running.identity.model
-                        )
-                    };
-                    Fault::new(FaultKind::StopFailed, message(&left))
-                        .or_publicly(message("every process of its engine"))
-                        .with_log(running.log.last(20))
-                })?;
+        let looked = group.signal(stop_signal(&stop.signal));
+        let mut exit = running.exit.clone();
+        let gone = match &stopping {
+            // Its supervisor looks again after the leader's end, and reports when the last member
+            // is gone and the leader is reaped; of workers that it found without their leader it
+            // has reported already.
+            Some(_) if exit.borrow().is_none() => {
+                let reported = timeout_at(deadline, exit.wait_for(Option::is_some)).await;
+                matches!(reported, Ok(Ok(_)))
             }
+            _ => group.gone_by(looked.await.unwrap_or_default(), deadline).await,
+        };
+        if !gone {
+            group.kill(KILL_LIMIT).await.map_err(|left| {
+                let message = |left: &str| {
+                    format!(
+                        "model {}: SIGKILL has not ended {left}; a process that hangs in the \
+                         kernel (state D) often needs its driver reset or a reboot",
+                        running.identity.model
+                    )
+                };
+                Fault::new(FaultKind::StopFailed, message(&left))
+                    .or_publicly(message("every process of its engine"))
+                    .with_log(running.log.last(20))
+            })?;
         }
         if stopping.is_some() {
             // The report follows the reaping: no zombie is left either.
@@ -287,7 +288,9 @@ impl ProcessRuntime {
 
     fn prune_logs(&self, spec: &LaunchSpec) {
         let live: Vec<InstanceId> = self.live().keys().copied().collect();
-        logfile::prune(&spec.log_dir, |id| live.contains(&id));
+        let dir = spec.log_dir.clone();
+        // Beside the start, which waits for no disk.
+        drop(tokio::task::spawn_blocking(move || logfile::prune(&dir, |id| live.contains(&id))));
     }
 
     fn live(&self) -> MutexGuard<'_, BTreeMap<InstanceId, Arc<Live>>> {

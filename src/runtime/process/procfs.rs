@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
 
 use crate::runtime::redact::Secrets;
 
@@ -26,14 +26,17 @@ impl Stat {
 }
 
 pub fn stat(pid: u32) -> Option<Stat> {
-    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    // One read: to ask for its size (0) and to grow a buffer costs several times the line itself.
+    let mut line = [0; 1024];
+    let read = fs::File::open(format!("/proc/{pid}/stat")).ok()?.read(&mut line).ok()?;
+    parse_stat(&String::from_utf8_lossy(line.get(..read)?))
 }
 
 fn parse_stat(text: &str) -> Option<Stat> {
     // The command stands in parentheses and may hold spaces and parentheses itself.
     let (pid, rest) = text.split_once(" (")?;
     let (_, rest) = rest.rsplit_once(") ")?;
-    let fields: Vec<&str> = rest.split(' ').collect();
+    let fields: Vec<&str> = rest.split(' ').take(20).collect();
     let number = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
     Some(Stat {
         pid: pid.parse().ok()?,

@@ -104,7 +104,7 @@ impl Supervised {
 
     async fn clear_stragglers(&self) {
         let mut deadline = Instant::now() + STRAGGLER_GRACE;
-        while !self.group.gone_by(deadline).await {
+        while !self.group.gone_by(Vec::new(), deadline).await {
             if self.live.is_stopping() {
                 // `stop` signalled them too; its grace is theirs, and it kills them afterwards.
                 deadline = Instant::now() + STRAGGLER_GRACE;

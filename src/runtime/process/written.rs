@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::unistd::read;
 use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
 use tokio::time::{sleep, timeout};
 
 use super::pidfd::register;
@@ -51,6 +52,17 @@ impl Written {
             }
             Ok(Err(_)) => sleep(POLL.min(limit)).await,
             Err(_) => {}
+        }
+    }
+}
+
+/// The kernel closes an inotify only once nobody can be using its marks any more, which takes 5 to
+/// 20 ms. On an async thread, whoever waits for the end of this engine would lose that time.
+impl Drop for Written {
+    fn drop(&mut self) {
+        let Some(inotify) = self.0.take().map(AsyncFd::into_inner) else { return };
+        if let Ok(runtime) = Handle::try_current() {
+            drop(runtime.spawn_blocking(move || drop(inotify)));
         }
     }
 }
