@@ -1,4 +1,4 @@
-//! Threads that serve connections, as many as [`upstream::lanes`]. A connection stays on its thread with all
+//! Threads that serve connections, one for each core. A connection stays on its thread with all
 //! that belongs to it (its requests, their upstream connections, their timers): no lock is shared
 //! and nobody has to be woken on another core while bytes pass through.
 
@@ -28,6 +28,8 @@ struct Thread {
 }
 
 impl Threads {
+    /// One for each core.
+    ///
     /// # Errors
     /// The system gives no more threads or descriptors.
     pub fn start() -> io::Result<Threads> {

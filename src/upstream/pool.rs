@@ -28,11 +28,10 @@ pub fn set_lane(lane: usize) {
     LANE.set(lane);
 }
 
-/// How many threads serve with a lane of their own. For each there is a core left to clients and
-/// engines: where they share all cores, more threads only take turns, at the cost of each turn.
+/// How many threads may serve with a lane of their own.
 pub fn lanes() -> usize {
     static LANES: OnceLock<usize> = OnceLock::new();
-    *LANES.get_or_init(|| available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)))
+    *LANES.get_or_init(|| available_parallelism().map_or(1, usize::from))
 }
 
 #[derive(Debug)]
