@@ -38,7 +38,7 @@ pub trait Headers {
     /// The first of that name.
     fn first(&self, name: &str) -> Option<&[u8]>;
 
-    fn any(&self, is_it: impl Fn(&str) -> bool) -> bool;
+    fn any_begins_with(&self, start: &str) -> bool;
 
     /// As [`Headers::first`], where it is text.
     fn text(&self, name: &str) -> Option<&str> {
@@ -51,8 +51,8 @@ impl Headers for HeaderMap {
         self.get(name).map(HeaderValue::as_bytes)
     }
 
-    fn any(&self, is_it: impl Fn(&str) -> bool) -> bool {
-        self.keys().any(|name| is_it(name.as_str()))
+    fn any_begins_with(&self, start: &str) -> bool {
+        self.keys().any(|name| name.as_str().starts_with(start))
     }
 }
 
@@ -85,10 +85,8 @@ impl Fields {
     }
 
     /// In the order in which they came, names as they were written.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.places.iter().map(|[name, value]| {
-            (std::str::from_utf8(self.part(*name)).unwrap_or_default(), self.part(*value))
-        })
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.places.iter().map(|[name, value]| (self.part(*name), self.part(*value)))
     }
 
     /// All of one name.
@@ -101,18 +99,15 @@ impl Fields {
     }
 
     /// Whether a header that is a list holds `wanted`.
-    pub fn names(&self, name: &str, wanted: &str) -> bool {
+    pub fn lists(&self, name: &str, wanted: &[u8]) -> bool {
         let mut parts = self.all(name).flat_map(|value| value.split(|byte| *byte == b','));
-        parts.any(|part| part.trim_ascii().eq_ignore_ascii_case(wanted.as_bytes()))
+        parts.any(|part| part.trim_ascii().eq_ignore_ascii_case(wanted))
     }
 
     /// What cannot be told by the library is left out.
     pub fn to_map(&self) -> HeaderMap {
-        let pair = |(name, value): (&str, &[u8])| {
-            Some((
-                HeaderName::from_bytes(name.as_bytes()).ok()?,
-                HeaderValue::from_bytes(value).ok()?,
-            ))
+        let pair = |(name, value): (&[u8], &[u8])| {
+            Some((HeaderName::from_bytes(name).ok()?, HeaderValue::from_bytes(value).ok()?))
         };
         let mut map = HeaderMap::with_capacity(self.places.len());
         for (name, value) in self.iter().filter_map(pair) {
@@ -127,8 +122,8 @@ impl Headers for Fields {
         self.all(name).next()
     }
 
-    fn any(&self, is_it: impl Fn(&str) -> bool) -> bool {
-        self.iter().any(|(name, _)| is_it(name))
+    fn any_begins_with(&self, start: &str) -> bool {
+        self.iter().any(|(name, _)| begins_with(name, start))
     }
 }
 
@@ -160,6 +155,31 @@ pub fn names(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
     values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(wanted))
 }
 
+/// Whether a name or a value, as it was written, begins with `start`.
+pub fn begins_with(name: &[u8], start: &str) -> bool {
+    name.get(..start.len()).is_some_and(|part| part.eq_ignore_ascii_case(start.as_bytes()))
+}
+
+/// Names of headers, by their length: of most others nothing need be compared.
+#[derive(Debug)]
+pub struct Names(Vec<Vec<&'static str>>);
+
+impl Names {
+    pub fn new(names: &[&'static str]) -> Names {
+        let mut by_length: Vec<Vec<_>> = Vec::new();
+        for name in names {
+            by_length.resize_with(by_length.len().max(name.len() + 1), Vec::new);
+            by_length[name.len()].push(*name);
+        }
+        Names(by_length)
+    }
+
+    pub fn contains(&self, name: &[u8]) -> bool {
+        let same_length = self.0.get(name.len()).map(Vec::as_slice).unwrap_or_default();
+        same_length.iter().any(|known| name.eq_ignore_ascii_case(known.as_bytes()))
+    }
+}
+
 /// Headers as they are sent, a line each.
 #[derive(Clone, Default)]
 pub struct Lines(Vec<u8>);
@@ -170,12 +190,12 @@ impl Lines {
     }
 
     pub fn push(&mut self, name: &HeaderName, value: &HeaderValue) {
-        self.push_raw(name.as_str(), value.as_bytes());
+        push_line(&mut self.0, name.as_str().as_bytes(), value.as_bytes());
     }
 
     /// Of a name and a value that were headers before, or are known to be sound.
-    pub fn push_raw(&mut self, name: &str, value: &[u8]) {
-        push_line(&mut self.0, name, value);
+    pub fn push_raw(&mut self, name: impl AsRef<[u8]>, value: &[u8]) {
+        push_line(&mut self.0, name.as_ref(), value);
     }
 
     pub fn extend(&mut self, more: impl IntoIterator<Item = (HeaderName, HeaderValue)>) {
@@ -203,8 +223,9 @@ impl std::fmt::Debug for Lines {
     }
 }
 
-pub fn push_line(out: &mut Vec<u8>, name: &str, value: &[u8]) {
-    out.extend_from_slice(name.as_bytes());
+pub fn push_line(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
+    out.reserve(name.len() + value.len() + 4);
+    out.extend_from_slice(name);
     out.extend_from_slice(b": ");
     out.extend_from_slice(value);
     out.extend_from_slice(b"\r\n");

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
 
 use super::Gateway;
+use super::answer::Head;
 use super::captures::Draft;
 use super::figures::Figures;
 use super::in_flight::{Cancel, Ticket, Who};
@@ -186,11 +187,12 @@ impl Account {
     }
 
     /// The head of the answer.
-    pub fn answered(&mut self, status: StatusCode, headers: &Fields, streamed: bool) {
+    pub fn answered(&mut self, head: &Head) {
         let Some(record) = &mut self.record else { return };
-        record.status = Some(status);
+        let Head { status, headers, is_event_stream } = head;
+        record.status = Some(*status);
         record.content_type = headers.text("content-type").map(content_type).unwrap_or_default();
-        record.streamed = streamed;
+        record.streamed = *is_event_stream;
         if let Some(capture) = &mut record.capture {
             capture.response_head(&headers.to_map());
         }

@@ -92,10 +92,6 @@ fn quoted(names: &[&str], separator: &str) -> String {
     names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(separator)
 }
 
-fn is_wish(name: &str) -> bool {
-    name.get(..WISH.len()).is_some_and(|start| start.eq_ignore_ascii_case(WISH))
-}
-
 /// What the `X-Wharf-*` headers ask; a key bounds it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
@@ -108,7 +104,7 @@ pub struct Wishes {
 
 impl Wishes {
     pub fn read(headers: &impl Headers) -> Result<Wishes, Reject> {
-        if !headers.any(is_wish) {
+        if !headers.any_begins_with(WISH) {
             return Ok(Wishes::default());
         }
         let never_start = match text(headers, "x-wharf-start")?.as_deref() {

@@ -13,7 +13,7 @@ use super::forward;
 use super::relay::{Relay, Source};
 use super::timing::Timing;
 use super::usage::Meter;
-use crate::http1::{Fields, Headers as _, Lines, names};
+use crate::http1::{Fields, Headers as _, Lines, begins_with, names};
 use crate::orchestrator::Lease;
 use crate::upstream::Incoming;
 
@@ -24,7 +24,7 @@ pub struct Reply {
     /// But for how the body is framed, the date, and whether the connection stays.
     pub headers: Lines,
     pub body: Body,
-    /// As the head says; of an answer to `HEAD` there is nothing else to know it by.
+    /// As the head says, where no body follows: of an answer to `HEAD` nothing else tells it.
     length: Option<HeaderValue>,
     /// The connection ends with it.
     pub close: bool,
@@ -76,30 +76,34 @@ pub struct Answer {
 pub struct Head {
     pub status: StatusCode,
     pub headers: Fields,
+    pub is_event_stream: bool,
+}
+
+impl Head {
+    pub fn new(status: StatusCode, headers: Fields) -> Head {
+        let begins = |kind: &[u8]| begins_with(kind, "text/event-stream");
+        let is_event_stream = headers.first("content-type").is_some_and(begins);
+        Head { status, headers, is_event_stream }
+    }
 }
 
 impl Answer {
-    pub fn is_event_stream(&self) -> bool {
-        is(&self.head.headers, "content-type", "text/event-stream")
-    }
-
     /// As a whole response: the usual way.
     pub fn into_reply(mut self) -> Reply {
-        let events = self.is_event_stream();
         let (mut meter, plain_events) = self.begin();
+        let Head { status, is_event_stream, .. } = self.head;
         let mut headers = forward::answer_lines(&self.head.headers);
-        if events && self.head.headers.first("x-accel-buffering").is_none() {
+        if is_event_stream && self.head.headers.first("x-accel-buffering").is_none() {
             // Proxies before us must not collect any.
             headers.push_raw("x-accel-buffering", b"no");
         }
         headers.extend(named(self.account.model().as_str()));
         headers.push_raw(Timing::HEADER, self.timing.text().as_bytes());
-        // An event may be taken out, and where a coding tells the end the length is a mistake.
-        let chunked = self.head.headers.first("transfer-encoding").is_some();
-        let length = self.head.headers.first("content-length").filter(|_| !events && !chunked);
+        let whole = self.body.whole().cloned();
+        let bodiless = whole.as_ref().filter(|all| all.is_empty());
+        let length = bodiless.and_then(|_| self.head.headers.first("content-length"));
         let length = length.and_then(|length| HeaderValue::from_bytes(length).ok());
-        let status = self.head.status;
-        let body = match self.body.whole().cloned() {
+        let body = match whole {
             Some(all) => self.whole(all, &mut meter),
             None => Body::new(self.relay(meter, plain_events, None)),
         };
@@ -114,8 +118,8 @@ impl Answer {
     /// The head goes on; how its body is read in passing, and whether an error can be told in it.
     fn begin(&mut self) -> (Meter, bool) {
         let plain = self.head.headers.first("content-encoding").is_none();
-        let events = plain && self.is_event_stream();
-        self.account.answered(self.head.status, &self.head.headers, self.is_event_stream());
+        let events = plain && self.head.is_event_stream;
+        self.account.answered(&self.head);
         let meter = match (plain, events) {
             (false, _) => Meter::Blind,
             (true, true) => Meter::events(self.remove_usage),
@@ -169,8 +173,3 @@ pub fn named(model: &str) -> Option<(http::HeaderName, HeaderValue)> {
 }
 
 pub const MODEL: http::HeaderName = http::HeaderName::from_static("x-wharf-model");
-
-fn is(headers: &Fields, name: &str, start: &str) -> bool {
-    let start_of = |value: &str| value.get(..start.len()).map(|s| s.eq_ignore_ascii_case(start));
-    headers.text(name).and_then(start_of).unwrap_or(false)
-}

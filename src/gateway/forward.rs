@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::error::Error;
 use std::io;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,7 +11,7 @@ use http::{HeaderName, HeaderValue, Method, header};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::http1::{Fields, Headers as _, Lines};
+use crate::http1::{Fields, Lines, Names, begins_with};
 use crate::orchestrator::Lease;
 use crate::runtime::tls_trouble;
 use crate::upstream::{Answer, Call, CallError};
@@ -28,26 +29,33 @@ const HOP_BY_HOP: [&str; 9] = [
     "upgrade",
 ];
 
-/// What an engine must not see: credentials for Wharf, and what is set anew. Accept-Encoding,
-/// because a compressed answer could not be read in passing.
-const KEPT_HERE: [&str; 13] = [
-    "authorization",
-    "x-api-key",
-    "api-key",
-    "cookie",
-    "host",
-    "content-length",
-    "expect",
-    "accept-encoding",
-    "x-request-id",
-    "x-wharf-start",
-    "x-wharf-max-wait",
-    "x-wharf-priority",
-    "x-wharf-hops",
-];
+/// What an engine must not see: what belongs to the client's connection, credentials for Wharf, and
+/// what is set anew. Accept-Encoding, because a compressed answer could not be read in passing.
+static KEPT_HERE: LazyLock<Names> = LazyLock::new(|| {
+    let ours = [
+        "authorization",
+        "x-api-key",
+        "api-key",
+        "cookie",
+        "host",
+        "content-length",
+        "expect",
+        "accept-encoding",
+        "x-request-id",
+        "x-wharf-start",
+        "x-wharf-max-wait",
+        "x-wharf-priority",
+        "x-wharf-hops",
+    ];
+    Names::new(&[&HOP_BY_HOP[..], &ours].concat())
+});
 
-/// What is set anew in the answer. The model: another Wharf's word for it.
-const ANSWERED_HERE: [&str; 4] = ["content-length", "date", "x-request-id", "x-wharf-model"];
+/// What a client does not see: what belongs to the engine's connection, and what is set anew. The
+/// model: another Wharf's word for it.
+static ANSWERED_HERE: LazyLock<Names> = LazyLock::new(|| {
+    let ours = ["content-length", "date", "x-request-id", "x-wharf-model"];
+    Names::new(&[&HOP_BY_HOP[..], &ours].concat())
+});
 
 /// Told to servers elsewhere, which may be Wharfs that lead back to this one.
 const HOPS: &str = "x-wharf-hops";
@@ -214,21 +222,17 @@ pub fn answer_lines(headers: &Fields) -> Lines {
     lines(headers, &ANSWERED_HERE, &["access-control-"])
 }
 
-/// Without what belongs to the connection, what is `unwanted`, and what begins with one of
-/// `prefixes`.
-fn lines(headers: &Fields, unwanted: &[&str], prefixes: &[&str]) -> Lines {
+/// Without what is `unwanted`, begins with one of `prefixes`, or is named by `Connection`.
+fn lines(headers: &Fields, unwanted: &Names, prefixes: &[&str]) -> Lines {
     let mut lines = Lines::with_capacity(LINES_BYTES);
-    // Most say no more than "keep-alive", which is not the name of a header that anybody needs.
-    let names_some = headers.first("connection").is_some();
+    let is_usual = |value: &[u8]| {
+        value.eq_ignore_ascii_case(b"keep-alive") || value.eq_ignore_ascii_case(b"close")
+    };
+    let names_some = headers.all("connection").any(|value| !is_usual(value));
     for (name, value) in headers.iter() {
-        let is = |known: &&str| name.eq_ignore_ascii_case(known);
-        let begins = |prefix: &&str| {
-            name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
-        };
-        let gone = HOP_BY_HOP.iter().any(is)
-            || unwanted.iter().any(is)
-            || prefixes.iter().any(begins)
-            || (names_some && headers.names("connection", name));
+        let gone = unwanted.contains(name)
+            || prefixes.iter().any(|prefix| begins_with(name, prefix))
+            || (names_some && headers.lists("connection", name));
         if !gone {
             lines.push_raw(name, value);
         }

@@ -260,7 +260,7 @@ impl Job {
             Ok((answer, lease, timing)) => {
                 drop(self.held);
                 let upstream::Answer { status, headers, body } = answer;
-                let head = Head { status, headers };
+                let head = Head::new(status, headers);
                 let limits = self.gateway.limits.clone();
                 let (account, remove_usage) = (self.account, self.remove_usage);
                 let first_within =

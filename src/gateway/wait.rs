@@ -123,7 +123,7 @@ async fn step(mut opened: Opened) -> Option<(Result<Bytes, axum::BoxError>, Open
 /// What follows the notes: the answer's events, or one last event with the error.
 async fn begin(answer: Result<Answer, Reject>, epilogue: bool) -> Result<Relay, Bytes> {
     let answer = answer.map_err(|reject| reject.event())?;
-    if answer.head.status == StatusCode::OK && answer.is_event_stream() {
+    if answer.head.status == StatusCode::OK && answer.head.is_event_stream {
         let epilogue =
             epilogue.then(|| Bytes::from(format!(": server-timing {}\n\n", answer.timing.text())));
         return Ok(answer.into_relay(epilogue));
@@ -134,7 +134,7 @@ async fn begin(answer: Result<Answer, Reject>, epilogue: bool) -> Result<Relay, 
 /// An upstream answer that is no stream, as the event that SDKs raise.
 async fn error_of(answer: Answer) -> Bytes {
     let Answer { head, body, lease, mut account, .. } = answer;
-    account.answered(head.status, &head.headers, false);
+    account.answered(&head);
     let cancel = account.cancel().clone();
     let collected = tokio::select! {
         collected = timeout(ERROR_TIME_MAX, Limited::new(body, ERROR_BYTES_MAX).collect()) => collected,

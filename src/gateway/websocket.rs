@@ -92,7 +92,7 @@ const UPGRADE: [(HeaderName, HeaderValue); 2] = [
 
 /// Answers the client as the engine did, and joins the two connections.
 pub fn join(mut answer: Answer, client: Client, limits: &Limits) -> Response {
-    answer.account.answered(answer.head.status, &answer.head.headers, false);
+    answer.account.answered(&answer.head);
     let headers = forward::answer_lines(&answer.head.headers);
     let named = named(answer.account.model().as_str());
     let headers = headers.iter().chain(UPGRADE).chain(named).collect();

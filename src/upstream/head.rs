@@ -32,12 +32,12 @@ pub fn written(connector: &Connector, call: &Call<'_>) -> Result<Vec<u8>, String
     for part in [method, b" ", target.path.as_bytes(), path.as_bytes(), b" HTTP/1.1\r\n"] {
         out.extend_from_slice(part);
     }
-    push_line(&mut out, "host", target.authority.as_bytes());
+    push_line(&mut out, b"host", target.authority.as_bytes());
     out.extend_from_slice(call.headers.as_bytes());
     out.extend_from_slice(call.more.as_bytes());
     if !call.body.is_empty() || !matches!(*call.method, Method::GET | Method::HEAD) {
         let mut digits = itoa::Buffer::new();
-        push_line(&mut out, "content-length", digits.format(call.body.len()).as_bytes());
+        push_line(&mut out, b"content-length", digits.format(call.body.len()).as_bytes());
     }
     out.extend_from_slice(b"\r\n");
     Ok(out)
@@ -107,7 +107,7 @@ fn parse(text: &Bytes) -> Result<Option<(Head, usize)>, String> {
     // Apart from the body's first bytes, which would stay in memory as long as one header does.
     let kept = Bytes::copy_from_slice(&text[..length]);
     let headers = Fields::new(head.headers, text, kept);
-    let keep_alive = (head.version != Some(0) || headers.names("connection", "keep-alive"))
-        && !headers.names("connection", "close");
+    let keep_alive = (head.version != Some(0) || headers.lists("connection", b"keep-alive"))
+        && !headers.lists("connection", b"close");
     Ok(Some((Head { status, headers, keep_alive }, length)))
 }

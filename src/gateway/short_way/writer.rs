@@ -252,14 +252,14 @@ fn write_head(
     match framing {
         Framing::None => {}
         Framing::Length(length) => {
-            push_line(out, "content-length", itoa::Buffer::new().format(length).as_bytes());
+            push_line(out, b"content-length", itoa::Buffer::new().format(length).as_bytes());
         }
-        Framing::Chunked => push_line(out, "transfer-encoding", b"chunked"),
+        Framing::Chunked => push_line(out, b"transfer-encoding", b"chunked"),
     }
     if close {
-        push_line(out, "connection", b"close");
+        push_line(out, b"connection", b"close");
     }
-    DATE.with_borrow_mut(|date| push_line(out, "date", date.now().as_bytes()));
+    DATE.with_borrow_mut(|date| push_line(out, b"date", date.now().as_bytes()));
     out.extend_from_slice(b"\r\n");
 }
 
