@@ -10,6 +10,7 @@ use http::{HeaderValue, StatusCode, header};
 
 use super::account::Account;
 use super::forward;
+use super::reject::Reject;
 use super::relay::{Relay, Source};
 use super::timing::Timing;
 use super::usage::Meter;
@@ -93,21 +94,31 @@ impl Answer {
         let (mut meter, plain_events) = self.begin();
         let Head { status, is_event_stream, .. } = self.head;
         let mut headers = forward::answer_lines(&self.head.headers);
-        if is_event_stream && self.head.headers.first("x-accel-buffering").is_none() {
+        if is_event_stream {
             // Proxies before us must not collect any.
             headers.push_raw("x-accel-buffering", b"no");
         }
         headers.extend(named(self.account.model().as_str()));
         headers.push_raw(Timing::HEADER, self.timing.text().as_bytes());
         let whole = self.body.whole().cloned();
-        let bodiless = whole.as_ref().filter(|all| all.is_empty());
-        let length = bodiless.and_then(|_| self.head.headers.first("content-length"));
+        let is_bodiless = whole.as_ref().is_some_and(Bytes::is_empty)
+            && self.head.headers.first("transfer-encoding").is_none();
+        let length = self.head.headers.first("content-length").filter(|_| is_bodiless);
         let length = length.and_then(|length| HeaderValue::from_bytes(length).ok());
         let body = match whole {
             Some(all) => self.whole(all, &mut meter),
             None => Body::new(self.relay(meter, plain_events, None)),
         };
         Reply { status, headers, body, length, close: false }
+    }
+
+    /// What is told of an engine that speaks another protocol, though nobody asked it to.
+    pub fn switched_unasked(mut self) -> Reject {
+        let model = self.account.model();
+        let message = format!("the engine of model \"{model}\" switched protocols unasked");
+        let reject = Reject::new(StatusCode::BAD_GATEWAY, "upstream_error", message).model(model);
+        self.account.refused(&reject, "upstream_error");
+        reject
     }
 
     pub fn into_relay(mut self, epilogue: Option<Bytes>) -> Relay {

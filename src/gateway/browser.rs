@@ -103,7 +103,7 @@ fn is_configured(settings: &Settings, origin: &HeaderValue) -> bool {
     })
 }
 
-pub fn is_our_host(settings: &Settings, host: &str) -> bool {
+pub(super) fn is_our_host(settings: &Settings, host: &str) -> bool {
     let name = host_name(host);
     if name.eq_ignore_ascii_case("localhost")
         || ends_with(name, ".localhost")

@@ -31,29 +31,34 @@ const HOP_BY_HOP: [&str; 9] = [
 
 /// What an engine must not see: what belongs to the client's connection, credentials for Wharf, and
 /// what is set anew. Accept-Encoding, because a compressed answer could not be read in passing.
-static KEPT_HERE: LazyLock<Names> = LazyLock::new(|| {
-    let ours = [
-        "authorization",
-        "x-api-key",
-        "api-key",
-        "cookie",
-        "host",
-        "content-length",
-        "expect",
-        "accept-encoding",
-        "x-request-id",
-        "x-wharf-start",
-        "x-wharf-max-wait",
-        "x-wharf-priority",
-        "x-wharf-hops",
-    ];
-    Names::new(&[&HOP_BY_HOP[..], &ours].concat())
-});
+static KEPT_HERE: LazyLock<Names> =
+    LazyLock::new(|| Names::new(&[&HOP_BY_HOP[..], &OF_WHARF].concat()));
+
+/// Of a request that is passed on as it came. Its `Origin` was judged here and means nothing at the
+/// engine, whose host is another one.
+static NOT_PASSED: LazyLock<Names> =
+    LazyLock::new(|| Names::new(&[&HOP_BY_HOP[..], &OF_WHARF, &["origin"]].concat()));
+
+const OF_WHARF: [&str; 13] = [
+    "authorization",
+    "x-api-key",
+    "api-key",
+    "cookie",
+    "host",
+    "content-length",
+    "expect",
+    "accept-encoding",
+    "x-request-id",
+    "x-wharf-start",
+    "x-wharf-max-wait",
+    "x-wharf-priority",
+    "x-wharf-hops",
+];
 
 /// What a client does not see: what belongs to the engine's connection, and what is set anew. The
 /// model: another Wharf's word for it.
 static ANSWERED_HERE: LazyLock<Names> = LazyLock::new(|| {
-    let ours = ["content-length", "date", "x-request-id", "x-wharf-model"];
+    let ours = ["content-length", "date", "x-request-id", "x-wharf-model", "x-accel-buffering"];
     Names::new(&[&HOP_BY_HOP[..], &ours].concat())
 });
 
@@ -61,6 +66,11 @@ static ANSWERED_HERE: LazyLock<Names> = LazyLock::new(|| {
 const HOPS: &str = "x-wharf-hops";
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Of the names in `Connection`; nobody has so many headers for it.
+const LISTED_MAX: usize = 64;
+/// What is no name of a header.
+static USUALLY_LISTED: LazyLock<Names> = LazyLock::new(|| Names::new(&["keep-alive", "close"]));
 
 /// Room for the headers of most clients.
 const LINES_BYTES: usize = 512;
@@ -209,10 +219,9 @@ pub fn request_lines(headers: &Fields, request_id: &HeaderValue) -> Lines {
     lines
 }
 
-/// As [`request_lines`], of a request that is passed on as it came. Its `Origin` was judged here
-/// and means nothing at the engine, whose host is another one.
+/// As [`request_lines`], of a request that is passed on as it came.
 pub fn passed_lines(headers: &Fields, request_id: &HeaderValue) -> Lines {
-    let mut lines = lines(headers, &KEPT_HERE, &["origin", "sec-fetch-"]);
+    let mut lines = lines(headers, &NOT_PASSED, &["sec-fetch-"]);
     lines.push(&REQUEST_ID, request_id);
     lines
 }
@@ -225,14 +234,13 @@ pub fn answer_lines(headers: &Fields) -> Lines {
 /// Without what is `unwanted`, begins with one of `prefixes`, or is named by `Connection`.
 fn lines(headers: &Fields, unwanted: &Names, prefixes: &[&str]) -> Lines {
     let mut lines = Lines::with_capacity(LINES_BYTES);
-    let is_usual = |value: &[u8]| {
-        value.eq_ignore_ascii_case(b"keep-alive") || value.eq_ignore_ascii_case(b"close")
-    };
-    let names_some = headers.all("connection").any(|value| !is_usual(value));
+    let listed = headers.all("connection").flat_map(|value| value.split(|byte| *byte == b','));
+    let listed = listed.map(<[u8]>::trim_ascii).take(LISTED_MAX);
+    let listed: Vec<&[u8]> = listed.filter(|name| !USUALLY_LISTED.contains(name)).collect();
     for (name, value) in headers.iter() {
         let gone = unwanted.contains(name)
             || prefixes.iter().any(|prefix| begins_with(name, prefix))
-            || (names_some && headers.lists("connection", name));
+            || listed.iter().any(|listed| name.eq_ignore_ascii_case(listed));
         if !gone {
             lines.push_raw(name, value);
         }
@@ -277,12 +285,17 @@ mod tests {
             ("x-wharf-hops", "1"),
             ("content-type", "application/json"),
             ("origin", "http://a"),
+            ("originator", "b"),
             ("sec-fetch-mode", "cors"),
             ("traceparent", "00-1-2-01"),
         ]);
         let id = HeaderValue::from_static("id-1");
-        let kept =
-            ["content-type: application/json", "traceparent: 00-1-2-01", "x-request-id: id-1"];
+        let kept = [
+            "content-type: application/json",
+            "originator: b",
+            "traceparent: 00-1-2-01",
+            "x-request-id: id-1",
+        ];
         assert_eq!(sorted(&passed_lines(&headers, &id)), kept);
         let web = ["origin: http://a", "sec-fetch-mode: cors"];
         let mut all = [&kept[..], &web].concat();

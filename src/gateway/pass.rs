@@ -456,13 +456,7 @@ impl Ready {
         let is_switching = answer.head.status == StatusCode::SWITCHING_PROTOCOLS;
         match client {
             Some(client) if is_switching => websocket::join(answer, client, &gateway.limits),
-            _ if is_switching => {
-                let message =
-                    format!("the engine of model \"{}\" switched protocols unasked", spec.name);
-                Reject::new(StatusCode::BAD_GATEWAY, "upstream_error", message)
-                    .model(&spec.name)
-                    .into_response()
-            }
+            _ if is_switching => answer.switched_unasked().into_response(),
             _ => relocated(answer, &base),
         }
     }

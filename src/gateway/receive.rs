@@ -70,7 +70,11 @@ impl Drop for Held {
 /// The body of a request.
 #[derive(Debug)]
 pub enum Content {
-    Whole(Bytes),
+    Whole {
+        body: Bytes,
+        /// Bytes of memory that it keeps, with the head that it came with.
+        kept: usize,
+    },
     Coming(Body),
 }
 
@@ -95,17 +99,22 @@ pub async fn receive(
 ) -> Result<Received, Reject> {
     let held = Held { budget: Arc::clone(budget), bytes: 0 };
     match content.into() {
-        Content::Whole(bytes) => whole(bytes, held, queue),
+        Content::Whole { body, kept } => whole(body, kept, held, queue),
         Content::Coming(body) => gathered(body, held, headers, queue, limits).await,
     }
 }
 
-fn whole(bytes: Bytes, mut held: Held, queue: &QueueSettings) -> Result<Received, Reject> {
+fn whole(
+    bytes: Bytes,
+    kept: usize,
+    mut held: Held,
+    queue: &QueueSettings,
+) -> Result<Received, Reject> {
     let length = bytes.len() as u64;
     if length > queue.body_limit.0 {
         return Err(too_large(units::Bytes(length).to_string(), queue));
     }
-    if !held.grow(length, queue.total_bodies) {
+    if !held.grow(kept as u64, queue.total_bodies) {
         return Err(no_room(queue));
     }
     Ok(Received { bytes, held })

@@ -34,7 +34,7 @@ const REFUSING_TIME: Duration = Duration::from_secs(5);
 /// Of one connection: the head of a request (431 beyond), and what is written and not sent yet, so
 /// that a client that does not read takes no more.
 const BUFFER_MAX: usize = 64 << 10;
-/// For the head of a request, and how long an idle connection is kept.
+/// For the head of a request; an idle connection is kept so long, on the short way up to twice.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
 /// After a failed accept (no file descriptors left, say).
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);

@@ -58,6 +58,9 @@ pub async fn respond(job: Box<Job>) -> Reply {
 
 fn direct(answer: Result<Answer, Reject>) -> Reply {
     match answer {
+        Ok(answer) if answer.head.status == StatusCode::SWITCHING_PROTOCOLS => {
+            answer.switched_unasked().into_response().into()
+        }
         Ok(answer) => answer.into_reply(),
         Err(reject) => reject.into_response().into(),
     }

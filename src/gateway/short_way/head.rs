@@ -12,7 +12,7 @@ use super::super::site::Site;
 use super::{BUFFER_MAX, Request};
 use crate::http1::Fields;
 
-/// More are for hyper to refuse.
+/// Whoever sends more goes the long way.
 const HEADERS_MAX: usize = 64;
 
 /// What a connection's next bytes are.
@@ -39,9 +39,11 @@ fn read(text: &[u8], site: &Site, peer: SocketAddr) -> Option<Verdict> {
     if head.method != Some("POST") || head.version != Some(1) {
         return None;
     }
-    let (path, query) = match head.path?.split_once('?') {
+    let target = head.path?;
+    let (path, query) = match target.split_once('?') {
+        Some((_, query)) if !is_usual(query) => return None,
         Some((path, query)) => (path, Some(query)),
-        None => (head.path?, None),
+        None => (target, None),
     };
     let Plain { host, body } = plain(head.headers)?;
     let (gateway, inference) = site.short_way(path, host)?;
@@ -50,11 +52,16 @@ fn read(text: &[u8], site: &Site, peer: SocketAddr) -> Option<Verdict> {
         return Some(Verdict::Partial(total));
     }
     let kept = Bytes::copy_from_slice(&text[..total]);
-    let body = Content::Whole(kept.slice(length..));
+    let body = Content::Whole { body: kept.slice(length..), kept: total };
     let headers = Fields::new(head.headers, text, kept);
     let query = query.map(str::to_owned);
     let asking = Asking { query, headers, body, peer: Some(peer), bound: None };
     Some(Verdict::Whole(Request { gateway, inference, asking }, total))
+}
+
+/// Without a fragment, or what else no query may hold.
+fn is_usual(query: &str) -> bool {
+    query.bytes().all(|byte| byte.is_ascii_graphic() && !b"#\"<>".contains(&byte))
 }
 
 /// What must be said, and once.

@@ -30,7 +30,7 @@ use writer::{Left, Writer};
 
 pub use ends::Ends;
 
-/// A whole request, and what is read ahead of the answer before it.
+/// A whole request; and one read, which is all that is taken of what a client sends ahead.
 const BUFFER_MAX: usize = 64 << 10;
 /// Whoever takes longer for a body has it read the long way, by the rules for slow ones.
 const BODY_WITHIN: Duration = Duration::from_secs(1);
@@ -43,6 +43,8 @@ where
 {
     let (ahead, left) = (BytesMut::new(), Left::default());
     let mut connection = Connection { stream, ahead, left, ends };
+    // What answers a request, some 1.6 KB, is a part of this future: idle connections keep room for
+    // it, so that no request has to ask for memory of that size.
     loop {
         let request = match connection.next(site, peer).await {
             Next::Request(request) => request,
@@ -57,7 +59,7 @@ where
             connection.answered(answer).await?
         };
         match connection.send(Writer::new(reply)).await {
-            Ok(true) => {}
+            Ok(true) => connection.ends.used(),
             Ok(false) => break,
             Err(error) => {
                 tracing::trace!(%peer, "connection ended: {error}");
@@ -93,7 +95,6 @@ struct Connection<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn next(&mut self, site: &Site, peer: SocketAddr) -> Next {
-        self.ends.used();
         loop {
             let total = match poll_fn(|cx| self.poll_verdict(cx, site, peer)).await {
                 None => return Next::Over,
@@ -175,14 +176,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         .await
     }
 
-    /// Ready when the client has left, or is to be cut. What it sends ahead is read up to a bound.
+    /// Ready when the client has left, or is to be cut. Who sends the next request ahead is there.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.ahead.len() < BUFFER_MAX {
-            match self.poll_ahead(cx) {
-                Poll::Ready(Ok(1..)) => {}
-                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(()),
-                Poll::Pending => break,
-            }
+        if self.ahead.is_empty()
+            && let Poll::Ready(Ok(0) | Err(_)) = self.poll_ahead(cx)
+        {
+            return Poll::Ready(());
         }
         if self.ends.is_aborted(cx) { Poll::Ready(()) } else { Poll::Pending }
     }

@@ -134,11 +134,7 @@ pub struct Writer {
 
 impl Writer {
     pub fn new(reply: Reply) -> Writer {
-        let Reply { mut status, headers, body, mut close, .. } = reply;
-        if status.is_informational() {
-            // Nobody asked for another protocol, and this is to be the last word.
-            (status, close) = (StatusCode::BAD_GATEWAY, true);
-        }
+        let Reply { status, headers, body, close, .. } = reply;
         let framing = match (status, body.size_hint().exact()) {
             (StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED, _) => Framing::None,
             (_, Some(length)) => Framing::Length(length),
@@ -175,6 +171,8 @@ impl Writer {
         }
         let mut data = Bytes::new();
         let waits = loop {
+            // A body of known length is not asked for its end: it closes its books with its last
+            // byte.
             if matches!(self.framing, Framing::None | Framing::Length(0)) {
                 self.over = true;
             }
