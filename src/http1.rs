@@ -26,8 +26,18 @@ pub fn poll_read<T>(
     cx: &mut Context<'_>,
     use_data: impl FnOnce(&[u8]) -> T,
 ) -> Poll<io::Result<T>> {
+    poll_read_some(stream, cx, READ_BYTES, use_data)
+}
+
+/// As [`poll_read`], at most so many bytes, which must not be none.
+pub fn poll_read_some<T>(
+    stream: &mut (impl AsyncRead + Unpin),
+    cx: &mut Context<'_>,
+    most: usize,
+    use_data: impl FnOnce(&[u8]) -> T,
+) -> Poll<io::Result<T>> {
     SCRATCH.with_borrow_mut(|scratch| {
-        let mut buffer = ReadBuf::new(scratch);
+        let mut buffer = ReadBuf::new(&mut scratch[..most.clamp(1, READ_BYTES)]);
         ready!(Pin::new(stream).poll_read(cx, &mut buffer))?;
         Poll::Ready(Ok(use_data(buffer.filled())))
     })

@@ -30,7 +30,7 @@ use writer::{Left, Writer};
 
 pub use ends::Ends;
 
-/// A whole request; and one read, which is all that is taken of what a client sends ahead.
+/// A whole request, and what is taken of those that a client sends ahead.
 const BUFFER_MAX: usize = 64 << 10;
 /// Whoever takes longer for a body has it read the long way, by the rules for slow ones.
 const BODY_WITHIN: Duration = Duration::from_secs(1);
@@ -156,7 +156,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let ahead = &mut self.ahead;
-        http1::poll_read(&mut self.stream, cx, |data| {
+        let room = BUFFER_MAX - ahead.len().min(BUFFER_MAX);
+        http1::poll_read_some(&mut self.stream, cx, room, |data| {
             ahead.extend_from_slice(data);
             data.len()
         })
@@ -176,12 +177,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         .await
     }
 
-    /// Ready when the client has left, or is to be cut. Who sends the next request ahead is there.
+    /// Ready when the client has left, or is to be cut. Whether one is there that has sent so much
+    /// ahead that there is no room for more shows with the next answer only.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.ahead.is_empty()
-            && let Poll::Ready(Ok(0) | Err(_)) = self.poll_ahead(cx)
-        {
-            return Poll::Ready(());
+        while self.ahead.len() < BUFFER_MAX {
+            match self.poll_ahead(cx) {
+                Poll::Ready(Ok(1..)) => {}
+                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(()),
+                Poll::Pending => break,
+            }
         }
         if self.ends.is_aborted(cx) { Poll::Ready(()) } else { Poll::Pending }
     }
