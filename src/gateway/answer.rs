@@ -154,7 +154,11 @@ impl Answer {
         self.account.end(outcome(self.head.status));
         match parts.len() {
             0 | 1 => Body::from(parts.pop_front().unwrap_or_default()),
-            _ => Body::from(parts.iter().flatten().copied().collect::<Bytes>()),
+            _ => {
+                let mut all = Vec::with_capacity(parts.iter().map(Bytes::len).sum());
+                parts.iter().for_each(|part| all.extend_from_slice(part));
+                Body::from(all)
+            }
         }
     }
 

@@ -172,8 +172,15 @@ impl Events {
         }
         let mut from = 0;
         let mut keep_from = 0;
+        // Most events hold neither word, and are searched in one go.
+        let mut words = [&*USAGE, &*TIMINGS].map(|word| (word, next(word, &data, 0)));
         while let Some(end) = event_end(&data, from) {
-            if self.is_ours(&data[from..end]) {
+            let mut tells = false;
+            for (word, at) in words.iter_mut().filter(|(_, at)| *at < end) {
+                tells = true;
+                *at = next(word, &data, end);
+            }
+            if tells && self.is_ours(&data[from..end]) {
                 push(out, data.slice(keep_from..from));
                 keep_from = end;
             }
@@ -288,6 +295,11 @@ impl Message {
 #[derive(Deserialize)]
 struct Whole {
     usage: Option<Usage>,
+}
+
+/// Where a word is next; the end of `data` if it is not there.
+fn next(word: &Finder<'_>, data: &[u8], from: usize) -> usize {
+    word.find(&data[from..]).map_or(data.len(), |at| from + at)
 }
 
 fn push(out: &mut VecDeque<Bytes>, data: Bytes) {
