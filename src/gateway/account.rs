@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use http::{HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
 
 use super::Gateway;
 use super::answer::Head;
@@ -18,7 +18,7 @@ use super::limits::Permit;
 use super::parse::NAME_SHOWN_MAX;
 use super::reject::{CLIENT_CLOSED, Reject};
 use crate::config::catalog::{ApiKey, Catalog};
-use crate::http1::{Fields, Headers as _};
+use crate::http1::Headers as _;
 use crate::orchestrator::StartKind;
 use crate::store::Activity;
 use crate::units::{ModelName, Time};
@@ -86,12 +86,18 @@ impl Arrival {
         self.0.as_ref().map_or(Time::ZERO, |record| record.arrived)
     }
 
-    pub fn received(&mut self, catalog: &Catalog, headers: &Fields, body: &[u8]) {
+    /// `headers` are asked for where captures are on.
+    pub fn received(
+        &mut self,
+        catalog: &Catalog,
+        headers: impl FnOnce() -> HeaderMap,
+        body: &[u8],
+    ) {
         let Some(record) = &mut self.0 else { return };
         let settings = catalog.settings.captures;
         record.capture = record.gateway.traffic.captures.begin(settings, &record.path);
         if let Some(capture) = &mut record.capture {
-            capture.request(&headers.to_map(), body);
+            capture.request(&headers(), body);
         }
     }
 

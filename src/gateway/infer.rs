@@ -131,7 +131,7 @@ impl Admitted<'_> {
         arrival: &mut Arrival,
     ) -> Result<Box<Job>, Reject> {
         let Admitted { gateway, inference, catalog, bound, key, wishes, .. } = self;
-        arrival.received(catalog, &self.headers, &received.bytes);
+        arrival.received(catalog, || self.headers.to_map(), &received.bytes);
         let asked = fit::read(inference, &received.bytes, &self.headers, bound.is_some())?;
         let wanted = bound.map_or(&*asked.model, ModelName::as_str).to_owned();
         arrival.asked(&wanted);

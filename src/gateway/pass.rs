@@ -163,7 +163,7 @@ impl Arriving<'_> {
         let queue = &catalog.settings.queue;
         let body =
             receive::receive(body, &head.headers, queue, &gateway.bodies, &gateway.limits).await?;
-        arrival.received(&catalog, &Fields::from(&head.headers), &body.bytes);
+        arrival.received(&catalog, || head.headers.clone(), &body.bytes);
         let arriving = Arriving { gateway, catalog: &catalog, head, body, key, wishes, arrived };
         let way = arriving.way(prefix, names)?;
         if way.rest.is_empty() {
