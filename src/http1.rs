@@ -108,10 +108,14 @@ impl Fields {
         self.places.iter().filter(is_it).map(|[_, value]| self.part(*value))
     }
 
+    /// The parts of a header that is a list.
+    pub fn list(&self, name: &str) -> impl Iterator<Item = &[u8]> {
+        self.all(name).flat_map(parts)
+    }
+
     /// Whether a header that is a list holds `wanted`.
     pub fn lists(&self, name: &str, wanted: &[u8]) -> bool {
-        let mut parts = self.all(name).flat_map(|value| value.split(|byte| *byte == b','));
-        parts.any(|part| part.trim_ascii().eq_ignore_ascii_case(wanted))
+        self.list(name).any(|part| part.eq_ignore_ascii_case(wanted))
     }
 
     /// What cannot be told by the library is left out.
@@ -159,10 +163,15 @@ impl std::fmt::Debug for Fields {
     }
 }
 
-/// Whether a header that is a list holds `wanted`.
+/// As [`Fields::lists`], of headers in a map.
 pub fn names(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
     let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(wanted))
+    let mut parts = values.flat_map(|value| parts(value.as_bytes()));
+    parts.any(|part| part.eq_ignore_ascii_case(wanted.as_bytes()))
+}
+
+fn parts(value: &[u8]) -> impl Iterator<Item = &[u8]> {
+    value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii)
 }
 
 /// Whether a name or a value, as it was written, begins with `start`.

@@ -234,8 +234,7 @@ pub fn answer_lines(headers: &Fields) -> Lines {
 /// Without what is `unwanted`, begins with one of `prefixes`, or is named by `Connection`.
 fn lines(headers: &Fields, unwanted: &Names, prefixes: &[&str]) -> Lines {
     let mut lines = Lines::with_capacity(LINES_BYTES);
-    let listed = headers.all("connection").flat_map(|value| value.split(|byte| *byte == b','));
-    let listed = listed.map(<[u8]>::trim_ascii).take(LISTED_MAX);
+    let listed = headers.list("connection").take(LISTED_MAX);
     let listed: Vec<&[u8]> = listed.filter(|name| !USUALLY_LISTED.contains(name)).collect();
     for (name, value) in headers.iter() {
         let gone = unwanted.contains(name)
