@@ -86,7 +86,7 @@ async fn a_running_container_is_adopted_without_a_reload_and_a_stranger_is_left_
     assert!(scene.world.swaps().await.iter().all(|swap| swap["id"] == "s1"), "no load was needed");
     // An adopted engine is as good as any: it can be swapped out.
     scene.answers("bob").await;
-    assert_eq!(scene.containers().len(), 1);
+    scene.settles_at(1).await;
     assert!(stranger.lives());
     scene.stop().await;
     assert!(stranger.lives());
@@ -103,9 +103,9 @@ async fn killed_in_the_middle_of_a_start_at_most_one_container_is_left() {
     scene.world.server.restart().await.unwrap();
     scene.answers("ada").await;
     // Docker may have carried out a start that nobody waited for any more.
-    scene.until("one container", |scene| scene.containers().len() == 1).await;
+    scene.settles_at(1).await;
     scene.answers("bob").await;
-    assert_eq!(scene.containers().len(), 1, "{}", scene.world.log());
+    scene.settles_at(1).await;
     scene.stop().await;
 }
 
@@ -121,7 +121,7 @@ async fn killed_in_the_middle_of_a_stop_nothing_is_left_behind() {
     scene.world.server.restart().await.unwrap();
     scene.answers("ada").await;
     scene.world.until("bob is gone", |status| status["models"]["bob"]["state"] == "stopped").await;
-    assert_eq!(scene.containers().len(), 1, "{}", scene.world.log());
+    scene.settles_at(1).await;
     scene.stop().await;
 }
 
@@ -136,7 +136,7 @@ async fn a_container_whose_configuration_changed_is_not_adopted() {
     let yaml = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, yaml.replace("600ms", "200ms")).unwrap();
     scene.world.server.restart().await.unwrap();
-    assert!(scene.containers().is_empty(), "reaped: {}", scene.world.log());
+    scene.settles_at(0).await;
     scene.answers("ada").await;
     assert_ne!(scene.containers(), before);
     scene.stop().await;
@@ -176,7 +176,7 @@ async fn containers_of_models_that_left_docker_are_reaped_all_the_same() {
     let process = support::standin("eve", "1GiB", "--load 100ms");
     std::fs::write(&path, format!("{settings}models:\n{process}")).unwrap();
     scene.world.server.restart().await.unwrap();
-    assert!(scene.containers().is_empty(), "reaped: {}", scene.world.log());
+    scene.settles_at(0).await;
     scene.answers("eve").await;
     // Nothing is left there: the next start does not even ask Docker.
     scene.world.server.kill_and_restart().await.unwrap();
@@ -228,7 +228,7 @@ async fn what_cannot_be_reaped_is_shown_and_tried_again_until_it_is_gone() {
     scene.answers("eve").await;
     deaf.store(false, Ordering::SeqCst);
     scene.world.until("the leftover is gone", |status| left(status) == 0).await;
-    assert!(scene.containers().is_empty(), "{}", scene.world.log());
+    scene.settles_at(0).await;
     scene.answers("ada").await;
     scene.stop().await;
 }

@@ -19,7 +19,7 @@ async fn there_and_back(daemon: &Daemon, models: &str) {
     for (name, stream) in [("ada", false), ("bob", true), ("ada", true)] {
         let answer = scene.world.server.talk.chat(name, stream, &[]).await.expect("an answer");
         assert!(answer.is_from(name), "{answer:?}\n{}", scene.world.log());
-        assert_eq!(scene.containers().len(), 1, "one at a time fits");
+        scene.settles_at(1).await;
         eprintln!(
             "{}: {name} says {:?} after {:.2} s",
             daemon.host,
@@ -112,7 +112,7 @@ async fn no_more_leaves_than_must() {
     assert_eq!(scene.containers().len(), 2);
     assert_eq!(scene.world.swaps().await.len(), 2, "no swap where both fit");
     scene.answers("cyd").await;
-    assert_eq!(scene.containers().len(), 2, "one left, one stayed");
+    scene.settles_at(2).await;
     scene.stop().await;
 }
 
@@ -129,10 +129,10 @@ async fn a_swap_that_is_called_off_leaves_no_container_that_was_made_for_it() {
     scene.world.until("ada answers", |status| status["in_flight"] == 1).await;
     let talk = scene.world.server.talk.clone();
     let leaver = tokio::spawn(async move { talk.chat("bob", false, &[]).await });
-    scene.until("bob's container is made", |scene| scene.containers().len() == 2).await;
+    scene.settles_at(2).await;
     assert!(scene.events.seen().iter().all(|(_, event)| event != "start bob"));
     leaver.abort();
-    scene.until("it is removed", |scene| scene.containers().len() == 1).await;
+    scene.settles_at(1).await;
     let answer = stream.await.expect("no panic").expect("an answer");
     assert!(answer.is_from("ada"), "{answer:?}");
     scene.stop().await;

@@ -103,10 +103,7 @@ pub async fn start(
     let next_ids = NextIds { instance: last_ids.instance + 1, swap: last_ids.swap + 1 };
     let cost = "ids may come twice after a restart";
     let outage = Outage::new("the state folder", cost, inbox.clone());
-    let writer = StateWriter::open(state.path(), last_ids, outage);
-    if configured {
-        writer.note_docker();
-    }
+    let writer = StateWriter::open(state.path(), last_ids, configured, outage);
     let begin = begin_of(&shared, next_ids, &world, &catalog);
     let cost = "events are missing from it until then";
     let no_journal = Outage::new("the journal", cost, inbox.clone());

@@ -63,14 +63,21 @@ impl Pending {
 }
 
 impl StateWriter {
-    /// `last`: the largest that were ever used. More are reserved before this returns.
-    pub fn open(dir: &Path, last: LastIds, outage: Outage) -> StateWriter {
-        StateWriter::with(dir, last, outage, AGAIN)
+    /// `last`: the largest that were ever used. More are reserved before this returns, and it is
+    /// noted that containers may be started.
+    pub fn open(dir: &Path, last: LastIds, docker: bool, outage: Outage) -> StateWriter {
+        StateWriter::with(dir, last, docker, outage, AGAIN)
     }
 
-    fn with(dir: &Path, last: LastIds, mut outage: Outage, again: Duration) -> StateWriter {
+    fn with(
+        dir: &Path,
+        last: LastIds,
+        docker: bool,
+        mut outage: Outage,
+        again: Duration,
+    ) -> StateWriter {
         let (work, reserved) = (Arc::new(Work::default()), last.ahead());
-        let first = Pending { last_ids: Some(reserved), ..Pending::default() };
+        let first = Pending { last_ids: Some(reserved), docker, closing: false };
         if let Err(error) = write_pending(dir, &first) {
             outage.begins(&error);
             work.lock().put_back(first);
@@ -98,7 +105,7 @@ impl StateWriter {
         }
     }
 
-    /// Containers may be started from now on.
+    /// A reload brought the first model in Docker.
     pub fn note_docker(&self) {
         self.work.put(|pending| pending.docker = true);
     }
@@ -206,8 +213,9 @@ mod tests {
     #[tokio::test]
     async fn an_id_is_on_disk_before_it_is_used_and_given_back_at_the_end() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = StateWriter::open(dir.path(), ids(41, 7), outage().0);
+        let mut writer = StateWriter::open(dir.path(), ids(41, 7), true, outage().0);
         assert_eq!(last(dir.path()), ids(41, 7).ahead(), "before the first is used");
+        assert!(dir.path().join(DOCKER).exists(), "before the first container is started");
         writer.use_ids(ids(42, 8));
         for used in [ids(42, 8 + IDS_LEFT_MIN), ids(42 + 3 * IDS_LEFT_MIN, 9)] {
             writer.use_ids(used);
@@ -227,7 +235,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         let (outage, mut news) = outage();
-        let writer = StateWriter::with(&path, ids(1, 1), outage, Duration::from_millis(1));
+        let writer = StateWriter::with(&path, ids(1, 1), false, outage, Duration::from_millis(1));
         writer.note_docker();
         let Some(Message::Outage(told)) = news.recv().await else { panic!("the outage") };
         assert!(told.why.unwrap().contains("No such file"));

@@ -151,6 +151,12 @@ impl Scene {
         list.lines().map(str::to_owned).collect()
     }
 
+    /// Docker removes what was stopped a little later than Wharf goes on.
+    pub async fn settles_at(&self, containers: usize) {
+        let what = format!("{containers} containers");
+        self.until(&what, |scene| scene.containers().len() == containers).await;
+    }
+
     pub async fn answers(&self, model: &str) {
         let answer = self.world.server.talk.chat(model, false, &[]).await.unwrap();
         assert!(answer.is_from(model), "{answer:?}\n{}", self.world.log());
