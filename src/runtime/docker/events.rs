@@ -13,6 +13,7 @@ use std::time::Duration;
 use backoff::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use bollard::models::EventMessage;
 use bollard::query_parameters::{EventsOptionsBuilder, ListContainersOptionsBuilder};
+use futures_util::future::join_all;
 use futures_util::{Stream, StreamExt as _};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
@@ -134,9 +135,9 @@ async fn look_at_all(client: &Client, watched: &Arc<Watched>) -> Result<(), Faul
         return ping.map(drop).map_err(|error| errors::fault(client.host(), "answer", &error));
     }
     let running = running_of(client, &ids).await?;
-    for id in ids.iter().filter(|id| !running.contains(*id)) {
-        watched.look(client, id, None).await;
-    }
+    // Side by side: one that Docker holds locked, or whose log ends late, does not delay the others.
+    let ended = ids.iter().filter(|id| !running.contains(*id));
+    join_all(ended.map(|id| watched.look(client, id, None))).await;
     Ok(())
 }
 

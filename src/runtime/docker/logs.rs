@@ -17,7 +17,8 @@ const PAST_LINES: &str = "500";
 /// A line that does not end is cut here.
 const LINE_BYTES_MAX: usize = 8 << 10;
 const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_MAX: Duration = Duration::from_secs(5);
+/// When Docker is back, the ends of containers wait for this before they are told.
+const RETRY_MAX: Duration = Duration::from_secs(2);
 
 /// Follows until the container no longer runs. `after`: leave out lines up to this time.
 pub async fn follow(client: Client, id: String, log: LogTail, after: Option<String>) {

@@ -17,8 +17,9 @@ use crate::orchestrator::view::Health;
 use crate::runtime::redact::Secrets;
 use crate::runtime::{ExitReport, LogTail};
 
-/// The last lines of a container arrive just after it ended; an exit waits this long for them.
-const LAST_LINES: Duration = Duration::from_millis(250);
+/// The last lines of a container arrive just after it ended, on a busy machine later; an exit waits
+/// at most this long for them. Whoever follows a log ends with it.
+const LAST_LINES: Duration = Duration::from_secs(5);
 
 /// Before the first attempt to connect has ended.
 pub const NOT_CONNECTED: &str = "not connected yet";
@@ -115,9 +116,12 @@ impl Watched {
     /// Reports the end of a container, once.
     pub async fn ended(&self, id: &str, report: ExitReport) {
         let Some(entry) = self.lock().remove(id) else { return };
-        let mut follower = entry.log_follower;
-        let _ = tokio::time::timeout(LAST_LINES, &mut follower).await;
-        entry.exit.send_replace(Some(report));
+        // Told also where nobody waits for it any more.
+        let told = tokio::spawn(async move {
+            let _ = tokio::time::timeout(LAST_LINES, entry.log_follower).await;
+            entry.exit.send_replace(Some(report));
+        });
+        let _ = told.await;
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
