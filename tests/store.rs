@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use hyper::Method;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rusqlite::Connection;
@@ -191,14 +192,18 @@ async fn swap_ids(world: &World) -> Vec<String> {
 
 /// Until the file has this many swaps.
 async fn swaps_on_disk(path: &Path, wanted: usize) {
+    rows_on_disk(path, "swaps", wanted).await;
+}
+
+async fn rows_on_disk(path: &Path, which: &str, wanted: usize) {
+    let sql = format!("SELECT count(*) FROM {which}");
     let end = Instant::now() + Duration::from_secs(60);
     loop {
-        let count = Connection::open(path).and_then(|file| {
-            file.query_row("SELECT count(*) FROM swaps", [], |row| row.get::<_, i64>(0))
-        });
+        let count = Connection::open(path)
+            .and_then(|file| file.query_row(&sql, [], |row| row.get::<_, i64>(0)));
         match count {
             Ok(found) if found >= wanted as i64 => return,
-            _ => assert!(Instant::now() < end, "never {wanted} swaps: {count:?}"),
+            _ => assert!(Instant::now() < end, "never {wanted} {which}: {count:?}"),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -228,6 +233,10 @@ async fn swaps_totals_and_figures_of_earlier_runs_are_there_after_a_restart_each
     }
     let before = world.swaps().await;
     assert_eq!(before.len(), 3, "{before:#?}");
+    // The end of Wharf does not wait for a slow disk.
+    let path = world.dir.path().join("wharf.db");
+    swaps_on_disk(&path, 3).await;
+    rows_on_disk(&path, "kept WHERE kind = 'learned'", 2).await;
     let of_old = world.state_dir().join("learned.json");
     let figures = json!({ "eva": { "spec": "x", "footprint": 7, "asleep": null, "start": null,
         "stop": null, "sleep": null, "wake": null, "phases": {} } });
@@ -245,7 +254,7 @@ async fn swaps_totals_and_figures_of_earlier_runs_are_there_after_a_restart_each
     assert_eq!((&ada["starts"], &ada["request_count"]), (&json!(2), &json!(2)), "{ada:#}");
     assert!(ada["total_uptime_seconds"].as_f64().unwrap() > 0.0, "{ada:#}");
     assert!(ada["loaded_at"].is_string() && ada["unloaded_at"].is_string(), "{ada:#}");
-    let file = Connection::open(world.dir.path().join("wharf.db")).unwrap();
+    let file = Connection::open(&path).unwrap();
     let sql = "SELECT count(*) FROM kept WHERE kind = 'learned'";
     assert_eq!(file.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap(), 3, "eva's, imported");
     assert!(!of_old.exists(), "imported once");
@@ -287,7 +296,8 @@ async fn a_store_in_memory_makes_no_file_and_serves() {
 
 #[tokio::test]
 async fn a_damaged_store_is_left_as_it_is_and_serving_goes_on() {
-    let mut world = serve(&gpu("24GiB", "50ms"), &two_models(), &[]).await;
+    let mut world =
+        serve(&(gpu("24GiB", "50ms") + "\ndefaults: { ttl: 10m }"), &two_models(), &[]).await;
     let path = world.dir.path().join("wharf.db");
     chat(&world, "ada").await;
     world.server.kill().unwrap();
@@ -304,6 +314,11 @@ async fn a_damaged_store_is_left_as_it_is_and_serving_goes_on() {
     assert_eq!(swap_ids(&world).await.len(), 1, "of this run: ada was adopted");
     assert_eq!(std::fs::read(&path).unwrap(), garbage);
     assert_eq!(world.log().matches("wharf.db is damaged").count(), 1, "told once");
+    let talk = &world.server.talk;
+    let (status, extended) =
+        talk.call(Method::POST, "/models/bob/extend-ttl", json!({ "minutes": 5 })).await.unwrap();
+    let message = extended["message"].as_str().unwrap();
+    assert!(status == 200 && message.contains("a restart may forget it"), "{extended:#}");
 
     std::fs::rename(&path, world.dir.path().join("wharf.db.damaged")).unwrap();
     store_is(&world, "ok").await;

@@ -43,11 +43,18 @@ pub async fn extend_ttl(api: &Api, spec: &ModelSpec, body: ExtendBody) -> Result
         Answer::Refused(refusal) => return Err(refused(&refusal, name, api)),
         answer => return Err(unexpected("extend-ttl", &answer)),
     };
+    // It is in force already; a restart, too, shall keep to what is said here.
+    let kept = api.handle.store().flush().await;
     let at = Snapshot::of(&api.handle);
     let left = render::minutes(left);
-    let why = if bounded { ", as far as ttl_bounds allow" } else { "" };
-    let mut body =
-        render::object(render::done(name, format!("TTL of {name} ends in {left} minutes{why}")));
+    let mut message = format!("TTL of {name} ends in {left} minutes");
+    if bounded {
+        message.push_str(", as far as ttl_bounds allow");
+    }
+    if let Err(fault) = kept {
+        message.push_str(&format!("; a restart may forget it: {fault}"));
+    }
+    let mut body = render::object(render::done(name, message));
     body.extend(render::object(json!({
         "model_id": name,
         "ttl_remaining_minutes": left,

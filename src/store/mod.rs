@@ -2,7 +2,7 @@
 //! patched configuration, extended TTLs.
 //!
 //! Writes are handed over and never waited for on the way of a request. What must not be lost
-//! (registrations, patches) is answered when it is on disk.
+//! (registrations, patches, extended TTLs) is answered when it is on disk.
 
 mod disk;
 mod keeper;
@@ -351,7 +351,7 @@ impl Store {
         })
     }
 
-    /// `None`: nothing is extended any more.
+    /// `None`: nothing is extended any more. Whoever answers for it waits for [`Store::flush`].
     pub fn put_ttl_until(&self, model: &ModelName, until_unix_ms: Option<u64>) {
         let body = until_unix_ms.map(|until| until.to_string());
         self.change(|rows| rows.set((Kind::TtlUntil, model.to_string()), body));
