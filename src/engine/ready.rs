@@ -16,8 +16,8 @@ use crate::runtime::{ExitReport, Progress, Running};
 use crate::scheduler::event::{Fault, FaultKind};
 
 /// The log may arrive a little after the end it explains.
-const LOG_QUIET: Duration = Duration::from_millis(50);
-const LOG_WAIT_MAX: Duration = Duration::from_millis(500);
+const LOG_QUIET: Duration = Duration::from_millis(250);
+const LOG_WAIT_MAX: Duration = Duration::from_secs(2);
 const LINE_CHARS_MAX: usize = 300;
 /// A log that calls more often than this is asked at its usual pace.
 const CALLS_MAX: u32 = 16;

@@ -20,8 +20,9 @@ use crate::runtime::{Found, Identity, Progress, Running};
 use crate::scheduler::event::{Fault, FaultKind};
 use crate::units::{Bytes, GpuId, InstanceId, ModelName};
 
-/// An adopted engine answers at once; one that was still starting is not worth the wait.
-const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+/// An adopted engine answers at once, or as soon as a busy machine lets it; one that was still
+/// starting is not worth a longer wait.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub struct Adopted {

@@ -13,8 +13,8 @@ use crate::engine::request;
 use crate::reload::occupant;
 use crate::runtime::{Endpoint, Tls};
 
-/// For a listener of this machine.
-const ASK_MAX: Duration = Duration::from_secs(2);
+/// For a listener of this machine, which may be busy.
+const ASK_MAX: Duration = Duration::from_secs(5);
 
 pub(super) async fn listeners(settings: &Settings) -> Vec<Check> {
     let wanted =
