@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -33,7 +33,7 @@ impl Server {
         env: &[(&str, &str)],
         yaml: impl FnOnce(u16, u16) -> String,
     ) -> anyhow::Result<Server> {
-        let (gateway, orchestrator) = (free_port(usual.0)?, free_port(usual.1)?);
+        let (gateway, orchestrator) = free_ports(usual)?;
         fs::write(dir.join("models.yaml"), yaml(gateway, orchestrator))?;
         let env = env
             .iter()
@@ -51,7 +51,21 @@ impl Server {
     }
 
     async fn up(&mut self) -> anyhow::Result<()> {
-        if let Err(error) = self.talk.wait_until_up().await {
+        let child = &mut self.child;
+        let ended = async {
+            loop {
+                match child.try_wait() {
+                    Ok(None) => tokio::time::sleep(Duration::from_millis(50)).await,
+                    Ok(Some(status)) => break anyhow!("it ended at once: {status}"),
+                    Err(error) => break error.into(),
+                }
+            }
+        };
+        let up = tokio::select! {
+            up = self.talk.wait_until_up() => up,
+            error = ended => Err(error),
+        };
+        if let Err(error) = up {
             let log = fs::read_to_string(self.dir.join("wharf.log")).unwrap_or_default();
             bail!("{error}; its log says:\n{}", tail(&log, 15));
         }
@@ -130,11 +144,18 @@ fn spawn(exe: &Path, dir: &Path, env: &[(String, String)]) -> anyhow::Result<Chi
         .with_context(|| format!("failed to start {}", exe.display()))
 }
 
-/// The usual port if nobody has it, else any.
-pub fn free_port(usual: u16) -> anyhow::Result<u16> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, usual))
-        .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
-    Ok(listener.local_addr()?.port())
+/// The usual ports, or any instead of one that somebody has. The first is held until both are drawn, or
+/// it might be drawn again.
+fn free_ports(usual: (u16, u16)) -> anyhow::Result<(u16, u16)> {
+    let bind = |usual| {
+        TcpListener::bind((Ipv4Addr::LOCALHOST, usual))
+            .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+    };
+    let held = bind(usual.0)?;
+    let first = held.local_addr()?.port();
+    // Both listeners may be wanted at one address.
+    let second = if usual.1 == first { first } else { bind(usual.1)?.local_addr()?.port() };
+    Ok((first, second))
 }
 
 fn tail(text: &str, lines: usize) -> String {

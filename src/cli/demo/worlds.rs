@@ -69,7 +69,7 @@ impl World {
                 models: vec![
                     model("mistral", 13.0, "2s"),
                     model("coder", 17.0, "3s"),
-                    model("llava", 9.0, "2s"),
+                    model("llava", 9.0, "4s"),
                 ],
                 gpus: vec![Bytes::gib(24)],
                 foreign: Vec::new(),
