@@ -2,6 +2,8 @@
 
 #[path = "support/control/mod.rs"]
 mod control;
+#[path = "support/ports.rs"]
+mod ports;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -156,7 +158,9 @@ async fn health_is_green_only_if_every_needed_part_works() {
 
 #[tokio::test]
 async fn health_tries_the_gateways_listener() {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    // Nobody else takes it when it is free again.
+    let address = ("127.0.0.1", ports::free_port());
+    let listener = tokio::net::TcpListener::bind(address).await.expect("a port");
     let mut catalog = three_models();
     catalog.settings.gateway = listener.local_addr().expect("bound");
     let puppet = Puppet::new(catalog);

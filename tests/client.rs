@@ -2,6 +2,8 @@
 
 #[path = "support/control/mod.rs"]
 mod control;
+#[path = "support/ports.rs"]
+mod ports;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -102,9 +104,7 @@ async fn exit_codes_say_what_happened() {
     assert_eq!(wharf(&url, &["ensure", "tiny"]).await, ExitCode::from(5));
     assert_eq!(wharf(&url, &["load", "tiny", "--json"]).await, ExitCode::from(5));
 
-    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let url = format!("http://{}", nobody.local_addr().expect("bound"));
-    drop(nobody);
+    let url = format!("http://127.0.0.1:{}", ports::free_port());
     assert_eq!(wharf(&url, &["status"]).await, ExitCode::from(3));
     assert_eq!(wharf("ftp://127.0.0.1", &["status"]).await, ExitCode::from(2));
 }

@@ -4,6 +4,8 @@
 mod args;
 #[path = "support/model.rs"]
 mod model_support;
+#[path = "support/ports.rs"]
+mod ports;
 #[path = "engine/processes.rs"]
 mod processes;
 #[path = "engine/ready.rs"]

@@ -16,6 +16,7 @@ use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
+use support::ports::free_port;
 use support::{EXE, World, serve};
 
 const KEY: &str = "key-of-gpu2";
@@ -28,9 +29,7 @@ struct Engine {
 
 impl Engine {
     async fn start() -> Engine {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
-        drop(free);
+        let port = free_port();
         let child = Command::new(EXE)
             .args(["engine", "--port", &port.to_string(), "--name", "gpu2", "--api-key", KEY])
             .stdout(Stdio::null())

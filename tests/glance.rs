@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use fake_nvml::FakeNvml;
 use serde_json::Value;
 use support::ollama::Ollama;
+use support::ports::free_port;
 use support::{EXE, gpu, serve, standin};
 
 /// Exit code, stdout, stderr; nothing of the environment leads elsewhere.
@@ -136,8 +137,7 @@ async fn the_doctor_finds_what_is_wrong_and_names_the_fix() {
     let ollama = Ollama::start(&["--name", "qwen:7b"]).await;
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
-    // Given back at once: nobody answers there.
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let nobody = free_port();
     let sick = format!(
         "listen: {{ gateway: 127.0.0.1:{port}, orchestrator: 127.0.0.1:{nobody} }}\n\
          gpu: {{ provider: nvml }}\nstore: notes.txt\ndocker: {{ host: unix:///nonexistent/docker.sock }}\n\

@@ -12,6 +12,7 @@ use http::Request;
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
+use support::ports::free_port;
 use wharf::cli::check;
 use wharf::cli::demo::server::Server;
 use wharf::config;
@@ -110,7 +111,7 @@ async fn every_model_answers(imported: &Imported, names: &[&str]) {
     let server = Server::start(
         Path::new(support::EXE),
         dir.path(),
-        (0, 0),
+        (free_port(), free_port()),
         &[("PATH", &path)],
         |gateway, orchestrator| {
             let listen = format!(

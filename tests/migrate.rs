@@ -14,8 +14,9 @@ use std::process::Command;
 use http::Method;
 use serde_json::{Value, json};
 use support::ollama::Ollama;
+use support::ports::free_port;
 use support::{EXE, World};
-use wharf::cli::demo::server::{Server, free_port};
+use wharf::cli::demo::server::Server;
 
 /// Variables that would lead elsewhere than the test means.
 const FOREIGN: [&str; 6] = [
@@ -55,7 +56,7 @@ async fn migrated(files: &[&str], env: &[(&str, &str)], change: fn(String) -> St
     let (code, told) = wharf(dir.path(), &["check"], env);
     println!("$ wharf check\n{told}exit code {code:?}");
     assert_eq!(code, Some(0), "{told}\n{yaml}");
-    let ports = (free_port(0).expect("a port"), free_port(0).expect("a port"));
+    let ports = (free_port(), free_port());
     let (gateway, orchestrator) =
         (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
     let mut env = env.to_vec();

@@ -4,9 +4,9 @@
 
 mod support;
 
-use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 
+use support::ports::free_port;
 use support::{EXE, World, gpu, serve, standin};
 use wharf::cli::demo::server::Server;
 
@@ -19,9 +19,7 @@ const ENDLESS: &str = "^/(events|api/events|logs/stream.*)$";
 
 /// Both listeners at one address, so that one run reaches all that is described.
 async fn whole(dir: &Path) -> Server {
-    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let port = free.local_addr().expect("its address").port();
-    drop(free);
+    let port = free_port();
     let models = standin("ada", "6GiB", "--load 20ms")
         + &standin("org/bob:7b", "6GiB", "--load 20ms")
         + &standin("cleo", "14GiB", "--load 20ms")

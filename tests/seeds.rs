@@ -11,7 +11,8 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 use support::ollama::Ollama;
-use support::{World, free_ports, gpu, serve, standin};
+use support::ports::free_ports;
+use support::{World, gpu, serve, standin};
 
 const DOCUMENTS: [&str; 4] =
     ["dynamic-model-orchestrator", "swapper-service", "model-pool-manager", "llama-swap"];
@@ -146,8 +147,8 @@ async fn rewritten(command: &str, world: &World, ollama: &Ollama, doors: u16) ->
 }
 
 fn run(command: &str, is_stream: bool) -> Output {
-    // Streams are read for as long as the first answer takes.
-    let limit = if is_stream { 3 } else { 60 };
+    // Streams are read for as long as the first answer takes, also on a busy machine.
+    let limit = if is_stream { 10 } else { 60 };
     let script = format!(
         "set -o pipefail\n\
          curl() {{ command curl -sS --fail-with-body --max-time {limit} \"$@\"; }}\n\

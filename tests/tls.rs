@@ -19,7 +19,8 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use support::{EXE, free_ports};
+use support::EXE;
+use support::ports::free_ports;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 

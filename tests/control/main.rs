@@ -19,7 +19,7 @@ use hyper::{Method, Request};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
-use support::{free_port, free_ports};
+use support::ports::{free_port, free_ports};
 
 /// Status and JSON of one call, also to an address that is none of the usual two.
 pub async fn call(method: Method, url: &str, body: &str) -> Result<(u16, Value), String> {

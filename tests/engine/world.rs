@@ -16,6 +16,8 @@ use wharf::runtime::{
 use wharf::scheduler::event::Fault;
 use wharf::units::{GpuId, InstanceId, ModelName};
 
+use crate::ports::free_port;
+
 /// Says loudly that a test could not run, also to the run that counts them.
 pub fn skip(why: &str) {
     use std::io::Write;
@@ -60,9 +62,7 @@ impl World {
 
     /// Nothing listens.
     pub fn silent() -> World {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("an address").port();
-        World::at(port, Arc::default())
+        World::at(free_port(), Arc::default())
     }
 
     pub fn at(port: u16, asked: Arc<Mutex<Vec<String>>>) -> World {

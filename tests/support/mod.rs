@@ -2,6 +2,7 @@
 #![expect(dead_code, reason = "each test binary uses a part of this")]
 
 pub mod ollama;
+pub mod ports;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -10,6 +11,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use wharf::cli::demo::server::Server;
 
+use ports::free_port;
+
 pub const EXE: &str = env!("CARGO_BIN_EXE_wharf");
 
 /// Engine ports of this test alone, so that tests can run side by side.
@@ -17,26 +20,6 @@ fn engine_ports() -> (u16, u16) {
     static NEXT: AtomicU16 = AtomicU16::new(20_000);
     let first = NEXT.fetch_add(40, Ordering::Relaxed);
     (first, first + 39)
-}
-
-/// A port that nobody has at the moment, below those of outgoing connections.
-pub fn free_port() -> u16 {
-    free_ports(1)
-}
-
-/// The first of `count` neighbouring ports that nobody has.
-pub fn free_ports(count: u16) -> u16 {
-    use std::sync::atomic::{AtomicU16, Ordering};
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    loop {
-        let step = NEXT.fetch_add(count, Ordering::Relaxed);
-        let offset = (std::process::id() as u16).wrapping_mul(61).wrapping_add(step) % 9000;
-        let first = 10_000 + offset;
-        let free = |port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
-        if (first..first + count).all(free) {
-            return first;
-        }
-    }
 }
 
 pub struct World {
@@ -48,7 +31,8 @@ pub struct World {
 pub async fn serve(settings: &str, models: &str, env: &[(&str, &str)]) -> World {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let (first, last) = engine_ports();
-    let server = Server::start(Path::new(EXE), dir.path(), (0, 0), env, |gateway, orchestrator| {
+    let ports = (free_port(), free_port());
+    let server = Server::start(Path::new(EXE), dir.path(), ports, env, |gateway, orchestrator| {
         format!(
             "listen: {{ gateway: 127.0.0.1:{gateway}, orchestrator: 127.0.0.1:{orchestrator} }}\n\
              engine_ports: {first}-{last}\n{settings}\nmodels:\n{models}"

@@ -1,6 +1,5 @@
 //! A stand-in for Ollama, as a process of its own.
 
-use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -8,6 +7,7 @@ use serde_json::Value;
 use wharf::cli::demo::talk::Talk;
 
 use super::EXE;
+use super::ports::free_port;
 
 pub struct Ollama {
     child: Child,
@@ -17,9 +17,7 @@ pub struct Ollama {
 
 impl Ollama {
     pub async fn start(flags: &[&str]) -> Ollama {
-        let free = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = free.local_addr().expect("its address").port();
-        drop(free);
+        let port = free_port();
         let child = Command::new(EXE)
             .args(["engine", "--style", "ollama", "--port", &port.to_string()])
             .args(flags)
