@@ -11,18 +11,12 @@ use std::time::{Duration, Instant};
 use hyper::Method;
 use rusqlite::{Connection, OpenFlags};
 use serde_json::{Value, json};
+use support::ports::free_ports;
 use support::{EXE, World, gpu, serve, standin};
 use wharf::cli::demo::talk::Talk;
 
 /// Patches go up from here, one second each: `swap.max_wait` tells which was the last.
 const WAIT_FIRST: u64 = 100;
-
-/// The first of `count` neighbouring ports that nobody has.
-fn free_ports(count: u16) -> u16 {
-    let free = |port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
-    let mut firsts = (10_000 + std::process::id() as u16 % 9_000..20_000).step_by(count.into());
-    firsts.find(|first| (*first..first + count).all(free)).expect("free ports")
-}
 
 fn settings() -> String {
     let engine = format!(
@@ -40,7 +34,8 @@ fn settings() -> String {
 
 /// `ada` and `bob` exclude each other; `cyd` has a ttl; of `dee` nothing is declared.
 fn models() -> String {
-    let slow = "--load 300ms --tokens-per-second 8";
+    // An answer takes 4 s: long enough to see it under way.
+    let slow = "--load 300ms --tokens-per-second 4";
     standin("ada", "14GiB", slow)
         + &standin("bob", "14GiB", slow)
         + &standin("cyd", "2GiB", "--load 100ms").replace("    vram", "    ttl: 10m\n    vram")
@@ -153,6 +148,8 @@ async fn register_on(talk: Talk, round: u32, said_yes: Arc<Acknowledged>) {
             Ok((status, answer)) => panic!("{status} {answer:#}"),
             Err(_) => return,
         }
+        // So that it still goes on when Wharf is killed.
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
@@ -161,6 +158,17 @@ async fn register_on(talk: Talk, round: u32, said_yes: Arc<Acknowledged>) {
 async fn killed_in_the_middle(world: &mut World, round: u32, first: u64) -> Arc<Acknowledged> {
     says(world, "ada").await;
     let talk = &world.server.talk;
+    let said_yes = Arc::<Acknowledged>::default();
+    let patching = tokio::spawn(patch_on(talk.clone(), first, Arc::clone(&said_yes)));
+    let registering = tokio::spawn(register_on(talk.clone(), round, Arc::clone(&said_yes)));
+    let began = Instant::now();
+    while said_yes.wait_seconds.load(Ordering::SeqCst) < first + 2
+        || said_yes.registered.load(Ordering::SeqCst) < 2
+    {
+        assert!(began.elapsed() < Duration::from_secs(60), "{said_yes:?}\n{}", world.log());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    // From here on the kill must come before bob's answer, whatever a disk takes.
     let chat = |model: &'static str, stream: bool| {
         let talk = talk.clone();
         tokio::spawn(async move { talk.chat(model, stream, &[]).await })
@@ -169,16 +177,6 @@ async fn killed_in_the_middle(world: &mut World, round: u32, first: u64) -> Arc<
     world.until("streams run", |status| status["models"]["ada"]["in_flight"] == 2).await;
     asked.push(chat("bob", false));
     world.until("a swap is under way", |status| status["swaps"][0]["model"] == "bob").await;
-    let said_yes = Arc::<Acknowledged>::default();
-    let patching = tokio::spawn(patch_on(talk.clone(), first, Arc::clone(&said_yes)));
-    let registering = tokio::spawn(register_on(talk.clone(), round, Arc::clone(&said_yes)));
-    let began = Instant::now();
-    while said_yes.wait_seconds.load(Ordering::SeqCst) < first + 2
-        || said_yes.registered.load(Ordering::SeqCst) < 2
-    {
-        assert!(began.elapsed() < Duration::from_secs(30), "{said_yes:?}\n{}", world.log());
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
     world.server.kill().expect("killed");
     patching.await.expect("only yes was said");
     registering.await.expect("only yes was said");
