@@ -4,20 +4,25 @@
 mod support;
 
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use hyper::Method;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use support::{EXE, World, gpu, serve, standin};
 
-fn models() -> String {
-    standin("ada", "14GiB", "--load 600ms")
-        + &standin("bob", "14GiB", "--load 600ms --shutdown fixed:2s")
-}
+/// What failed is tried again every 10 s.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn world() -> World {
-    serve(&(gpu("24GiB", "100ms") + "\nswap: { min_residency: 100ms }"), &models(), &[]).await
+    world_with("--load 600ms").await
+}
+
+async fn world_with(ada: &str) -> World {
+    let models =
+        standin("ada", "14GiB", ada) + &standin("bob", "14GiB", "--load 600ms --shutdown fixed:2s");
+    serve(&(gpu("24GiB", "100ms") + "\nswap: { min_residency: 100ms }"), &models, &[]).await
 }
 
 /// A background request whose fate does not matter.
@@ -62,7 +67,7 @@ async fn a_running_engine_is_adopted_without_a_reload_and_a_stranger_is_left_alo
 
 #[tokio::test]
 async fn killed_in_the_middle_of_a_start_the_half_started_engine_is_reaped_or_adopted_whole() {
-    let mut world = world().await;
+    let mut world = world_with("--load 3s").await;
     let asked = ask(&world, "ada");
     world.until("ada starts", |status| status["swaps"][0]["phase"] == "start").await;
     world.server.kill().unwrap();
@@ -152,14 +157,10 @@ async fn a_full_disk_costs_the_journal_only_and_health_says_so() {
     assert!(world.server.talk.chat("ada", false, &[]).await.unwrap().is_from("ada"));
     assert!(world.server.talk.chat("bob", false, &[]).await.unwrap().is_from("bob"));
     let detail = |health: &Value| health["orchestrator"]["detail"].as_str().unwrap().to_owned();
-    let mut health = world.server.talk.get("/health").await.expect("200: it serves");
-    for _ in 0..500 {
-        if detail(&health).contains("state folder") && detail(&health).contains("journal") {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        health = world.server.talk.get("/health").await.expect("200: it serves");
-    }
+    let told = |health: &Value| {
+        detail(health).contains("state folder") && detail(health).contains("journal")
+    };
+    let health = health_when(&world, told).await;
     assert_eq!(health["orchestrator"]["status"], "degraded", "{health:#}\n{}", world.log());
     assert!(detail(&health).contains("No space left"), "{health:#}");
     assert!(detail(&health).contains("the state folder cannot be written"), "{health:#}");
@@ -177,8 +178,7 @@ async fn a_full_disk_costs_the_journal_only_and_health_says_so() {
     }
     let text = std::fs::read_to_string(&journal).unwrap();
     assert!(text.contains("\"dropped\""), "the gap is written down: {text}");
-    let health = world.server.talk.get("/health").await.unwrap();
-    assert_eq!(health["orchestrator"]["status"], "ok", "{health:#}");
+    health_when(&world, |health| health["orchestrator"]["status"] == "ok").await;
     world.stop().await;
 }
 
@@ -201,12 +201,15 @@ async fn a_crash_loop_keeps_its_journal_and_uses_no_id_twice() {
         largest = ids[0];
         world.server.kill_and_restart().await.unwrap();
     }
-    let text = std::fs::read_to_string(world.state_dir().join("journal/events.0.jsonl")).unwrap();
-    let begins: Vec<Value> = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|line| line["begin"].is_object())
-        .collect();
+    let path = world.state_dir().join("journal/events.0.jsonl");
+    let read = || -> Vec<Value> {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines.filter(|line| line["begin"].is_object()).collect()
+    };
+    // Whoever writes it does so beside the way.
+    world.until("all starts are written", |_| read().len() >= 4).await;
+    let begins = read();
     assert_eq!(begins.len(), 4, "one for each start");
     let begin = &begins[0]["begin"];
     assert_eq!(begin["world"]["gpus"].as_array().map(Vec::len), Some(1), "{begin:#}");
@@ -345,11 +348,24 @@ async fn bytes_that_another_engine_taught_are_forgotten_at_the_next_start() {
 }
 
 async fn wait_for(world: &World, text: &str) {
-    for _ in 0..500 {
-        if world.log().contains(text) {
-            return;
-        }
+    let end = Instant::now() + PATIENCE;
+    while !world.log().contains(text) {
+        assert!(Instant::now() < end, "the log never said {text:?}:\n{}", world.log());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    panic!("the log never said {text:?}:\n{}", world.log());
+}
+
+/// `/health` as soon as it is as wanted; always 200, as it serves.
+async fn health_when(world: &World, wanted: impl Fn(&Value) -> bool) -> Value {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let (status, health) =
+            world.server.talk.call(Method::GET, "/health", Value::Null).await.expect("an answer");
+        assert_eq!(status, 200, "it serves: {health:#}");
+        if wanted(&health) {
+            return health;
+        }
+        assert!(Instant::now() < end, "{health:#}\n{}", world.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
