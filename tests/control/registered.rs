@@ -7,7 +7,7 @@ use super::until;
 fn settings() -> String {
     let engine = format!(
         "{{ engine: openai, vram: 4GiB, process: {{ cmd: \"{EXE} engine --host 127.0.0.1 --port \
-         ${{PORT}} --name ${{model}} --vram 4GiB --load 50ms --tokens-per-second 30\" }} }}"
+         ${{PORT}} --name ${{model}} --vram 4GiB --load 50ms --tokens-per-second 5\" }} }}"
     );
     let private = engine.replace("engine --host", "engine --ctx 4096 --host");
     gpu("24GiB", "50ms")
