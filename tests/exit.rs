@@ -29,7 +29,7 @@ async fn a_second_signal_cuts_requests_and_ends_engines_that_do_not_listen() {
     let models = standin(
         "ada",
         "1GiB",
-        "--load 100ms --tokens-per-second 1 --reply-tokens 600 --shutdown fixed:600s",
+        "--load 100ms --tokens-per-second 0.05 --reply-tokens 600 --shutdown fixed:600s",
     );
     let settings = gpu("24GiB", "0ms") + "\nswap: { shutdown_timeout: 10m, drain_timeout: 10m }";
     let world = serve(&settings, &models, &[]).await;

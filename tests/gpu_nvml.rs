@@ -190,14 +190,14 @@ async fn a_lost_gpu_and_a_changed_one_are_no_proof() {
 #[tokio::test]
 async fn a_driver_that_hangs_is_given_up_and_may_come_back() {
     let fake = fake!("count 1\n");
-    let deadline = Duration::from_millis(300);
+    let deadline = Duration::from_secs(2);
     let gpus = Gpus::open_nvml(Some(fake.library()), deadline).await.expect("opens");
-    fake.set("hang_ms 1000\n");
+    fake.set("hang_ms 6000\n");
     // More than may wait for the thread.
     let all = futures_util::future::join_all((0..30).map(|_| gpus.sample())).await;
     for sample in all {
         let error = sample.expect_err("no proof");
-        assert!(error.message.contains("NVML did not answer within 300ms"), "{error:?}");
+        assert!(error.message.contains("NVML did not answer within 2s"), "{error:?}");
     }
     fake.set("count 1\n");
     until(&gpus, "an answer", Result::is_ok).await.expect("a sample");

@@ -48,7 +48,7 @@ fn adapters(more: &str) -> String {
     format!(
         "  base:\n    engine: vllm\n    vram: 8GiB\n    process:\n      cmd: >-\n        {EXE} engine \
          --style vllm --host 127.0.0.1 --port ${{PORT}} --vram 8GiB --fail-adapter broken \
-         --tokens-per-second 20\n  sql: {{ adapter_of: base, adapter: org/sql }}\n  \
+         --tokens-per-second 5\n  sql: {{ adapter_of: base, adapter: org/sql }}\n  \
          broken: {{ adapter_of: base, adapter: org/broken }}\n{more}"
     )
 }
@@ -148,7 +148,7 @@ async fn a_reload_adds_and_removes_adapters_while_a_stream_of_the_base_runs() {
     let talk = world.server.talk.clone();
     assert!(talk.chat("sql", false, &[]).await.unwrap().is_from("sql"), "{}", world.log());
     let before = world.engine_pids();
-    // 16 tokens at 20 a second: the reload comes in the middle.
+    // 16 tokens at 5 a second: the reload comes in the middle.
     let streaming = talk.clone();
     let stream = tokio::spawn(async move { streaming.chat("base", true, &[]).await });
     world.until("the stream runs", |status| status["models"]["base"]["in_flight"] == 1).await;

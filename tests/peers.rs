@@ -227,7 +227,15 @@ async fn two_that_lead_to_each_other_end_the_circle() {
     there.stop().await;
 }
 
-/// Answers everything, and keeps the heads of what it was asked.
+/// A request with all of its body.
+fn is_whole(bytes: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(bytes).to_lowercase();
+    let Some((head, body)) = text.split_once("\r\n\r\n") else { return false };
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length:"));
+    body.len() >= length.map_or(0, |length| length.trim().parse().expect("a length"))
+}
+
+/// Answers everything, and keeps what it was asked.
 async fn recorder() -> (String, Arc<Mutex<Vec<String>>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}", listener.local_addr().expect("its address"));
@@ -235,9 +243,9 @@ async fn recorder() -> (String, Arc<Mutex<Vec<String>>>) {
     let kept = Arc::clone(&heads);
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
-            let mut bytes = vec![0; 65536];
-            let read = stream.read(&mut bytes).await.unwrap_or(0);
-            kept.lock().expect("unpoisoned").push(String::from_utf8_lossy(&bytes[..read]).into());
+            let mut bytes = Vec::new();
+            while !is_whole(&bytes) && stream.read_buf(&mut bytes).await.is_ok_and(|n| n > 0) {}
+            kept.lock().expect("unpoisoned").push(String::from_utf8_lossy(&bytes).into());
             let body = r#"{"data":[],"choices":[{"message":{"content":"x-1"}}]}"#;
             let answer = format!(
                 "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\

@@ -151,7 +151,7 @@ async fn embeddings_follow_from_model_and_text() {
 
 #[tokio::test]
 async fn vllm_refuses_connections_while_it_loads() {
-    let mut engine = Engine::start(&["--style", "vllm", "--load", "1s", "--vram", "4GiB"]);
+    let mut engine = Engine::start(&["--style", "vllm", "--load", "5s", "--vram", "4GiB"]);
     engine.line("Loading weights took").await;
     assert!(http(engine.port, "GET", "/health", "").await.is_err(), "refused");
     // Its pipe is closed now; that must not end it.
@@ -160,7 +160,7 @@ async fn vllm_refuses_connections_while_it_loads() {
 
 #[tokio::test]
 async fn llama_server_answers_503_while_it_loads() {
-    let engine = Engine::start(&["--style", "llamacpp", "--load", "1s", "--name", "tiny"]);
+    let engine = Engine::start(&["--style", "llamacpp", "--load", "5s", "--name", "tiny"]);
     let body = until("an answer", async || {
         let (status, body) = http(engine.port, "GET", "/health", "").await.ok()?;
         (status == 503).then_some(body)
@@ -357,7 +357,7 @@ async fn memory_is_entered_in_the_ledger_and_never_over_committed() {
 
 #[tokio::test]
 async fn a_server_that_is_no_llms_queues_its_work_and_tells_it() {
-    let mut engine = Engine::start(&["--style", "comfyui", "--work", "300ms"]);
+    let mut engine = Engine::start(&["--style", "comfyui", "--work", "3s"]);
     let port = engine.port;
     until("its page", async || {
         matches!(http(port, "GET", "/", "").await, Ok((200, _))).then_some(())

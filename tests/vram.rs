@@ -55,7 +55,7 @@ impl FakeNvml {
         let (library, state) = (text(&library), text(&state));
         let env = [("WHARF_NVML_LIBRARY", library), ("FAKE_NVML_STATE", state)];
         let settings = "gpu: { provider: nvml, reserve: 256MiB }\n\
-                        swap: { vram_timeout: 3s, min_residency: 100ms }";
+                        swap: { vram_timeout: 10s, min_residency: 100ms }";
         serve(settings, models, &env).await
     }
 
@@ -80,9 +80,14 @@ async fn the_next_model_starts_only_after_the_memory_is_really_free() {
     assert!(talk.chat("bob", false, &[]).await.unwrap().is_from("bob"), "{}", world.log());
     let swaps = world.swaps().await;
     let swap = swaps.iter().find(|swap| swap["model"] == "bob").unwrap();
-    let prove = swap["phases"]["prove"].as_f64().unwrap();
-    println!("memory released 2 s after the exit; prove took {prove:.3} s");
-    assert!(prove >= 1.8, "{swap:#}");
+    // A busy machine sees the exit late: part of the 2 s is over by then.
+    let seconds = |phase: &str| swap["phases"][phase].as_f64().unwrap_or_default();
+    let before_start: f64 = ["drain", "vacate", "prove"].into_iter().map(seconds).sum();
+    println!(
+        "memory released 2 s after the exit; prove took {:.3} s of {before_start:.3} s",
+        seconds("prove")
+    );
+    assert!(before_start >= 1.8, "{swap:#}");
     world.stop().await;
 }
 
@@ -149,7 +154,7 @@ async fn a_driver_lost_in_the_middle_of_a_swap_holds_it_up_and_no_longer() {
     nvml.say(-1, "fail 15\n");
     world.until("no proof", |status| status["no_proof"].is_string()).await;
     // What would be the end of a proof ends nothing: nobody can say what is free.
-    tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+    tokio::time::sleep(std::time::Duration::from_secs(11)).await;
     assert!(!asked.is_finished(), "neither refused nor started");
     assert!(world.engine_pids().is_empty(), "nothing was started without proof");
     nvml.say(0, "");

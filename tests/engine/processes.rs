@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model_support::{model, process};
+use crate::ports::free_port;
 use crate::world::{LONG, skip};
 use tokio::time::Instant;
 use wharf::config::catalog::{EngineKind, ModelSpec, RuntimeSpec};
@@ -34,13 +35,11 @@ struct Started {
 
 impl Started {
     async fn new(spec: ModelSpec) -> Started {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("an address").port();
-        drop(listener);
         let logs = tempfile::tempdir().expect("a folder");
         let spec = Arc::new(spec);
         let runtime = ProcessRuntime::default();
-        let running = runtime.start(&launch(&spec, port, logs.path())).await.expect("started");
+        let launch = launch(&spec, free_port(), logs.path());
+        let running = runtime.start(&launch).await.expect("started");
         Started { spec, runtime, running, _logs: logs }
     }
 
@@ -157,9 +156,9 @@ async fn dots_on_one_line_are_no_stall() {
     let RuntimeSpec::Process(process) = &mut spec.runtime else { panic!("a process") };
     let script = "while :; do printf .; sleep 0.05; done";
     process.argv = ["sh", "-c", script].map(str::to_owned).into();
-    spec.health.stall = Duration::from_secs(2);
+    spec.health.stall = Duration::from_secs(6);
     let started = Started::new(spec).await;
-    let (result, progress) = started.ready_within(Duration::from_secs(4)).await;
+    let (result, progress) = started.ready_within(Duration::from_secs(13)).await;
     let fault = result.expect_err("never ready");
     assert_eq!(fault.kind, FaultKind::TimedOut, "{fault:?}");
     assert_eq!(progress.stage, "load_weights");

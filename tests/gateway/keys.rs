@@ -59,7 +59,9 @@ async fn a_key_that_asks_too_often_is_told_when_to_come_back() {
         assert_eq!(reply.await.unwrap().status(), 503);
     }
     let reply = world.send(chat(&world, "rare")).await;
-    assert_eq!(reply.headers()["retry-after"], "30");
+    // Two a minute: one each 30 s, of which a busy machine may have used some.
+    let seconds = reply.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+    assert!((20..=30).contains(&seconds), "{seconds}");
     let (status, code, message) = reply.error().await;
     assert_eq!((status, code.as_str()), (429, "rate_limited"));
     assert!(message.contains("\"rare\"") && message.contains("2 requests a minute"), "{message}");

@@ -235,7 +235,7 @@ async fn a_reader_that_stalls_is_dropped_under_notice_only() {
 #[tokio::test]
 async fn a_silent_stream_is_given_up() {
     let limits = Limits {
-        upstream_silence: Duration::from_millis(100),
+        upstream_silence: Duration::from_secs(2),
         reader_stall: Duration::from_millis(20),
         ..Limits::default()
     };

@@ -88,7 +88,7 @@ impl World {
         let (handle, messages) = Handle::for_tests(Arc::new(catalog));
         let shutdown = CancellationToken::new();
         let content = gateway::content(handle.clone(), Arc::new(Metrics::new()), limits);
-        let grace = Duration::from_millis(300);
+        let grace = Duration::from_secs(3);
         let served = tokio::spawn(gateway::serve(listener, content, shutdown.clone(), grace));
         let client = Client::builder(TokioExecutor::new()).build_http();
         let engine = Engine::start().await;
