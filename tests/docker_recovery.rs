@@ -25,8 +25,12 @@ fn given() -> Option<Daemon> {
 
 /// Room for one of the two.
 async fn scene(daemon: &Daemon, on_exit: &str) -> Scene {
-    let models = standin("ada", "14GiB", "--load 600ms")
-        + &standin("bob", "14GiB", "--load 600ms --shutdown drain:2s");
+    scene_with(daemon, on_exit, "--load 600ms").await
+}
+
+async fn scene_with(daemon: &Daemon, on_exit: &str, ada: &str) -> Scene {
+    let models =
+        standin("ada", "14GiB", ada) + &standin("bob", "14GiB", "--load 600ms --shutdown fixed:2s");
     let swap = format!("on_exit: {on_exit}");
     Scene::open(daemon, &settings(daemon, &swap), &models, &[]).await
 }
@@ -82,7 +86,7 @@ async fn a_running_container_is_adopted_without_a_reload_and_a_stranger_is_left_
     assert_eq!(scene.world.state_of("ada").await, "ready", "{}", scene.world.log());
     scene.answers("ada").await;
     assert_eq!(scene.containers(), before, "the very same container");
-    assert_eq!(scene.events.count("start ada"), 1);
+    scene.started_once("ada").await;
     assert!(scene.world.swaps().await.iter().all(|swap| swap["id"] == "s1"), "no load was needed");
     // An adopted engine is as good as any: it can be swapped out.
     scene.answers("bob").await;
@@ -95,7 +99,7 @@ async fn a_running_container_is_adopted_without_a_reload_and_a_stranger_is_left_
 #[tokio::test]
 async fn killed_in_the_middle_of_a_start_at_most_one_container_is_left() {
     let Some(daemon) = given() else { return };
-    let mut scene = scene(&daemon, "stop").await;
+    let mut scene = scene_with(&daemon, "stop", "--load 3s").await;
     let asked = ask(&scene, "ada");
     scene.world.until("ada starts", in_phase("start")).await;
     scene.world.server.kill().unwrap();
@@ -244,7 +248,7 @@ async fn on_exit_keep_leaves_containers_to_be_adopted() {
     scene.world.server.restart().await.unwrap();
     scene.answers("ada").await;
     assert_eq!(scene.containers(), before, "{}", scene.world.log());
-    assert_eq!(scene.events.count("start ada"), 1);
+    scene.started_once("ada").await;
     // What is kept here goes with the scene.
 }
 
@@ -301,10 +305,7 @@ struct Named<'a> {
 impl<'a> Named<'a> {
     fn create(daemon: &'a Daemon, name: &str, more: &[&str]) -> Named<'a> {
         let name = format!("wharf-{name}-{}", std::process::id());
-        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = free.local_addr().expect("its number").port();
-        drop(free);
-        let publish = format!("127.0.0.1:{port}:8000");
+        let publish = format!("127.0.0.1:{}:8000", support::ports::free_port());
         let mut args = vec!["create", "--init", "--name", &name, "-p", &publish];
         args.extend(more);
         args.push(STANDIN);

@@ -364,11 +364,11 @@ fn write_models(world: &World, model: &str, repo: &str) -> PathBuf {
 async fn a_killed_wharf_leaves_no_download_behind() {
     let Some(world) = World::open("weights-killed").await else { return };
     let model = format!("killed-{}", std::process::id());
-    let config = write_models(&world, &model, "org/slow");
+    let config = write_models(&world, &model, "org/slower");
     let mut command = Command::new(env!("CARGO_BIN_EXE_wharf"));
     command.args(["pull", &model, "--config"]).arg(config).env_remove("HF_TOKEN");
     let mut wharf = command.stdout(Stdio::null()).spawn().expect("wharf");
-    let blobs = world.cache.path().join("hub/models--org--slow/blobs");
+    let blobs = world.cache.path().join("hub/models--org--slower/blobs");
     eventually("a file is on its way", async || {
         let mut files = std::fs::read_dir(&blobs).ok()?.flatten();
         files.any(|file| file.file_name().to_string_lossy().ends_with(".incomplete")).then_some(())
@@ -381,7 +381,10 @@ async fn a_killed_wharf_leaves_no_download_behind() {
         (fetching(&world.yard, &model).await == 0).then_some(())
     })
     .await;
-    assert!(!world.file("org/slow", "model.safetensors").exists(), "killed before it was complete");
+    assert!(
+        !world.file("org/slower", "model.safetensors").exists(),
+        "killed before it was complete"
+    );
 }
 
 // contract: CLI pull

@@ -73,7 +73,7 @@ fn slowly(content: Arc<Content>) -> Response {
         let end = length.min(at + CHUNK);
         let chunk = content.layer[at..end].to_vec();
         async move {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
             Ok::<_, std::io::Error>(chunk)
         }
     });

@@ -176,6 +176,13 @@ impl Scene {
         }
     }
 
+    /// The daemon tells of a start a little later.
+    pub async fn started_once(&self, model: &str) {
+        let start = format!("start {model}");
+        self.until(&start, |scene| scene.events.count(&start) >= 1).await;
+        assert_eq!(self.events.count(&start), 1, "{:?}", self.events.seen());
+    }
+
     /// Status and whole body, as an OpenAI client gets them.
     pub async fn ask(&self, model: &str) -> (u16, Value) {
         let mut talk = self.world.server.talk.clone();

@@ -1,6 +1,6 @@
 """A stand-in for huggingface.co on loopback: fake_hub.py prints its URL, and ends with its stdin.
 
-Repositories: org/open, org/slow (large, and slow), org/sharded, org/gated (needs the token
+Repositories: org/open, org/slow (large, and slow), org/slower, org/sharded, org/gated (needs the token
 hf_good), org/vast (a file larger than any disk), org/broken (500). Others do not exist. The request
 `GET /-/stats` tells how much was asked for, and how many files were sent.
 """
@@ -33,11 +33,14 @@ REPOS = {
     "org/open": {**PLAIN, **WEIGHTS},
     # More than a buffer of the client's (10 MB), so that its progress shows.
     "org/slow": {**PLAIN, "model.safetensors": content("slow", 48 * MIB)},
+    "org/slower": {**PLAIN, "model.safetensors": content("slower", 48 * MIB)},
     "org/gated": {**PLAIN, **WEIGHTS},
     "org/sharded": {**PLAIN, **SHARDS},
     "org/vast": {**PLAIN, "model.safetensors": b"x"},
     "org/broken": {},
 }
+# Seconds after every 4 MiB.
+PAUSES = {"org/slow": 0.2, "org/slower": 1}
 VAST = 1 << 60
 
 
@@ -113,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         body, about = REPOS[repo][name], self.sibling(repo, name)
         etag = about.get("lfs", {}).get("sha256") or about["blobId"]
         headers = [("ETag", f'"{etag}"'), ("X-Repo-Commit", SHA), ("Content-Length", str(len(body)))]
-        if self.command == "HEAD" or repo != "org/slow":
+        if self.command == "HEAD" or repo not in PAUSES:
             if self.command != "HEAD":
                 stats["bodies"] += 1
             return self.answer(200, body, headers)
@@ -121,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, b"", headers)
         for at in range(0, len(body), 4 * MIB):
             self.wfile.write(body[at : at + 4 * MIB])
-            time.sleep(0.2)
+            time.sleep(PAUSES[repo])
 
 
 class Server(ThreadingHTTPServer):
