@@ -27,11 +27,16 @@ fi
 docker compose version >/dev/null 2>&1 || skip "compose stack: Docker Compose 2 cannot be had"
 echo "$(docker compose version), $(docker version --format 'Docker Engine {{.Server.Version}} (API {{.Server.APIVersion}})')"
 
-free() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+# free VARIABLE: a port below those that the kernel gives to outgoing connections.
+last=$((10000 + $$ * 61 % 9000))
+free() {
+    while last=$((last + 1)); (: <>"/dev/tcp/127.0.0.1/$last") 2>/dev/null; do :; done
+    printf -v "$1" %s "$last"
+}
 project=wharf-test-$$
 export DOCKER_SOCKET=${host#unix://} WHARF_NAME=$project-wharf WHARF_IMAGE=$project/wharf:1
 export BUILDER=$project/builder:1 RUNTIME=$project/runtime:1 BINARY=prebuilt PROMETHEUS_IMAGE=$project/prometheus:1
-WHARF_GATEWAY_PORT=$(free) WHARF_ORCHESTRATOR_PORT=$(free) PROMETHEUS_PORT=$(free)
+for port in WHARF_GATEWAY_PORT WHARF_ORCHESTRATOR_PORT PROMETHEUS_PORT; do free "$port"; done
 export WHARF_GATEWAY_PORT WHARF_ORCHESTRATOR_PORT PROMETHEUS_PORT
 compose() { timeout 300 docker compose -p "$project" -f compose/compose.yaml --profile cpu "$@"; }
 engines() { docker ps -a --filter "network=${project}_wharf" --filter label=wharf.model "$@"; }
