@@ -39,7 +39,9 @@ make_bridge() {
     taken=$(ip -4 addr show)
     for octet in $(seq 200 250); do
         if [[ "$taken" != *"172.29.$octet."* ]]; then
-            ip link add "$bridge" type bridge
+            # Of its own accord a bridge takes the lowest address among its ports: with each container
+            # that comes or goes it may change, and the others lose their gateway for half a minute.
+            ip link add "$bridge" address "$(printf '02:42:ac:1d:%02x:01' "$octet")" type bridge
             ip addr add "172.29.$octet.1/24" dev "$bridge"
             ip link set "$bridge" up
             exec {lock}>&-
