@@ -11,7 +11,7 @@ use std::time::Duration;
 use control::*;
 use wharf::orchestrator::StartKind;
 use wharf::scheduler::record::{SwapKind, SwapOutcome, SwapRecord};
-use wharf::telemetry::metrics::Metrics;
+use wharf::telemetry::metrics::{Metrics, Tokens};
 use wharf::units::ModelName;
 
 /// Value of the series with exactly these labels, in whatever order they are written.
@@ -37,10 +37,10 @@ fn exercised(metrics: &Metrics) {
         kind: SwapKind::Unload,
         ..ended_swap(3, MISTRAL, &[], SwapOutcome::Unloaded)
     });
-    metrics.request_ended(&mistral, "ok", Duration::from_millis(30));
+    let tokens = Tokens { prompt: 7, completion: 42 };
+    metrics.request_ended(&mistral, "ok", Duration::from_millis(30), tokens);
     metrics.queue_waited(&mistral, Duration::from_secs(9));
     metrics.first_token(&mistral, StartKind::Cold, Duration::from_secs(9));
-    metrics.tokens(&mistral, "completion", 42);
     metrics.refused("queue_full");
     metrics.instance_restarted(&mistral);
 }
@@ -236,8 +236,16 @@ fn a_model_that_left_the_configuration_leaves_no_series() {
     let tiny = [("from", "none"), ("to", TINY), ("result", "failed")];
     assert_eq!(value(&text, "orchestrator_model_swaps_total", &tiny), Some(1.0), "others stay");
 
-    metrics.request_ended(&ModelName::new(MISTRAL), "ok", Duration::ZERO);
+    let late = || {
+        metrics.request_ended(&ModelName::new(MISTRAL), "ok", Duration::ZERO, Tokens::default());
+    };
+    late();
     assert!(!metrics.render(&puppet.handle).contains("\"mistral\""), "a late event revives none");
+    puppet.handle.catalog_for_tests(catalog([model(MISTRAL), model(TINY)]));
+    late();
+    let text = metrics.render(&puppet.handle);
+    let ok = [("model", MISTRAL), ("outcome", "ok")];
+    assert_eq!(value(&text, "orchestrator_requests_total", &ok), Some(1.0), "and counts when back");
 }
 
 /// What Prometheus itself thinks of the names, types and help texts.

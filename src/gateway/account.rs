@@ -21,6 +21,7 @@ use crate::config::catalog::{ApiKey, Catalog};
 use crate::http1::Headers as _;
 use crate::orchestrator::StartKind;
 use crate::store::Activity;
+use crate::telemetry::metrics::Tokens;
 use crate::units::{ModelName, Time};
 
 /// A request whose model is not known yet.
@@ -311,10 +312,11 @@ impl Record {
         if let Some(model) = model.filter(|_| !self.is_visit) {
             let (request, seconds) = (self.id(), took.as_secs_f64());
             tracing::debug!(request, %model, outcome, seconds, "request ended");
-            let metrics = &self.gateway.metrics;
-            metrics.tokens(model, "prompt", self.figures.prompt.unwrap_or(0));
-            metrics.tokens(model, "completion", self.figures.completion.unwrap_or(0));
-            metrics.request_ended(model, outcome, took);
+            let tokens = Tokens {
+                prompt: self.figures.prompt.unwrap_or(0),
+                completion: self.figures.completion.unwrap_or(0),
+            };
+            self.gateway.metrics.request_ended(model, outcome, took, tokens);
         }
         if !self.entitled {
             return;

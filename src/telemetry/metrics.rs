@@ -4,13 +4,15 @@
 //! create series. Counters and histograms are written where things happen; gauges (and counters
 //! that somebody else keeps) are read from the orchestrator's view when a scrape asks.
 
-use std::sync::Mutex;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use prometheus::core::Collector;
 use prometheus::{
-    CounterVec, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts,
-    Registry,
+    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    IntGaugeVec, Opts, Registry,
 };
 
 use crate::orchestrator::{Handle, StartKind};
@@ -41,6 +43,43 @@ pub struct Metrics {
     pub(super) requests: Requests,
     pub(super) models: Models,
     pub(super) machine: Machine,
+    /// From one scrape to the next.
+    known: ArcSwap<BTreeMap<ModelName, Arc<OfModel>>>,
+}
+
+/// The outcome of nearly all requests.
+const OK: &str = "ok";
+
+/// As the engine counted them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tokens {
+    pub prompt: u64,
+    pub completion: u64,
+}
+
+/// The series that nearly every request of a model adds to: finding one by its labels costs more
+/// than adding to it.
+#[derive(Debug)]
+struct OfModel {
+    ok: IntCounter,
+    duration: Histogram,
+    queue_wait: Histogram,
+    first_token_hot: Histogram,
+    prompt: IntCounter,
+    completion: IntCounter,
+}
+
+impl OfModel {
+    fn begun(all: &Requests, model: &str) -> OfModel {
+        OfModel {
+            ok: all.ended.with_label_values(&[model, OK]),
+            duration: all.duration.with_label_values(&[model]),
+            queue_wait: all.queue_wait.with_label_values(&[model]),
+            first_token_hot: all.first_token.with_label_values(&[model, StartKind::Hot.as_str()]),
+            prompt: all.tokens.with_label_values(&[model, "prompt"]),
+            completion: all.tokens.with_label_values(&[model, "completion"]),
+        }
+    }
 }
 
 impl Default for Metrics {
@@ -58,6 +97,7 @@ impl Metrics {
             models: Models::new(&registry),
             machine: Machine::new(&registry),
             scrape: Mutex::new(()),
+            known: ArcSwap::default(),
             registry,
         };
         metrics.build_info();
@@ -100,22 +140,49 @@ impl Metrics {
     }
 
     /// A request ended. `outcome`: `ok`, `client_gone`, `upstream_error`, `cut`, or the refusal's code.
-    pub fn request_ended(&self, model: &ModelName, outcome: &str, took: Duration) {
-        self.requests.ended.with_label_values(&[model.as_str(), outcome]).inc();
-        self.requests.duration.with_label_values(&[model.as_str()]).observe(took.as_secs_f64());
+    pub fn request_ended(&self, model: &ModelName, outcome: &str, took: Duration, tokens: Tokens) {
+        self.with_series_of(model, |of| {
+            match outcome {
+                OK => of.ok.inc(),
+                _ => self.requests.ended.with_label_values(&[model.as_str(), outcome]).inc(),
+            }
+            of.duration.observe(took.as_secs_f64());
+            of.prompt.inc_by(tokens.prompt);
+            of.completion.inc_by(tokens.completion);
+        });
     }
 
     pub fn queue_waited(&self, model: &ModelName, waited: Duration) {
-        self.requests.queue_wait.with_label_values(&[model.as_str()]).observe(waited.as_secs_f64());
+        self.with_series_of(model, |of| of.queue_wait.observe(waited.as_secs_f64()));
     }
 
     pub fn first_token(&self, model: &ModelName, start: StartKind, took: Duration) {
+        let seconds = took.as_secs_f64();
+        if start == StartKind::Hot {
+            return self.with_series_of(model, |of| of.first_token_hot.observe(seconds));
+        }
         let labels = [model.as_str(), start.as_str()];
-        self.requests.first_token.with_label_values(&labels).observe(took.as_secs_f64());
+        self.requests.first_token.with_label_values(&labels).observe(seconds);
     }
 
-    pub fn tokens(&self, model: &ModelName, kind: &str, count: u64) {
-        self.requests.tokens.with_label_values(&[model.as_str(), kind]).inc_by(count);
+    fn with_series_of(&self, model: &ModelName, tell: impl FnOnce(&OfModel)) {
+        let known = self.known.load();
+        if let Some(of) = known.get(model) {
+            return tell(of);
+        }
+        drop(known);
+        let new = Arc::new(OfModel::begun(&self.requests, model.as_str()));
+        self.known.rcu(|known| {
+            let mut known = BTreeMap::clone(known);
+            known.entry(model.clone()).or_insert_with(|| Arc::clone(&new));
+            known
+        });
+        tell(&new);
+    }
+
+    /// Some may be of series that are gone.
+    pub(super) fn forget_handles(&self) {
+        self.known.store(Arc::default());
     }
 
     pub fn refused(&self, reason: &str) {

@@ -109,6 +109,7 @@ fn forget_removed(metrics: &Metrics, catalog: &Catalog) {
     prune(&metrics.requests.first_token, catalog);
     prune(&metrics.requests.tokens, catalog);
     prune(&metrics.swaps.restarts, catalog);
+    metrics.forget_handles();
 }
 
 /// Removes every series that names a model which is not configured.
