@@ -116,7 +116,7 @@ impl fmt::Display for GpuId {
 }
 
 /// The configured name of a model: cheap to clone, ordered.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ModelName(Arc<str>);
 
 impl ModelName {

@@ -198,7 +198,7 @@ async fn one_model_is_unloaded_by_any_of_its_names() {
 fn activity(model: &str) -> Activity {
     Activity {
         arrived_unix_ms: 1_767_268_800_000,
-        model: model.to_owned(),
+        model: model.into(),
         path: "/v1/chat/completions".into(),
         status: 200,
         content_type: "application/json".into(),

@@ -26,7 +26,7 @@ const CHILD: &str = "WHARF_TEST_STORE_CHILD";
 
 fn activity(n: u64) -> Activity {
     Activity {
-        model: "ada".to_owned(),
+        model: "ada".into(),
         path: format!("/{n}").into(),
         status: 200,
         ..Activity::default()

@@ -346,7 +346,7 @@ impl Record {
         Activity {
             id: 0,
             arrived_unix_ms: millis(arrived),
-            model: model.map(|model| model.as_str().to_owned()).unwrap_or_default(),
+            model: model.cloned().unwrap_or_default(),
             method: method(&self.method),
             path: std::mem::take(&mut self.path),
             status: self.status.map_or(CLIENT_CLOSED, |status| status.as_u16()),

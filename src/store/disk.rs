@@ -156,7 +156,7 @@ impl Disk {
             )?;
             for (id, row) in &batch.activity {
                 let at = signed(row.arrived_unix_ms);
-                insert.execute(params![signed(*id), at, row.model, text(row)])?;
+                insert.execute(params![signed(*id), at, row.model.as_str(), text(row)])?;
             }
             let mut insert = transaction.prepare_cached(
                 "INSERT OR IGNORE INTO swaps (id, at_unix_ms, swap, model, body)

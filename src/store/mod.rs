@@ -47,7 +47,8 @@ pub struct Activity {
     pub id: u64,
     /// When it arrived, in milliseconds since 1970.
     pub arrived_unix_ms: u64,
-    pub model: String,
+    /// Of no name, if it never got to one.
+    pub model: ModelName,
     /// The name that the client asked for.
     pub requested: String,
     /// Name of the API key.

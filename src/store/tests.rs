@@ -28,7 +28,7 @@ fn swap(id: u64, model: &str) -> SwapRow {
 
 fn request(path: &str) -> Activity {
     let (arrived_unix_ms, path) = (unix_ms(), path.to_owned().into());
-    Activity { arrived_unix_ms, path, model: "ada".to_owned(), status: 200, ..Activity::default() }
+    Activity { arrived_unix_ms, path, model: "ada".into(), status: 200, ..Activity::default() }
 }
 
 fn paths(store: &Store) -> Vec<String> {

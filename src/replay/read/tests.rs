@@ -107,7 +107,7 @@ fn row(
     duration_ms: u64,
     status: u16,
 ) -> Activity {
-    let model = model.to_owned();
+    let model = model.into();
     Activity { arrived_unix_ms, model, queue_ms, duration_ms, status, ..Activity::default() }
 }
 
