@@ -1,6 +1,5 @@
 //! The head of an engine's answer, on its way to the client.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -91,7 +90,7 @@ impl Head {
 impl Answer {
     /// As a whole response: the usual way.
     pub fn into_reply(mut self) -> Reply {
-        let (mut meter, plain_events) = self.begin();
+        let (meter, plain_events) = self.begin();
         let Head { status, is_event_stream, .. } = self.head;
         let mut headers = forward::answer_lines(&self.head.headers);
         if is_event_stream {
@@ -106,7 +105,7 @@ impl Answer {
         let length = self.head.headers.first("content-length").filter(|_| is_bodiless);
         let length = length.and_then(|length| HeaderValue::from_bytes(length).ok());
         let body = match whole {
-            Some(all) => self.whole(all, &mut meter),
+            Some(all) => self.whole(all, meter),
             None => Body::new(self.relay(meter, plain_events, None)),
         };
         Reply { status, headers, body, length, close: false }
@@ -140,26 +139,17 @@ impl Answer {
     }
 
     /// The engine said everything already: the lease ends here, and nobody has to watch.
-    fn whole(mut self, all: Bytes, meter: &mut Meter) -> Body {
+    fn whole(mut self, all: Bytes, meter: Meter) -> Body {
         drop(self.lease);
         self.account.came_whole();
-        let mut parts = VecDeque::new();
         if !all.is_empty() {
             self.account.arrived(all.len());
-            meter.feed(all, &mut parts);
         }
-        meter.finish(&mut parts);
-        self.account.counted(meter.figures());
-        self.account.relayed(&parts);
+        let (all, figures) = meter.whole(all);
+        self.account.counted(figures);
+        self.account.relayed([&all]);
         self.account.end(outcome(self.head.status));
-        match parts.len() {
-            0 | 1 => Body::from(parts.pop_front().unwrap_or_default()),
-            _ => {
-                let mut all = Vec::with_capacity(parts.iter().map(Bytes::len).sum());
-                parts.iter().for_each(|part| all.extend_from_slice(part));
-                Body::from(all)
-            }
-        }
+        Body::from(all)
     }
 
     fn relay(self, meter: Meter, events: bool, epilogue: Option<Bytes>) -> Relay {

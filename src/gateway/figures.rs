@@ -1,5 +1,7 @@
 //! The engines' own words for what an answer took: tokens and speeds.
 
+mod usual;
+
 use serde::Deserialize;
 
 /// What an engine tells of one answer. `None`: it does not say.
@@ -14,7 +16,7 @@ pub struct Figures {
 }
 
 /// The names of the OpenAI API, old and new, and Anthropic's.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Usage {
     prompt_tokens: Option<u64>,
     completion_tokens: Option<u64>,
@@ -27,7 +29,7 @@ pub struct Usage {
     cache_creation_input_tokens: Option<u64>,
 }
 
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Details {
     cached_tokens: Option<u64>,
 }
