@@ -73,6 +73,8 @@ pub struct Fields {
     text: Bytes,
     /// Where names and values begin, and end.
     places: Vec<[(u32, u32); 2]>,
+    /// Of all names: most that are asked for are not there.
+    marks: u64,
 }
 
 impl Fields {
@@ -87,7 +89,8 @@ impl Fields {
         };
         let places =
             found.iter().map(|header| [place(header.name.as_bytes()), place(header.value)]);
-        Fields { places: places.collect(), text: kept }
+        let marks = found.iter().fold(0, |marks, header| marks | mark(header.name.as_bytes()));
+        Fields { places: places.collect(), text: kept, marks }
     }
 
     fn part(&self, (from, to): (u32, u32)) -> &[u8] {
@@ -102,10 +105,11 @@ impl Fields {
     /// All of one name.
     pub fn all(&self, name: &str) -> impl DoubleEndedIterator<Item = &[u8]> {
         let is_it = move |[at, _]: &&[(u32, u32); 2]| {
-            (at.1 - at.0) as usize == name.len()
-                && self.part(*at).eq_ignore_ascii_case(name.as_bytes())
+            (at.1 - at.0) as usize == name.len() && is_same(self.part(*at), name.as_bytes())
         };
-        self.places.iter().filter(is_it).map(|[_, value]| self.part(*value))
+        let may_be = self.marks & mark(name.as_bytes()) != 0;
+        let places = if may_be { &self.places[..] } else { &[] };
+        places.iter().filter(is_it).map(|[_, value]| self.part(*value))
     }
 
     /// The parts of a header that is a list.
@@ -152,7 +156,8 @@ impl From<&HeaderMap> for Fields {
         let places = headers.iter();
         let places =
             places.map(|(name, value)| [put(name.as_str().as_bytes()), put(value.as_bytes())]);
-        Fields { places: places.collect(), text: text.into() }
+        let marks = headers.keys().fold(0, |marks, name| marks | mark(name.as_str().as_bytes()));
+        Fields { places: places.collect(), text: text.into(), marks }
     }
 }
 
@@ -174,6 +179,38 @@ fn parts(value: &[u8]) -> impl Iterator<Item = &[u8]> {
     value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii)
 }
 
+/// One bit of 64, by what most names differ in: their length and their first letter.
+fn mark(name: &[u8]) -> u64 {
+    let first = name.first().map_or(0, |first| usize::from(first | CASE));
+    1 << ((name.len() * 5 + first) % 64)
+}
+
+/// Of the two cases of a letter. Other bytes that differ in nothing else are not in names, but for
+/// `^` and `~`, which are in none that is known.
+const CASE: u8 = 0x20;
+
+/// Names of one length, eight letters at a time.
+fn is_same(name: &[u8], known: &[u8]) -> bool {
+    let fold = |letters: &[u8; 8]| u64::from_ne_bytes(*letters) | u64::from_ne_bytes([CASE; 8]);
+    let pair = (name.last_chunk::<8>(), known.last_chunk::<8>());
+    let (Some(end), Some(known_end)) = pair else {
+        return name.iter().zip(known).all(|(one, other)| one | CASE == other | CASE);
+    };
+    let (eights, _) = name.as_chunks::<8>();
+    let (known_eights, _) = known.as_chunks::<8>();
+    fold(end) == fold(known_end)
+        && eights.iter().zip(known_eights).all(|(one, other)| fold(one) == fold(other))
+}
+
+/// A length as it is written in headers: digits and nothing else.
+pub fn length(digits: &[u8]) -> Option<u64> {
+    let add = |sum: u64, digit: &u8| {
+        let digit = digit.is_ascii_digit().then(|| u64::from(digit - b'0'))?;
+        sum.checked_mul(10)?.checked_add(digit)
+    };
+    digits.iter().try_fold(0, add).filter(|_| !digits.is_empty())
+}
+
 /// Whether a name or a value, as it was written, begins with `start`.
 pub fn begins_with(name: &[u8], start: &str) -> bool {
     name.get(..start.len()).is_some_and(|part| part.eq_ignore_ascii_case(start.as_bytes()))
@@ -181,7 +218,10 @@ pub fn begins_with(name: &[u8], start: &str) -> bool {
 
 /// Names of headers, by their length: of most others nothing need be compared.
 #[derive(Debug)]
-pub struct Names(Vec<Vec<&'static str>>);
+pub struct Names {
+    by_length: Vec<Vec<&'static str>>,
+    marks: u64,
+}
 
 impl Names {
     pub fn new(names: &[&'static str]) -> Names {
@@ -190,12 +230,16 @@ impl Names {
             by_length.resize_with(by_length.len().max(name.len() + 1), Vec::new);
             by_length[name.len()].push(*name);
         }
-        Names(by_length)
+        let marks = names.iter().fold(0, |marks, name| marks | mark(name.as_bytes()));
+        Names { by_length, marks }
     }
 
     pub fn contains(&self, name: &[u8]) -> bool {
-        let same_length = self.0.get(name.len()).map(Vec::as_slice).unwrap_or_default();
-        same_length.iter().any(|known| name.eq_ignore_ascii_case(known.as_bytes()))
+        if self.marks & mark(name) == 0 {
+            return false;
+        }
+        let same_length = self.by_length.get(name.len()).map(Vec::as_slice).unwrap_or_default();
+        same_length.iter().any(|known| is_same(name, known.as_bytes()))
     }
 }
 
@@ -215,6 +259,22 @@ impl Lines {
     /// Of a name and a value that were headers before, or are known to be sound.
     pub fn push_raw(&mut self, name: impl AsRef<[u8]>, value: &[u8]) {
         push_line(&mut self.0, name.as_ref(), value);
+    }
+
+    /// As [`Lines::push_raw`]; left out where it can be no header's value.
+    pub fn push_fit(&mut self, name: &HeaderName, value: &[u8]) {
+        // RFC 9110, 5.5.
+        if value.iter().all(|byte| matches!(byte, b'\t' | b' '..=b'~' | 0x80..)) {
+            self.push_raw(name, value);
+        }
+    }
+
+    /// Of a value that `write` adds.
+    pub fn push_with(&mut self, name: &str, write: impl FnOnce(&mut Vec<u8>)) {
+        self.0.extend_from_slice(name.as_bytes());
+        self.0.extend_from_slice(b": ");
+        write(&mut self.0);
+        self.0.extend_from_slice(b"\r\n");
     }
 
     pub fn extend(&mut self, more: impl IntoIterator<Item = (HeaderName, HeaderValue)>) {
@@ -310,5 +370,61 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMES: [&str; 7] = [
+        "te",
+        "host",
+        "cookie",
+        "x-api-key",
+        "accept-encoding",
+        "x-wharf-max-wait",
+        "access-control-allow-private-network",
+    ];
+
+    #[test]
+    fn names_are_found_in_any_case_and_no_other_ones() {
+        let names = Names::new(&NAMES);
+        for name in NAMES {
+            assert!(names.contains(name.as_bytes()), "{name}");
+            assert!(names.contains(name.to_uppercase().as_bytes()), "{name}");
+            for at in 0..name.len() {
+                let mut other = name.as_bytes().to_vec();
+                other[at] = if other[at] == b'z' { b'y' } else { b'z' };
+                assert!(!names.contains(&other), "{}", String::from_utf8_lossy(&other));
+            }
+        }
+        for other in ["", "t", "hosts", "x-wharf-max-wai", "Z-wharf-max-wait"] {
+            assert!(!names.contains(other.as_bytes()), "{other}");
+        }
+    }
+
+    #[test]
+    fn fields_are_found_however_they_came() {
+        let text = b"POST / HTTP/1.1\r\nHost: a\r\nACCEPT-ENCODING: b\r\nx-Api-Key: c\r\nX-API-KEY: d\r\n\r\n";
+        let mut headers = [httparse::EMPTY_HEADER; 8];
+        let mut head = httparse::Request::new(&mut headers);
+        assert!(head.parse(text).unwrap().is_complete());
+        let raw = Fields::new(head.headers, text, Bytes::copy_from_slice(text));
+        for fields in [Fields::from(&raw.to_map()), raw] {
+            let found: Vec<Option<&str>> = NAMES.iter().map(|name| fields.text(name)).collect();
+            assert_eq!(found, [None, Some("a"), None, Some("c"), Some("b"), None, None]);
+            assert_eq!(fields.all("x-api-key").collect::<Vec<_>>(), [b"c", b"d"]);
+        }
+    }
+
+    #[test]
+    fn a_length_is_digits_and_no_more_than_there_can_be() {
+        assert_eq!(length(b"0"), Some(0));
+        assert_eq!(length(b"0012"), Some(12));
+        assert_eq!(length(b"18446744073709551615"), Some(u64::MAX));
+        for bad in ["", "+5", "-1", " 5", "5,5", "0x5", "18446744073709551616", "\u{665}"] {
+            assert_eq!(length(bad.as_bytes()), None, "{bad}");
+        }
     }
 }

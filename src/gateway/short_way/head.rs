@@ -10,7 +10,7 @@ use super::super::infer::Asking;
 use super::super::receive::Content;
 use super::super::site::Site;
 use super::{BUFFER_MAX, Request};
-use crate::http1::Fields;
+use crate::http1::{self, Fields};
 
 /// Whoever sends more goes the long way.
 const HEADERS_MAX: usize = 64;
@@ -84,9 +84,7 @@ fn plain<'a>(headers: &[httparse::Header<'a>]) -> Option<Plain<'a>> {
                 }
             }
             14 if is("content-length") => {
-                let digits = std::str::from_utf8(header.value).ok()?;
-                let all_digits = digits.bytes().all(|byte| byte.is_ascii_digit());
-                let length = all_digits.then(|| digits.parse().ok()).flatten()?;
+                let length = http1::length(header.value)?.try_into().ok()?;
                 if body.replace(length).is_some() {
                     return None;
                 }
