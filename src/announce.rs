@@ -258,7 +258,8 @@ async fn call(
         body: &Bytes::from(body),
     };
     let exchange = async {
-        let answer = client.request(call).await.map_err(|error| {
+        let until = Instant::now() + CALL_MAX;
+        let answer = client.request(call, until).await.map_err(|error| {
             let source = std::error::Error::source(&error).map(ToString::to_string);
             source.unwrap_or_else(|| error.to_string())
         })?;

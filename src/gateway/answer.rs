@@ -97,9 +97,9 @@ impl Answer {
             // Proxies before us must not collect any.
             headers.push_raw("x-accel-buffering", b"no");
         }
-        headers.extend(named(self.account.model().as_str()));
-        headers.push_raw(Timing::HEADER, self.timing.text().as_bytes());
-        let whole = self.body.whole().cloned();
+        headers.push_fit(&MODEL, self.account.model().as_str().as_bytes());
+        headers.push_with(Timing::HEADER, |line| self.timing.write(line));
+        let whole = self.body.take_whole();
         let is_bodiless = whole.as_ref().is_some_and(Bytes::is_empty)
             && self.head.headers.first("transfer-encoding").is_none();
         let length = self.head.headers.first("content-length").filter(|_| is_bodiless);

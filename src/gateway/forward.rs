@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, header};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::http1::{Fields, Lines, Names, begins_with};
 use crate::orchestrator::Lease;
@@ -101,9 +101,11 @@ pub enum Failure {
     Broken(String),
 }
 
+/// `sent`: now.
 pub async fn send(
     lease: &Lease,
     outgoing: &Outgoing,
+    sent: Instant,
     silence_max: Duration,
 ) -> Result<Answer, Failure> {
     let gate = lease.gate();
@@ -124,23 +126,23 @@ pub async fn send(
     };
     tokio::select! {
         biased;
-        answer = timeout(silence_max, gate.client.request(call)) => match answer {
-            Ok(Ok(response)) => {
+        answer = gate.client.request(call, sent + silence_max) => match answer {
+            Ok(response) => {
                 if let Some(circuit) = &gate.endpoint.circuit {
                     circuit.answered();
                 }
                 Ok(response)
             }
+            Err(CallError::Silent) => Err(Failure::Silent(silence_max)),
             // The engine is stopped by cancelling first: its closing connections are no accident.
-            Ok(Err(_)) if lease.cut().is_cancelled() => Err(Failure::Cancelled),
-            Ok(Err(error)) => {
+            Err(_) if lease.cut().is_cancelled() => Err(Failure::Cancelled),
+            Err(error) => {
                 let failure = judge(&error, authority(&gate.endpoint.base).0);
                 if let (Some(circuit), Failure::Lost(why)) = (&gate.endpoint.circuit, &failure) {
                     circuit.failed(why);
                 }
                 Err(failure)
             }
-            Err(_) => Err(Failure::Silent(silence_max)),
         },
         () = lease.cut().cancelled() => Err(Failure::Cancelled),
     }
@@ -154,7 +156,7 @@ fn judge(error: &CallError, authority: &str) -> Failure {
     let is_lost = match error {
         // Without one the connector does not know what to do with such a URL.
         CallError::Connect(_) => find_io(error).is_some(),
-        CallError::ConnectTimeout(_) | CallError::Closed => true,
+        CallError::ConnectTimeout(_) | CallError::Closed | CallError::Silent => true,
         CallError::Broken(error) => matches!(
             error.kind(),
             io::ErrorKind::ConnectionReset

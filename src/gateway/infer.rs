@@ -133,10 +133,10 @@ impl Admitted<'_> {
         let Admitted { gateway, inference, catalog, bound, key, wishes, .. } = self;
         arrival.received(catalog, || self.headers.to_map(), &received.bytes);
         let asked = fit::read(inference, &received.bytes, &self.headers, bound.is_some())?;
-        let wanted = bound.map_or(&*asked.model, ModelName::as_str).to_owned();
-        arrival.asked(&wanted);
-        let Chosen { spec, rest, within } = choose(&gateway.handle, catalog, &wanted, key)?;
-        let company = catalog.asked(&wanted).and_then(|asked| asked.group).map(str::to_owned);
+        let wanted = bound.map_or(&*asked.model, ModelName::as_str);
+        arrival.asked(wanted);
+        let Chosen { spec, rest, within } = choose(&gateway.handle, catalog, wanted, key)?;
+        let company = catalog.asked(wanted).and_then(|asked| asked.group).map(str::to_owned);
         let Fitted { body, stream, remove_usage } =
             fit::fit(inference, &received.bytes, asked, &spec)?;
         let mut held = received.held;
@@ -345,7 +345,7 @@ impl Job {
             let mut timing = self.timing(waited);
             let silence_max =
                 self.spec.answer_timeout.unwrap_or(self.gateway.limits.upstream_silence);
-            let failure = match forward::send(&lease, &self.outgoing, silence_max).await {
+            let failure = match forward::send(&lease, &self.outgoing, sent, silence_max).await {
                 Ok(response) => {
                     timing.upstream = sent.elapsed();
                     return Ok((response, lease, timing));

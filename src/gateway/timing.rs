@@ -17,21 +17,25 @@ pub struct Timing {
 impl Timing {
     pub const HEADER: &str = "server-timing";
 
-    /// Milliseconds, to a tenth.
     pub fn text(&self) -> String {
-        let mut text = String::with_capacity(64);
+        let mut text = Vec::with_capacity(64);
+        self.write(&mut text);
+        String::from_utf8(text).unwrap_or_default()
+    }
+
+    /// Milliseconds, to a tenth.
+    pub fn write(&self, text: &mut Vec<u8>) {
         for (name, part) in
             [("queue", self.queue), (", swap", self.swap), (", upstream", self.upstream)]
         {
             let tenths = part.as_secs() * 10_000 + u64::from(part.subsec_micros() + 50) / 100;
             let mut digits = itoa::Buffer::new();
-            text.push_str(name);
-            text.push_str(";dur=");
-            text.push_str(digits.format(tenths / 10));
-            text.push('.');
-            text.push_str(digits.format(tenths % 10));
+            text.extend_from_slice(name.as_bytes());
+            text.extend_from_slice(b";dur=");
+            text.extend_from_slice(digits.format(tenths / 10).as_bytes());
+            text.push(b'.');
+            text.push(b'0' + (tenths % 10) as u8);
         }
-        text
     }
 }
 

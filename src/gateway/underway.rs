@@ -200,7 +200,7 @@ async fn look(lease: &Lease, path: &str) -> Result<bool, String> {
         body: Bytes::new(),
         hops: 0,
     };
-    let answer = forward::send(lease, &question, LOOK_MAX).await;
+    let answer = forward::send(lease, &question, Instant::now(), LOOK_MAX).await;
     let answer = answer.map_err(|failure| format!("{failure:?}"))?;
     if !answer.status.is_success() {
         return Err(format!("it answered {}", answer.status));

@@ -14,7 +14,7 @@ use super::connection::{Connection, Sending};
 use super::head::Head;
 use super::pool::Pool;
 use super::{Answer, CallError, Upgraded};
-use crate::http1::Fields;
+use crate::http1::{self, Fields};
 
 thread_local! {
     /// The data of the chunks of one read.
@@ -66,7 +66,7 @@ enum Framing {
 
 pub fn answer(
     head: Head,
-    rest: Bytes,
+    mut rest: Bytes,
     unsent: Option<Sending>,
     connection: Connection,
     method: &Method,
@@ -83,9 +83,11 @@ pub fn answer(
             false => framing(&headers, &mut keep_alive).map_err(CallError::Invalid)?,
         };
         let mut frames = Frames { ready: Bytes::new(), framing, keep_alive };
-        frames
-            .receive(&rest, |used| rest.slice(..used))
-            .map_err(|error| CallError::Invalid(error.to_string()))?;
+        let used = frames.receive(&rest);
+        if let Some(used) = used.map_err(|error| CallError::Invalid(error.to_string()))? {
+            rest.truncate(used);
+            frames.ready = rest;
+        }
         Live { connection, unsent, frames, pool: Arc::clone(pool) }.settled()
     };
     Ok(Answer { status, headers, body: Incoming(state) })
@@ -105,22 +107,20 @@ fn framing(headers: &Fields, keep_alive: &mut bool) -> Result<Framing, String> {
     if lengths.any(|other| other != first) {
         return Err("its answer names two lengths".to_owned());
     }
-    let digits =
-        std::str::from_utf8(first).ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
-    let length = digits.and_then(|text| text.parse().ok());
     let shown = || String::from_utf8_lossy(first);
+    let length = http1::length(first);
     length.map(Framing::Length).ok_or_else(|| format!("the length {:?} is no number", shown()))
 }
 
 impl Frames {
-    /// Takes bytes of the connection; `keep` gives the first so many of them.
-    fn receive(&mut self, raw: &[u8], keep: impl FnOnce(usize) -> Bytes) -> io::Result<()> {
-        let used = match &mut self.framing {
+    /// Takes bytes of the connection. So many of them are data as they came; `None`: they were
+    /// chunks, and their data are ready.
+    fn receive(&mut self, raw: &[u8]) -> io::Result<Option<usize>> {
+        let (used, as_it_came) = match &mut self.framing {
             Framing::Length(left) => {
                 let used = raw.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
                 *left -= used as u64;
-                self.ready = keep(used);
-                used
+                (used, Some(used))
             }
             Framing::Chunked(chunks) => {
                 let mut data = DECODED.take();
@@ -128,16 +128,13 @@ impl Frames {
                 let used = chunks.decode(raw, &mut data);
                 self.ready = Bytes::copy_from_slice(&data);
                 DECODED.set(data);
-                used?
+                (used?, None)
             }
-            Framing::Close => {
-                self.ready = keep(raw.len());
-                raw.len()
-            }
+            Framing::Close => (raw.len(), Some(raw.len())),
         };
         // A server that goes on talking is out of step.
         self.keep_alive &= used == raw.len();
-        Ok(())
+        Ok(as_it_came)
     }
 
     fn is_at_end(&self) -> bool {
@@ -172,8 +169,10 @@ impl Live {
         let Live { connection, frames, .. } = self;
         while frames.ready.is_empty() && !frames.is_at_end() {
             let took = connection.poll_read(cx, |raw| {
-                let keep = |used| Bytes::copy_from_slice(&raw[..used]);
-                frames.receive(raw, keep).map(|()| raw.len())
+                if let Some(used) = frames.receive(raw)? {
+                    frames.ready = Bytes::copy_from_slice(&raw[..used]);
+                }
+                io::Result::Ok(raw.len())
             });
             if ready!(took)?? == 0 {
                 return Poll::Ready(match frames.framing {
@@ -190,10 +189,10 @@ impl Live {
 }
 
 impl Incoming {
-    /// All bytes that are left, where the engine has sent its last one.
-    pub fn whole(&self) -> Option<&Bytes> {
-        match &self.0 {
-            State::Whole(bytes) => Some(bytes),
+    /// Takes all bytes that are left, where the engine has sent its last one.
+    pub fn take_whole(&mut self) -> Option<Bytes> {
+        match &mut self.0 {
+            State::Whole(bytes) => Some(std::mem::take(bytes)),
             _ => None,
         }
     }

@@ -15,7 +15,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::task::coop::unconstrained;
-use tokio::time::timeout;
+use tokio::time::{Instant, Sleep, sleep_until, timeout, timeout_at};
 use tower::ServiceExt as _;
 
 use super::head::{self, Head};
@@ -160,7 +160,11 @@ impl Connector {
         };
         let io = timeout(CONNECT_TIMEOUT, connect).await;
         let io = io.map_err(|_| CallError::ConnectTimeout(CONNECT_TIMEOUT))??;
-        Ok(Connection { io, lane: own_lane() })
+        Ok(Connection { io, lane: own_lane(), alarm: Alarm::default() })
+    }
+
+    pub async fn connect_until(&self, until: Instant) -> Result<Connection, CallError> {
+        timeout_at(until, self.connect()).await.map_err(|_| CallError::Silent)?
     }
 }
 
@@ -183,6 +187,30 @@ pub struct Connection {
     io: Io,
     /// Of the thread that opened it.
     pub lane: usize,
+    alarm: Alarm,
+}
+
+/// Says that it is too late. Set anew only when it goes off: most exchanges are over long before,
+/// and the clock need not hear of each.
+#[derive(Debug, Default)]
+pub struct Alarm(Option<(usize, Pin<Box<Sleep>>)>);
+
+impl Alarm {
+    pub fn is_late(&mut self, cx: &mut Context<'_>, until: Instant) -> bool {
+        // One that was set on another thread goes by that thread's clock, which may end sooner.
+        self.0 = self.0.take().filter(|(lane, _)| *lane == own_lane());
+        let (_, sleep) = self.0.get_or_insert_with(|| (own_lane(), Box::pin(sleep_until(until))));
+        if sleep.deadline() > until {
+            sleep.as_mut().reset(until);
+        }
+        while sleep.as_mut().poll(cx).is_ready() {
+            if Instant::now() >= until {
+                return true;
+            }
+            sleep.as_mut().reset(until);
+        }
+        false
+    }
 }
 
 impl Connection {
@@ -198,27 +226,32 @@ impl Connection {
         silent && (!surely || self.io.has_nothing())
     }
 
-    /// Sends a request and reads the head of its answer, and what came with it. A server may answer
-    /// before it has read everything: what it was not sent by then comes back.
+    /// Sends a request and reads the head of its answer, and what came with it, if that is here by
+    /// `until`. A server may answer before it has read everything: what it was not sent by then
+    /// comes back.
     pub async fn exchange(
         &mut self,
         head: Vec<u8>,
         body: &Bytes,
+        until: Instant,
     ) -> Result<(Head, Bytes, Option<Sending>), CallError> {
         let mut sending = Sending::new(head, body);
         let mut partial = BytesMut::new();
         let (answer, rest) = std::future::poll_fn(|cx| {
             let _ = sending.poll(&mut self.io, cx);
             loop {
-                let data = ready!(self.poll_read(cx, Bytes::copy_from_slice))
-                    .map_err(CallError::Broken)?;
-                if data.is_empty() {
-                    return Poll::Ready(Err(sending.failed()));
-                }
-                match head::read(&mut partial, data) {
-                    Ok(None) => {}
-                    Ok(Some(answer)) => return Poll::Ready(Ok(answer)),
-                    Err(why) => return Poll::Ready(Err(CallError::Invalid(why))),
+                let read = self.poll_read(cx, |data| {
+                    if data.is_empty() { None } else { Some(head::read(&mut partial, data)) }
+                });
+                let Poll::Ready(read) = read else {
+                    let late = self.alarm.is_late(cx, until);
+                    return if late { Poll::Ready(Err(CallError::Silent)) } else { Poll::Pending };
+                };
+                match read.map_err(CallError::Broken)? {
+                    None => return Poll::Ready(Err(sending.failed())),
+                    Some(Ok(None)) => {}
+                    Some(Ok(Some(answer))) => return Poll::Ready(Ok(answer)),
+                    Some(Err(why)) => return Poll::Ready(Err(CallError::Invalid(why))),
                 }
             }
         })

@@ -53,25 +53,24 @@ pub struct Head {
 }
 
 /// With `data` behind `partial`: the head and what follows it; or `None`, and `partial` has grown.
-pub fn read(partial: &mut BytesMut, data: Bytes) -> Result<Option<(Head, Bytes)>, String> {
-    let mut rest = if partial.is_empty() {
-        data
-    } else {
+pub fn read(partial: &mut BytesMut, data: &[u8]) -> Result<Option<(Head, Bytes)>, String> {
+    if !partial.is_empty() {
         let looked = partial.len().saturating_sub(3);
-        partial.extend_from_slice(&data);
+        partial.extend_from_slice(data);
         if !has_empty_line(&partial[looked..]) {
             return bounded(partial).map(|()| None);
         }
-        partial.split().freeze()
-    };
+    }
+    let gathered = std::mem::take(partial);
+    let mut rest = if gathered.is_empty() { data } else { &gathered };
     for _ in 0..=INTERIM_MAX {
-        let Some((answer, length)) = parse(&rest)? else {
-            partial.extend_from_slice(&rest);
+        let Some((answer, length)) = parse(rest)? else {
+            partial.extend_from_slice(rest);
             return bounded(partial).map(|()| None);
         };
-        rest = rest.split_off(length);
+        rest = &rest[length..];
         if !answer.status.is_informational() || answer.status == StatusCode::SWITCHING_PROTOCOLS {
-            return Ok(Some((answer, rest)));
+            return Ok(Some((answer, Bytes::copy_from_slice(rest))));
         }
     }
     Err(format!("it sent more than {INTERIM_MAX} interim answers"))
@@ -90,7 +89,7 @@ fn bounded(partial: &BytesMut) -> Result<(), String> {
     Ok(())
 }
 
-fn parse(text: &Bytes) -> Result<Option<(Head, usize)>, String> {
+fn parse(text: &[u8]) -> Result<Option<(Head, usize)>, String> {
     let mut headers = [const { MaybeUninit::uninit() }; HEADERS_MAX];
     let mut head = httparse::Response::new(&mut []);
     let parser = httparse::ParserConfig::default();

@@ -17,6 +17,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Method, StatusCode};
 use thiserror::Error;
+use tokio::time::Instant;
 
 use crate::http1::{Fields, Lines, Prefixed};
 use crate::runtime::Endpoint;
@@ -61,6 +62,8 @@ pub enum CallError {
     Broken(#[source] io::Error),
     #[error("the connection was closed before the answer")]
     Closed,
+    #[error("no answer in the time for it")]
+    Silent,
     #[error("{0}")]
     Invalid(String),
 }
@@ -80,14 +83,14 @@ impl UpstreamClient {
         UpstreamClient { connector: Arc::new(Connector::to(endpoint)), pool: Arc::default() }
     }
 
-    /// To the head of the answer. Nothing is sent twice.
-    pub async fn request(&self, call: Call<'_>) -> Result<Answer, CallError> {
+    /// To the head of the answer, which must be here by `until`. Nothing is sent twice.
+    pub async fn request(&self, call: Call<'_>, until: Instant) -> Result<Answer, CallError> {
         let sent = head::written(&self.connector, &call).map_err(CallError::Invalid)?;
         let mut connection = match self.pool.take() {
             Some(idle) => idle,
-            None => self.connector.connect().await?,
+            None => self.connector.connect_until(until).await?,
         };
-        let (head, rest, unsent) = connection.exchange(sent, call.body).await?;
+        let (head, rest, unsent) = connection.exchange(sent, call.body, until).await?;
         body::answer(head, rest, unsent, connection, call.method, &self.pool)
     }
 

@@ -1,5 +1,6 @@
 //! Against a server that says exactly what it is told to, byte by byte.
 
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http_body_util::BodyExt as _;
@@ -31,6 +32,15 @@ impl Server {
     }
 
     async fn call(&self, method: &Method, body: &[u8]) -> Result<Answer, CallError> {
+        self.call_within(PATIENCE, method, body).await
+    }
+
+    async fn call_within(
+        &self,
+        limit: Duration,
+        method: &Method,
+        body: &[u8],
+    ) -> Result<Answer, CallError> {
         let (headers, body) = (Lines::default(), Bytes::copy_from_slice(body));
         let call = Call {
             method,
@@ -39,7 +49,7 @@ impl Server {
             more: &Lines::default(),
             body: &body,
         };
-        timeout(PATIENCE, self.client.request(call)).await.unwrap()
+        self.client.request(call, Instant::now() + limit).await
     }
 }
 
@@ -177,7 +187,7 @@ async fn a_request_says_what_it_must_and_nothing_that_it_must_not() {
             more: &Lines::default(),
             body: &body,
         };
-        let refused = server.client.request(call).await.unwrap_err();
+        let refused = server.client.request(call, Instant::now() + PATIENCE).await.unwrap_err();
         assert!(matches!(refused, CallError::Invalid(_)), "{path:?}: {refused}");
     }
 }
@@ -214,6 +224,46 @@ async fn a_connection_opened_ahead_is_the_next_ones_and_idle_ones_close_when_tol
         timeout(PATIENCE, stream.read_u8()).await.unwrap().unwrap_err().kind(),
         io::ErrorKind::UnexpectedEof
     );
+}
+
+#[tokio::test]
+async fn silence_ends_after_its_own_time_on_new_connections_and_on_used_ones() {
+    let short = Duration::from_millis(60);
+    let server = Server::new().await;
+    let talk = async {
+        let mut stream = server.accept().await;
+        heard(&mut stream).await;
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+        stream
+    };
+    let ask = async {
+        drop(server.call(&Method::GET, b"").await.unwrap());
+        let began = Instant::now();
+        for _ in ["a used one", "a new one"] {
+            let refused = server.call_within(short, &Method::GET, b"").await.unwrap_err();
+            assert!(matches!(refused, CallError::Silent), "{refused}");
+        }
+        began.elapsed()
+    };
+    let (took, _stream) = tokio::join!(timeout(PATIENCE, ask), talk);
+    assert!(took.expect("an end") >= 2 * short);
+}
+
+#[tokio::test]
+async fn an_alarm_goes_off_when_it_is_too_late_for_this_time() {
+    let mut alarm = connection::Alarm::default();
+    let soon = || Instant::now() + Duration::from_millis(30);
+    let far = Instant::now() + PATIENCE;
+    // One that went off for the time before, and one that is set for later.
+    for (before, until) in [(soon(), soon()), (soon(), soon()), (far, soon())] {
+        let _ = std::future::poll_fn(|cx| Poll::Ready(alarm.is_late(cx, before))).await;
+        let late = |cx: &mut Context<'_>| match alarm.is_late(cx, until) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        };
+        timeout(PATIENCE, std::future::poll_fn(late)).await.expect("an end");
+        assert!(Instant::now() >= until);
+    }
 }
 
 #[tokio::test]
