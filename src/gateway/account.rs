@@ -198,7 +198,7 @@ impl Account {
         let Some(record) = &mut self.record else { return };
         let Head { status, headers, is_event_stream } = head;
         record.status = Some(*status);
-        record.content_type = headers.text("content-type").map(content_type).unwrap_or_default();
+        record.content_type = headers.first("content-type").map(content_type).unwrap_or_default();
         record.streamed = *is_event_stream;
         if let Some(capture) = &mut record.capture {
             capture.response_head(&headers.to_map());
@@ -377,11 +377,11 @@ fn method(method: &Method) -> Cow<'static, str> {
     }
 }
 
-fn content_type(value: &str) -> Cow<'static, str> {
+fn content_type(value: &[u8]) -> Cow<'static, str> {
     match value {
-        "application/json" => "application/json".into(),
-        "text/event-stream" => "text/event-stream".into(),
-        other => other.to_owned().into(),
+        b"application/json" => "application/json".into(),
+        b"text/event-stream" => "text/event-stream".into(),
+        other => std::str::from_utf8(other).unwrap_or_default().to_owned().into(),
     }
 }
 

@@ -43,7 +43,11 @@ impl Limiter {
     /// # Errors
     /// 429 with the time after which another attempt makes sense.
     pub fn enter(&self, settings: &Settings, key: Option<&ApiKey>) -> Result<Permit, Reject> {
-        self.enter_at(settings, key, Instant::now())
+        // Most have no limits, and need not know the time.
+        match limits_of(settings, key) {
+            RateLimits { requests_per_minute: None, concurrency: None } => Ok(Permit::default()),
+            _ => self.enter_at(settings, key, Instant::now()),
+        }
     }
 
     fn enter_at(
@@ -52,13 +56,7 @@ impl Limiter {
         key: Option<&ApiKey>,
         now: Instant,
     ) -> Result<Permit, Reject> {
-        let usual = settings.rate_limits;
-        let own = key.map_or(RateLimits::default(), |key| key.limits);
-        let rate = own.requests_per_minute.or(usual.requests_per_minute);
-        let concurrency = own.concurrency.or(usual.concurrency);
-        if rate.is_none() && concurrency.is_none() {
-            return Ok(Permit::default());
-        }
+        let RateLimits { requests_per_minute: rate, concurrency } = limits_of(settings, key);
         let mut uses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let keys = &settings.auth.keys;
         // A reload took keys away.
@@ -86,6 +84,16 @@ impl Limiter {
         }
         used.under_way.fetch_add(1, Ordering::Relaxed);
         Ok(Permit(Some(Arc::clone(&used.under_way))))
+    }
+}
+
+/// A key's own, else those for all.
+fn limits_of(settings: &Settings, key: Option<&ApiKey>) -> RateLimits {
+    let usual = settings.rate_limits;
+    let own = key.map_or(RateLimits::default(), |key| key.limits);
+    RateLimits {
+        requests_per_minute: own.requests_per_minute.or(usual.requests_per_minute),
+        concurrency: own.concurrency.or(usual.concurrency),
     }
 }
 

@@ -64,20 +64,22 @@ impl<'de> Deserialize<'de> for Field {
                 f.write_str("a field's name")
             }
 
-            fn visit_str<E: de::Error>(self, name: &str) -> Result<Field, E> {
+            fn visit_bytes<E: de::Error>(self, name: &[u8]) -> Result<Field, E> {
                 match name {
-                    "model" => Ok(Field::Model),
-                    "stream" => Ok(Field::Stream),
-                    "stream_options" => Ok(Field::StreamOptions),
+                    b"model" => Ok(Field::Model),
+                    b"stream" => Ok(Field::Stream),
+                    b"stream_options" => Ok(Field::StreamOptions),
                     // Servers written in Go take it for `model`, and of two the last one.
-                    name if name.eq_ignore_ascii_case("model") => {
+                    name if name.eq_ignore_ascii_case(b"model") => {
+                        let name = String::from_utf8_lossy(name);
                         Err(E::custom(format!("the field `{name}` must be written `model`")))
                     }
                     _ => Ok(Field::Other),
                 }
             }
         }
-        source.deserialize_identifier(Name)
+        // No text: whether that would be UTF-8 is asked by nobody.
+        source.deserialize_bytes(Name)
     }
 }
 
@@ -186,6 +188,10 @@ pub fn invalid(message: impl Into<String>) -> Reject {
 
 /// Borrowed where nothing is escaped.
 fn string(raw: &RawValue) -> Option<Cow<'_, str>> {
+    let inside = raw.get().strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+    if let Some(plain) = inside.filter(|text| !text.contains('\\')) {
+        return Some(Cow::Borrowed(plain));
+    }
     #[derive(Deserialize)]
     struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
     serde_json::from_str::<Text>(raw.get()).ok().map(|text| text.0)

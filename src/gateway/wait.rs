@@ -13,7 +13,7 @@ use http::{HeaderValue, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
 use serde_json::Value;
 use tokio::sync::watch;
-use tokio::time::{Instant, Interval, interval, sleep, timeout};
+use tokio::time::{Instant, Interval, interval, sleep_until, timeout};
 
 use super::answer::{Answer, Reply, named, outcome};
 use super::infer::{Job, Stage};
@@ -66,13 +66,18 @@ fn direct(answer: Result<Answer, Reject>) -> Reply {
     }
 }
 
-/// Once a request is with its engine, the engine's own head is worth waiting for.
+/// Once a request is with its engine, the engine's own head is worth waiting for. Most never wait,
+/// and need no clock.
 async fn held_long_enough(after: Duration, mut stage: watch::Receiver<Stage>) {
-    sleep(after).await;
-    let waits = stage.wait_for(|stage| matches!(stage, Stage::Waiting(..))).await.is_ok();
-    if !waits {
-        std::future::pending::<()>().await;
+    let held_until = Instant::now() + after;
+    let waits = |stage: &Stage| matches!(stage, Stage::Waiting(..));
+    while stage.wait_for(waits).await.is_ok() {
+        sleep_until(held_until).await;
+        if waits(&stage.borrow()) {
+            return;
+        }
     }
+    std::future::pending::<()>().await;
 }
 
 /// `model`: where it is known already who will answer.

@@ -169,13 +169,7 @@ impl Gate {
     }
 
     fn lease(self: &Arc<Self>, start: StartKind, hold: Hold) -> Lease {
-        Lease {
-            gate: Arc::clone(self),
-            cut: CancellationToken::clone(&self.cut.load()),
-            start,
-            hold,
-            on_adapter: None,
-        }
+        Lease { gate: Arc::clone(self), cut: self.cut.load_full(), start, hold, on_adapter: None }
     }
 
     /// Ends every lease now.
@@ -264,7 +258,8 @@ fn elapsed_ms(epoch: Instant) -> u64 {
 #[must_use = "a lease ends when it is dropped"]
 pub struct Lease {
     gate: Arc<Gate>,
-    cut: CancellationToken,
+    /// Shared, as a token that is cloned locks all of its clones.
+    cut: Arc<CancellationToken>,
     pub start: StartKind,
     hold: Hold,
     on_adapter: Option<InUse>,
@@ -292,7 +287,7 @@ impl Lease {
         self.gate.word.fetch_add(1, Ordering::AcqRel);
         Lease {
             gate: Arc::clone(&self.gate),
-            cut: self.cut.clone(),
+            cut: Arc::clone(&self.cut),
             start: self.start,
             hold: Hold::Work,
             on_adapter: None,

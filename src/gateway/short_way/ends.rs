@@ -27,7 +27,8 @@ impl Ends {
         Ends {
             close: Box::pin(closing.clone().cancelled_owned()),
             abort: Box::pin(abort.cancelled_owned()),
-            closing,
+            // Looked at for every request: a lock of this connection's own.
+            closing: closing.child_token(),
             heard_by: None,
             idle_max,
             idle: Box::pin(sleep(idle_max)),
