@@ -190,8 +190,11 @@ pub fn pull_fault(host: &str, image: &str, registry: &str, error: &Error) -> Fau
 }
 
 fn explain_pull(image: &str, registry: &str, words: &str) -> (FaultKind, String) {
-    let lower = words.to_lowercase();
+    // Names and ports may hold anything, `:45401` too.
+    let lower = words.replace(image, "").replace(registry, "").to_lowercase();
     let has = |phrases: &[&str]| phrases.iter().any(|phrase| lower.contains(phrase));
+    let mut parts = lower.split(|c: char| !c.is_ascii_alphanumeric());
+    let has_code = parts.any(|part| matches!(part, "401" | "403"));
     if has(&["no space left on device"]) {
         return (
             FaultKind::DiskFull,
@@ -229,7 +232,7 @@ fn explain_pull(image: &str, registry: &str, words: &str) -> (FaultKind, String)
             format!("cannot reach registry {registry} for image {image}: {words}"),
         );
     }
-    if has(&["denied", "unauthorized", "authentication required", "401", "403", "forbidden"]) {
+    if has_code || has(&["denied", "unauthorized", "authentication required", "forbidden"]) {
         return (
             FaultKind::FetchDenied,
             format!(
@@ -303,6 +306,10 @@ mod tests {
             kind("manifest for org/x:1 not found: manifest unknown"),
             FaultKind::ImageMissing
         );
+        assert_eq!(kind("unexpected HTTP status: 403 from the proxy"), FaultKind::FetchDenied);
+        let (registry, image) = ("127.0.0.1:45401", "127.0.0.1:45401/denied/x:403");
+        let words = format!("manifest for {image} not found: manifest unknown");
+        assert_eq!(explain_pull(image, registry, &words).0, FaultKind::ImageMissing);
         assert_eq!(
             kind("write /var/lib/docker/tmp/x: no space left on device"),
             FaultKind::DiskFull
