@@ -55,6 +55,7 @@ pub async fn wait_ready(
             () = sleep_until(deadline) => return Err(start.too_slow(FaultKind::TimedOut)),
             answer = &mut question => {
                 if start.answered(answer)? {
+                    running.log.engine_serves();
                     return Ok(());
                 }
                 question = start.ask();

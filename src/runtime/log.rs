@@ -1,6 +1,7 @@
 //! The last part of an instance's log: bounded history plus a live feed of lines.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{broadcast, watch};
@@ -25,6 +26,7 @@ struct Shared {
     history: Mutex<History>,
     live: broadcast::Sender<Arc<str>>,
     unfinished: watch::Sender<Arc<str>>,
+    serves: AtomicBool,
 }
 
 impl std::fmt::Debug for Shared {
@@ -55,7 +57,18 @@ impl LogTail {
         let (live, _) = broadcast::channel(LIVE_LINES_MAX);
         let (unfinished, _) = watch::channel(Arc::from(""));
         let history = Mutex::default();
-        LogTail { shared: Arc::new(Shared { secrets, history, live, unfinished }) }
+        let serves = AtomicBool::new(false);
+        LogTail { shared: Arc::new(Shared { secrets, history, live, unfinished, serves }) }
+    }
+
+    /// Its engine is ready: requests wait for the news of its end, which is then not held back for
+    /// the lines that explain it.
+    pub fn engine_serves(&self) {
+        self.shared.serves.store(true, Ordering::Relaxed);
+    }
+
+    pub fn does_engine_serve(&self) -> bool {
+        self.shared.serves.load(Ordering::Relaxed)
     }
 
     /// Adds one line (without its newline).

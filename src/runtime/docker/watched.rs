@@ -17,9 +17,12 @@ use crate::orchestrator::view::Health;
 use crate::runtime::redact::Secrets;
 use crate::runtime::{ExitReport, LogTail};
 
-/// The last lines of a container arrive just after it ended, on a busy machine later; an exit waits
-/// at most this long for them. Whoever follows a log ends with it.
+/// The last lines of a container arrive just after it ended, on a busy machine later; the exit of
+/// one that was starting waits at most this long for them, as they say why. Whoever follows a log
+/// ends with it.
 const LAST_LINES: Duration = Duration::from_secs(5);
+/// Requests wait for the exit of one that served.
+const LAST_LINES_SERVING: Duration = Duration::from_millis(250);
 
 /// Before the first attempt to connect has ended.
 pub const NOT_CONNECTED: &str = "not connected yet";
@@ -118,7 +121,9 @@ impl Watched {
         let Some(entry) = self.lock().remove(id) else { return };
         // Told also where nobody waits for it any more.
         let told = tokio::spawn(async move {
-            let _ = tokio::time::timeout(LAST_LINES, entry.log_follower).await;
+            let serves = entry.log.does_engine_serve();
+            let wait = if serves { LAST_LINES_SERVING } else { LAST_LINES };
+            let _ = tokio::time::timeout(wait, entry.log_follower).await;
             entry.exit.send_replace(Some(report));
         });
         let _ = told.await;
