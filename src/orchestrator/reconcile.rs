@@ -140,15 +140,12 @@ pub async fn reconcile_docker(
             return None;
         }
     };
-    for spec in catalog.models.values() {
-        let (Some(name), Some(&id)) = (named_container(spec), named.get(&spec.name)) else {
-            continue;
-        };
-        if known.contains(&id) {
-            continue;
-        }
-        adopted.extend(adopt_named(effects, spec, name, installation, id).await);
-    }
+    let by_name = catalog.models.values().filter_map(|spec| {
+        let (name, &id) = (named_container(spec)?, named.get(&spec.name)?);
+        (!known.contains(&id)).then(|| adopt_named(effects, spec, name, installation, id))
+    });
+    // Side by side: each may take its whole time to answer.
+    adopted.extend(join_all(by_name).await.into_iter().flatten());
     Some(InDocker { adopted, any_left, any_missed })
 }
 
