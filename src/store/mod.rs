@@ -2,7 +2,7 @@
 //! patched configuration, extended TTLs.
 //!
 //! Writes are handed over and never waited for on the way of a request. What must not be lost
-//! (registrations, patches, extended TTLs) is answered when it is on disk.
+//! (registrations, patches, extended TTLs) is answered when it is on disk, or told not to be.
 
 mod disk;
 mod keeper;

@@ -220,6 +220,10 @@ impl Default for Rows {
     }
 }
 
+fn too_much() -> StoreFault {
+    StoreFault("too much waits for its disk: try again later".to_owned())
+}
+
 impl Rows {
     pub const LOADED_MAX: (usize, usize) = (ACTIVITY_MAX, SWAPS_MAX);
 
@@ -291,7 +295,7 @@ impl Rows {
             (Place::Memory | Place::Fault(_), Job::SwapsBelow { .. } | Job::Swap { .. }) => {}
             (Place::Fault(why), Job::Change(..)) => return Err(StoreFault(why.clone())),
             (Place::Disk, _) if self.jobs.len() >= JOBS_MAX => {
-                return Err(StoreFault("too much waits for its disk: try again later".to_owned()));
+                return Err(too_much());
             }
             (Place::Disk, job) => self.jobs.push_back(job),
         }
@@ -303,6 +307,7 @@ impl Rows {
         match &self.place {
             Place::Memory => drop(ack.send(Ok(()))),
             Place::Fault(why) => drop(ack.send(Err(StoreFault(why.clone())))),
+            Place::Disk if self.flushes.len() >= JOBS_MAX => drop(ack.send(Err(too_much()))),
             Place::Disk => self.flushes.push((self.activity.last, self.swaps.last, ack)),
         }
     }
