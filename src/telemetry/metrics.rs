@@ -171,13 +171,17 @@ impl Metrics {
             return tell(of);
         }
         drop(known);
-        let new = Arc::new(OfModel::begun(&self.requests, model.as_str()));
+        // Found inside: if the others are forgotten meanwhile, as some are gone, so is this one.
         self.known.rcu(|known| {
             let mut known = BTreeMap::clone(known);
-            known.entry(model.clone()).or_insert_with(|| Arc::clone(&new));
+            let found = || Arc::new(OfModel::begun(&self.requests, model.as_str()));
+            known.entry(model.clone()).or_insert_with(found);
             known
         });
-        tell(&new);
+        match self.known.load().get(model) {
+            Some(of) => tell(of),
+            None => tell(&OfModel::begun(&self.requests, model.as_str())),
+        }
     }
 
     /// Some may be of series that are gone.
