@@ -16,7 +16,7 @@ use http_body_util::{BodyExt, Limited};
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::reachable;
@@ -27,7 +27,7 @@ use crate::runtime::Endpoint;
 use crate::runtime::tls::Tls;
 use crate::scheduler::record::ResidencyView;
 use crate::units::ModelName;
-use crate::upstream::{Call, UpstreamClient};
+use crate::upstream::{Call, CallError, UpstreamClient};
 
 /// One call to a registry.
 const CALL_MAX: Duration = Duration::from_secs(5);
@@ -257,11 +257,15 @@ async fn call(
         more: &Lines::default(),
         body: &Bytes::from(body),
     };
+    let until = Instant::now() + CALL_MAX;
+    let silent = || format!("no answer to {verb} within {CALL_MAX:?}");
     let exchange = async {
-        let until = Instant::now() + CALL_MAX;
-        let answer = client.request(call, until).await.map_err(|error| {
-            let source = std::error::Error::source(&error).map(ToString::to_string);
-            source.unwrap_or_else(|| error.to_string())
+        let answer = client.request(call, until).await.map_err(|error| match error {
+            CallError::Silent => silent(),
+            error => {
+                let source = std::error::Error::source(&error).map(ToString::to_string);
+                source.unwrap_or_else(|| error.to_string())
+            }
         })?;
         let status = answer.status;
         // Read to its end, so that the connection can be used again.
@@ -273,9 +277,7 @@ async fn call(
             Err(format!("{verb} answered {status}"))
         }
     };
-    timeout(CALL_MAX, exchange)
-        .await
-        .unwrap_or_else(|_| Err(format!("no answer to {verb} within 5 s")))
+    timeout_at(until, exchange).await.unwrap_or_else(|_| Err(silent()))
 }
 
 #[cfg(test)]

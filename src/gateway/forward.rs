@@ -156,7 +156,7 @@ fn judge(error: &CallError, authority: &str) -> Failure {
     let is_lost = match error {
         // Without one the connector does not know what to do with such a URL.
         CallError::Connect(_) => find_io(error).is_some(),
-        CallError::ConnectTimeout(_) | CallError::Closed | CallError::Silent => true,
+        CallError::ConnectTimeout(_) | CallError::Closed => true,
         CallError::Broken(error) => matches!(
             error.kind(),
             io::ErrorKind::ConnectionReset
@@ -165,7 +165,7 @@ fn judge(error: &CallError, authority: &str) -> Failure {
                 | io::ErrorKind::NotConnected
                 | io::ErrorKind::UnexpectedEof
         ),
-        CallError::Invalid(_) => false,
+        CallError::Silent | CallError::Invalid(_) => false,
     };
     if is_lost { Failure::Lost(text) } else { Failure::Broken(text) }
 }

@@ -64,22 +64,20 @@ impl<'de> Deserialize<'de> for Field {
                 f.write_str("a field's name")
             }
 
-            fn visit_bytes<E: de::Error>(self, name: &[u8]) -> Result<Field, E> {
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Field, E> {
                 match name {
-                    b"model" => Ok(Field::Model),
-                    b"stream" => Ok(Field::Stream),
-                    b"stream_options" => Ok(Field::StreamOptions),
+                    "model" => Ok(Field::Model),
+                    "stream" => Ok(Field::Stream),
+                    "stream_options" => Ok(Field::StreamOptions),
                     // Servers written in Go take it for `model`, and of two the last one.
-                    name if name.eq_ignore_ascii_case(b"model") => {
-                        let name = String::from_utf8_lossy(name);
+                    name if name.eq_ignore_ascii_case("model") => {
                         Err(E::custom(format!("the field `{name}` must be written `model`")))
                     }
                     _ => Ok(Field::Other),
                 }
             }
         }
-        // No text: whether that would be UTF-8 is asked by nobody.
-        source.deserialize_bytes(Name)
+        source.deserialize_identifier(Name)
     }
 }
 

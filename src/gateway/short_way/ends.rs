@@ -27,8 +27,7 @@ impl Ends {
         Ends {
             close: Box::pin(closing.clone().cancelled_owned()),
             abort: Box::pin(abort.cancelled_owned()),
-            // Looked at for every request: a lock of this connection's own.
-            closing: closing.child_token(),
+            closing,
             heard_by: None,
             idle_max,
             idle: Box::pin(sleep(idle_max)),
