@@ -112,7 +112,11 @@ async fn no_more_leaves_than_must() {
     assert_eq!(scene.containers().len(), 2);
     assert_eq!(scene.world.swaps().await.len(), 2, "no swap where both fit");
     scene.answers("cyd").await;
+    let swaps = scene.world.swaps().await;
+    assert_eq!(swaps[0]["evicted"].as_array().map(Vec::len), Some(1), "{swaps:#?}");
     scene.settles_at(2).await;
+    scene.answers("bob").await;
+    assert_eq!(scene.world.swaps().await.len(), 3, "who stayed was not started anew");
     scene.stop().await;
 }
 
