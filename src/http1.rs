@@ -89,7 +89,7 @@ impl Fields {
         };
         let places =
             found.iter().map(|header| [place(header.name.as_bytes()), place(header.value)]);
-        let marks = found.iter().fold(0, |marks, header| marks | mark(header.name.as_bytes()));
+        let marks = marks(found.iter().map(|header| header.name.as_bytes()));
         Fields { places: places.collect(), text: kept, marks }
     }
 
@@ -156,7 +156,7 @@ impl From<&HeaderMap> for Fields {
         let places = headers.iter();
         let places =
             places.map(|(name, value)| [put(name.as_str().as_bytes()), put(value.as_bytes())]);
-        let marks = headers.keys().fold(0, |marks, name| marks | mark(name.as_str().as_bytes()));
+        let marks = marks(headers.keys().map(|name| name.as_str().as_bytes()));
         Fields { places: places.collect(), text: text.into(), marks }
     }
 }
@@ -183,6 +183,10 @@ fn parts(value: &[u8]) -> impl Iterator<Item = &[u8]> {
 fn mark(name: &[u8]) -> u64 {
     let first = name.first().map_or(0, |first| usize::from(first | CASE));
     1 << ((name.len() * 5 + first) % 64)
+}
+
+fn marks<'a>(names: impl Iterator<Item = &'a [u8]>) -> u64 {
+    names.fold(0, |marks, name| marks | mark(name))
 }
 
 /// Of the two cases of a letter. Other bytes that differ in nothing else are not in names, but for
@@ -230,7 +234,7 @@ impl Names {
             by_length.resize_with(by_length.len().max(name.len() + 1), Vec::new);
             by_length[name.len()].push(*name);
         }
-        let marks = names.iter().fold(0, |marks, name| marks | mark(name.as_bytes()));
+        let marks = marks(names.iter().map(|name| name.as_bytes()));
         Names { by_length, marks }
     }
 
@@ -275,10 +279,6 @@ impl Lines {
         self.0.extend_from_slice(b": ");
         write(&mut self.0);
         self.0.extend_from_slice(b"\r\n");
-    }
-
-    pub fn extend(&mut self, more: impl IntoIterator<Item = (HeaderName, HeaderValue)>) {
-        more.into_iter().for_each(|(name, value)| self.push(&name, &value));
     }
 
     pub fn as_bytes(&self) -> &[u8] {

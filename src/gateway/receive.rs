@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::Limits;
 use super::reject::Reject;
 use crate::config::catalog::QueueSettings;
-use crate::http1::Headers;
+use crate::http1::{self, Headers};
 use crate::units;
 
 /// How much, and how long, is read on after a refusal.
@@ -219,7 +219,7 @@ impl Gathered {
 }
 
 fn declared(headers: &impl Headers) -> Option<u64> {
-    headers.text("content-length")?.parse().ok()
+    http1::length(headers.first("content-length")?)
 }
 
 /// Reads what a refused client still sends, within reason: closing at once would reset the
