@@ -27,12 +27,7 @@ fi
 docker compose version >/dev/null 2>&1 || skip "compose stack: Docker Compose 2 cannot be had"
 echo "$(docker compose version), $(docker version --format 'Docker Engine {{.Server.Version}} (API {{.Server.APIVersion}})')"
 
-# free VARIABLE: a port below those that the kernel gives to outgoing connections.
-last=$((10000 + $$ * 61 % 9000))
-free() {
-    while last=$((last + 1)); (: <>"/dev/tcp/127.0.0.1/$last") 2>/dev/null; do :; done
-    printf -v "$1" %s "$last"
-}
+. tests/support/free_port.sh
 project=wharf-test-$$
 export DOCKER_SOCKET=${host#unix://} WHARF_NAME=$project-wharf WHARF_IMAGE=$project/wharf:1
 export BUILDER=$project/builder:1 RUNTIME=$project/runtime:1 BINARY=prebuilt PROMETHEUS_IMAGE=$project/prometheus:1
